@@ -1,0 +1,3 @@
+from adapterhub.cli.app import main
+
+main()

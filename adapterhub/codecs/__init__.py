@@ -1,0 +1,31 @@
+"""Codecs: an adapter's tensors to fewer bytes and back. Tensors in, tensors out; what is stored is always safetensors.
+
+Codecs chain: the manifest lists them in the order of encoding, decoding runs in reverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+
+class Codec:
+    """Encode all tensors of an adapter together (names as stored: `<site path>.<form>.<n>.<tensor>`)."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """The options; `--set name=value` on the command line."""
+
+    lossless: ClassVar[bool] = False
+    """decode(encode(t)) == t bit for bit (a law)."""
+
+    def encode(self, tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+        """Fewer bytes. Deterministic: equal tensors give equal bytes. Raises CodecError for what it cannot carry."""
+        raise NotImplementedError
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors again, by their names, in their dtype. The default suits codecs that only rewrite tensors."""
+        return dict(tensors)

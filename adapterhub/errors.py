@@ -1,0 +1,83 @@
+"""Every error a user can cause. One line what is wrong, one line what to do; the CLI prints both, exit status `code`."""
+
+
+class HubError(Exception):
+    """What is wrong (`str(error)`, one line; lists may follow on further lines) and what to do about it (`hint`)."""
+
+    code = 1
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(HubError):
+    """Arguments that contradict each other or name no known option."""
+
+    code = 2
+
+
+class NotFound(HubError):
+    """No such adapter, version, tag, base, file or hub."""
+
+    code = 3
+
+
+class IntegrityError(HubError):
+    """Bytes that are not what their digest or their header says."""
+
+    code = 4
+
+
+class UnsafeFile(HubError):
+    """A file that we refuse to open: pickle, a hostile header, non-finite weights."""
+
+    code = 5
+
+
+class ManifestError(HubError):
+    """A manifest that is not one."""
+
+
+class NameInUse(HubError):
+    """A version that exists already with other bytes."""
+
+
+class IncompatibleBase(HubError):
+    """The adapter was made for another base model, or its tensors match no site of this one."""
+
+
+class NoEffect(HubError):
+    """An adapter that changes nothing."""
+
+
+class PluginError(HubError):
+    """A form, method, merger or codec that is not installed, or that does not load."""
+
+
+class NotFoldable(HubError):
+    """The modification is no change of a weight (it is not linear in the module's input)."""
+
+
+class NotMergeable(HubError):
+    """These adapters have no common merge; stack or mix them instead."""
+
+
+class CodecError(HubError):
+    """Tensors that a codec cannot encode or decode."""
+
+
+class ExpressionError(HubError):
+    """A composition that does not parse, with a caret under the place."""
+
+    def __init__(self, text: str, position: int, problem: str, hint: str = ""):
+        super().__init__(f"{problem}\n  {text}\n  {' ' * position}^", hint)
+        self.position = position
+
+
+class BatchError(HubError):
+    """A batch, cache or generation option that does not fit the adapters given for its rows."""
+
+
+class DataError(HubError):
+    """Training or evaluation data that is malformed; names the file and line."""

@@ -1,0 +1,198 @@
+"""What a release is: names, versions, references and the manifest. No torch, no database."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from packaging.version import InvalidVersion, Version
+
+from adapterhub.errors import ManifestError, UsageError
+
+PART = r"[a-z0-9][a-z0-9._-]*"
+NAME = re.compile(rf"(?:{PART}/)?{PART}")
+TAG = re.compile(r"[a-z][a-z0-9._-]*")
+RESERVED = {"base", "mix", "gate", "logits"}
+"""Words of the expression language; no adapter may have one of them as its whole name."""
+
+
+def check_name(name: str) -> str:
+    """The name itself. Raises UsageError for what is none."""
+    if not NAME.fullmatch(name) or ".." in name or name in RESERVED or len(name) > 96:
+        raise UsageError(
+            f"{name!r} is not a name for an adapter",
+            "use [a-z0-9][a-z0-9._-]*, optionally with an owner: me/sentiment (at most 96 characters, not a reserved word)",
+        )
+    return name
+
+
+def check_version(text: str) -> str:
+    """X.Y.Z itself. Raises UsageError for any other shape."""
+    try:
+        version = Version(text)
+    except InvalidVersion:
+        version = None
+    if version is None or len(version.release) != 3 or str(version) != text or not version.base_version == text:
+        raise UsageError(f"{text!r} is not a version", "write it as X.Y.Z, for example 0.2.0")
+    return text
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`me/x`, `me/x@0.1.0` or `me/x@stable`: a name and, perhaps, an exact version or a tag."""
+
+    name: str
+    at: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        name, at, version = text.partition("@")
+        check_name(name)
+        if at and not TAG.fullmatch(version):
+            check_version(version)
+        return cls(name, version if at else None)
+
+    def __str__(self) -> str:
+        return self.name if self.at is None else f"{self.name}@{self.at}"
+
+
+class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    pass
+
+
+class File(Struct):
+    """A blob that a manifest refers to."""
+
+    digest: str
+    """"sha256:<64 hex digits>"."""
+    size: int
+    """Bytes."""
+
+
+class Base(Struct):
+    """The base model an adapter was made for: what `adapterhub.bases.fingerprint` compares."""
+
+    name: str
+    """As the user wrote it: a known name, a repo id, or the folder's last part. Informative; the fingerprint decides."""
+    architecture: str
+    """transformers' `model_type`."""
+    structure: str
+    """Digest of the sorted (name, shape) of all tensors."""
+    sketch: File
+    """The blob with whole rows of each tensor."""
+    note: str = ""
+    """What else is known, e.g. "Q4_1 copy, widened"."""
+
+
+class Made(Struct):
+    """By which method, merger or codec, with which options, from which installed distribution."""
+
+    name: str
+    options: dict[str, Any] = {}
+    distribution: str = ""
+    """"adapterhub-loreft 0.1.0"."""
+
+
+class Parent(Struct):
+    """A release this one was made from, or needs."""
+
+    name: str
+    version: str
+    digest: str
+    """The parent's manifest digest."""
+    relation: str
+    """"on" (trained over it), "continue", "merge", "compress" or "compose"."""
+
+
+class Manifest(Struct):
+    """Everything about a release but its bytes. Its canonical JSON is a blob; that blob's digest names the release."""
+
+    name: str
+    version: str
+    base: Base
+    format: int = 1
+    method: Made | None = None
+    """How its tensors were trained; None when imported without a known method, or composed."""
+    forms: dict[str, list[str]] = {}
+    """Site path -> the forms there, in order."""
+    compose: str | None = None
+    """A composition's expression, every name pinned to a version; then there are no tensors."""
+    parents: list[Parent] = []
+    codecs: list[Made] = []
+    """In the order of encoding."""
+    recipe: dict[str, Any] = {}
+    """What it takes to make it again: data digest, seed, steps, library versions; merger and weights."""
+    metrics: dict[str, Any] = {}
+    licence: str | None = None
+    files: dict[str, File] = {}
+    """"tensors" (safetensors), and what else belongs to it: "log" (loss curve, JSON)."""
+
+    @property
+    def blobs(self) -> list[File]:
+        """Every blob it needs, the base's sketch included."""
+        return [*self.files.values(), self.base.sketch]
+
+    def encode(self) -> bytes:
+        """Canonical JSON: keys sorted, no spaces, UTF-8. The same manifest gives the same bytes everywhere."""
+        return canonical(msgspec.to_builtins(self))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Manifest:
+        try:
+            manifest = msgspec.convert(json.loads(data, object_pairs_hook=_no_duplicates), cls)
+        except (ValueError, msgspec.ValidationError, RecursionError) as error:
+            raise ManifestError(f"not a manifest of an adapter: {error}", "get the adapter again from its source") from None
+        if manifest.format != 1:
+            raise ManifestError(f"manifest format {manifest.format} is newer than this adapterhub", "update adapterhub")
+        check_name(manifest.name), check_version(manifest.version)
+        for file in manifest.blobs:
+            check_digest(file.digest)
+        for parent in manifest.parents:
+            check_digest(parent.digest)
+        return manifest
+
+
+@dataclass(frozen=True)
+class Release:
+    """A manifest and the digest that names it."""
+
+    manifest: Manifest
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def version(self) -> str:
+        return self.manifest.version
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys, no spaces, UTF-8, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_of(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def check_digest(text: str) -> str:
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", text):
+        raise ManifestError(f"{text[:80]!r} is not a digest", "a digest is sha256: and 64 lower-case hex digits")
+    return text
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key stands twice")
+    return result

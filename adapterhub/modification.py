@@ -1,0 +1,131 @@
+"""The central abstraction: a modification is what one adapter does to the hidden states at one site.
+
+Every modification is *additive by construction*: it returns the change Δh that is added to the hidden states
+(He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning", 2022). So scaling, mixing and stacking
+are exact for every form, and nothing needs to know which form it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adapterhub.errors import NotFoldable
+
+
+@dataclass
+class Step:
+    """One forward pass as a modification sees it.
+
+    mask      (rows, tokens) bool, True where a real token stands, or None when nothing is padded
+    state     private to this modification at this site for these rows; what is left here comes back with the next
+              chunk of the same key-value cache. Empty at the start of a sequence. Tensors in it have rows first.
+    training  True while a method trains (dropout)
+    """
+
+    mask: Tensor | None = None
+    state: dict = field(default_factory=dict)
+    training: bool = False
+
+    def child(self, key: object, rows: Tensor | None = None) -> Step:
+        """The part of this step that belongs to one member of a composition (and, in a Route, to some of the rows)."""
+        mask = self.mask if rows is None or self.mask is None else self.mask[rows]
+        return Step(mask, self.state.setdefault(key, {}), self.training)
+
+
+class Modification:
+    """What one adapter does to the hidden states at one site. Every default changes nothing.
+
+    Light on purpose: named tensors that live elsewhere (a file, a pool, the trainer), not an nn.Module, so that
+    loading the thousandth adapter costs what the first did. `self.up` reads the tensor `up`.
+    Tensors arrive in the dtype and on the device of the hidden states.
+    """
+
+    form: ClassVar[str]
+    """The name of the form; tensors are stored as `<site path>.<form>.<n>.<tensor>`."""
+
+    def __init__(self, **tensors: Tensor):
+        self.tensors: dict[str, Tensor] = tensors
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self.__dict__["tensors"][name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no tensor {name!r}") from None
+
+    # --- what a form overrides ---------------------------------------------------------------------------------
+
+    def check(self, inputs: int, outputs: int) -> None:
+        """Raise IncompatibleBase unless the tensors fit a site of these widths; warn (`warnings`) of waste."""
+
+    def bind(self, module: torch.nn.Module) -> None:
+        """Meet the site's module, once, before the first forward (forms that read the base weight)."""
+
+    def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
+        """Δx, added to what goes into the site; x (rows, tokens, inputs). None: nothing."""
+        return None
+
+    def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
+        """Δy, added to what comes out; y (rows, tokens, outputs). Read x to be parallel, y to be sequential."""
+        return None
+
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """(ΔW, Δb) that do the same to a linear site: weight (outputs, inputs), bias (outputs,).
+
+        Differentiable. Raises NotFoldable when there is none."""
+        raise NotFoldable(
+            f"the form {self.form!r} is not a change of a weight",
+            "run it attached, or compose instead of folding: adapterhub run 'a + b'",
+        )
+
+    def scaled(self, weight: float) -> Modification:
+        """The same modification with its change multiplied by weight."""
+        from adapterhub.composers import Scaled
+
+        return Scaled(self, weight)
+
+    @classmethod
+    def join(cls, parts: Sequence[Modification]) -> Modification | None:
+        """One modification of this form that does what these do one after another, or None if there is no such."""
+        return None
+
+    @classmethod
+    def rows(cls, parts: Sequence[Modification | None]) -> Modification:
+        """One modification for a batch whose row i gets parts[i] (None: unchanged). Default: a loop over the distinct."""
+        from adapterhub.composers import Route
+
+        return Route(parts)
+
+    # --- what every form has -----------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Modification:
+        """A copy whose floating tensors have this dtype and device; gradients flow through. Itself if nothing changes."""
+        moved = {
+            name: t.to(device=device, dtype=dtype if t.is_floating_point() else None) for name, t in self.tensors.items()
+        }
+        if all(moved[name] is self.tensors[name] for name in moved):
+            return self
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, tensors=moved)
+        return copy
+
+
+def split_name(name: str) -> tuple[str, str, int, str]:
+    """`model.layers.0.mlp.low_rank.0.up` -> (site path, form, n, tensor). Raises ValueError for any other shape."""
+    path, form, n, tensor = name.rsplit(".", 3)
+    return path, form, int(n), tensor
+
+
+def named_tensors(modifications: Mapping[str, Sequence[Modification]]) -> dict[str, Tensor]:
+    """All tensors of {site path: modifications in order} by their stored names."""
+    named = {}
+    for path, parts in modifications.items():
+        counts: dict[str, int] = {}
+        for part in parts:
+            n = counts[part.form] = counts.get(part.form, -1) + 1
+            named.update({f"{path}.{part.form}.{n}.{key}": tensor for key, tensor in part.tensors.items()})
+    return named

@@ -1,0 +1,95 @@
+"""Installed parts, found by entry point. Listing reads metadata only; a part is imported when it is used.
+
+Groups: adapterhub.forms, .methods, .mergers, .codecs, .bases. Built-ins come through the same door.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import msgspec
+
+from adapterhub.errors import PluginError, UsageError
+
+GROUPS = ("forms", "methods", "mergers", "codecs", "bases")
+
+
+@cache
+def _points(group: str) -> dict[str, EntryPoint]:
+    points: dict[str, EntryPoint] = {}
+    for point in entry_points(group=f"adapterhub.{group}"):
+        known = points.setdefault(point.name, point)
+        if known.value != point.value:
+            raise PluginError(
+                f"two packages bring {group} named {point.name!r}: {_owner(known)} and {_owner(point)}",
+                "uninstall one of them",
+            )
+    return dict(sorted(points.items()))
+
+
+def _owner(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else ""
+
+
+def names(group: str) -> list[str]:
+    """The names installed in a group, sorted. Imports nothing."""
+    return list(_points(group))
+
+
+def distribution(group: str, name: str) -> str:
+    """ "adapterhub-loreft 0.1.0": which installed distribution brings this part."""
+    return _owner(_point(group, name))
+
+
+def _point(group: str, name: str) -> EntryPoint:
+    points = _points(group)
+    if name not in points:
+        near = get_close_matches(name, points, 1)
+        raise PluginError(
+            f"no {group[:-1]} named {name!r} is installed",
+            f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(points) or 'none'}; or install its package",
+        )
+    return points[name]
+
+
+@cache
+def load(group: str, name: str) -> Any:
+    """The part itself, imported. Raises PluginError if it is not installed or does not import."""
+    point = _point(group, name)
+    try:
+        return point.load()
+    except Exception as error:  # a plugin is anybody's code: whatever it raises is told as its own fault
+        raise PluginError(
+            f"{group[:-1]} {name!r} of {_owner(point)} does not load: {type(error).__name__}: {error}",
+            f"update or uninstall {_owner(point).split(' ')[0]}",
+        ) from error
+
+
+def options(config: type, given: dict[str, Any]) -> Any:
+    """A part's Config from options; text (`--set r=8`) is converted to the field's type. Raises UsageError."""
+    fields = {field.name: field for field in msgspec.inspect.type_info(config).fields}
+    unknown = [name for name in given if name not in fields]
+    if unknown:
+        near = get_close_matches(unknown[0], fields, 1)
+        raise UsageError(
+            f"unknown option {unknown[0]!r}",
+            f"did you mean {near[0]!r}?" if near else f"options: {', '.join(fields) or 'none'}",
+        )
+    values = {name: _parsed(value) if isinstance(value, str) else value for name, value in given.items()}
+    try:
+        return msgspec.convert(values, config, strict=False)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise UsageError(f"an option has a wrong value: {error}", "see adapterhub plugins list for the options") from None
+
+
+def _parsed(text: str) -> Any:
+    """`q_proj,v_proj` and JSON become what they say; anything else stays text."""
+    if text[:1] in "[{":
+        try:
+            return msgspec.json.decode(text)
+        except msgspec.DecodeError as error:
+            raise UsageError(f"{text!r} is not JSON: {error}", "write a list as [1,2] and a table as {\"a\":1}") from None
+    return text.split(",") if "," in text else text

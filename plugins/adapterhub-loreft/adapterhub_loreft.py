@@ -1,0 +1,1 @@
+"""LoReFT (being written)."""

@@ -1,0 +1,87 @@
+"""Shared fixtures: a tiny Llama with grouped queries, in memory and as a folder; the devices present."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch, tmp_path_factory):
+    """No test sees the user's hub; torch's generator starts alike."""
+    monkeypatch.setenv("ADAPTERHUB_HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+def make_tiny(seed=0, vocab=96, **changes):
+    """A random Llama: 2 layers, width 32, 4 heads over 2 key-value heads. float32, eval."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **{
+            "vocab_size": vocab,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            **changes,
+        }
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tiny_model():
+    """tiny_model(seed=0, **config changes) -> LlamaForCausalLM."""
+    return make_tiny
+
+
+def save_tiny(folder, model):
+    """The model and a character tokenizer (ids 3..95 are printable ASCII; pad 0, bos 1, eos 2) in a folder."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(32 + i): 3 + i for i in range(93)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A folder with the tiny Llama (seed 0) and its tokenizer: a base for `--base PATH`."""
+    return save_tiny(tmp_path_factory.mktemp("tiny-llama"), make_tiny())
+
+
+@pytest.fixture
+def tiny_saved():
+    """tiny_saved(folder, model) -> folder."""
+    return save_tiny
+
+
+def _devices():
+    import torch
+
+    return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def pytest_generate_tests(metafunc):
+    """`device` runs over the devices present; the CUDA ones carry the mark gpu."""
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "device",
+            [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in _devices()],
+        )

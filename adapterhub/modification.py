@@ -25,16 +25,18 @@ class Step:
     state     private to this modification at this site for these rows; what is left here comes back with the next
               chunk of the same key-value cache. Empty at the start of a sequence. Tensors in it have rows first.
     training  True while a method trains (dropout)
+    kept      what delta_in leaves for delta_out of the same forward pass
     """
 
     mask: Tensor | None = None
     state: dict = field(default_factory=dict)
     training: bool = False
+    kept: dict = field(default_factory=dict)
 
     def child(self, key: object, rows: Tensor | None = None) -> Step:
         """The part of this step that belongs to one member of a composition (and, in a Route, to some of the rows)."""
         mask = self.mask if rows is None or self.mask is None else self.mask[rows]
-        return Step(mask, self.state.setdefault(key, {}), self.training)
+        return Step(mask, self.state.setdefault(key, {}), self.training, self.kept.setdefault(key, {}))
 
 
 class Modification:
@@ -47,6 +49,12 @@ class Modification:
 
     form: ClassVar[str]
     """The name of the form; tensors are stored as `<site path>.<form>.<n>.<tensor>`."""
+    additive: bool = False
+    """It only reads the site's input: then stacking, mixing and any order are the same sum."""
+    stateful: bool = False
+    """It leaves something in Step.state for the next chunk of a sequence."""
+    constants: ClassVar[frozenset[str]] = frozenset()
+    """Tensors that describe rather than learn (a scale); no method trains them."""
 
     def __init__(self, **tensors: Tensor):
         self.tensors: dict[str, Tensor] = tensors
@@ -101,6 +109,11 @@ class Modification:
         return Route(parts)
 
     # --- what every form has -----------------------------------------------------------------------------------
+
+    @property
+    def changes_input(self) -> bool:
+        """Whether delta_in can be anything but None."""
+        return type(self).delta_in is not Modification.delta_in
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Modification:
         """A copy whose floating tensors have this dtype and device; gradients flow through. Itself if nothing changes."""

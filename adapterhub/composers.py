@@ -1,0 +1,149 @@
+"""Composers: a composition of modifications is a modification, so anything nests.
+
+A stack is an ordered program. Additive modifications (those that only read the site's input) commute; others do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adapterhub.modification import Modification, Step
+
+
+class Composite(Modification):
+    """A modification made of others; its tensors are theirs."""
+
+    def __init__(self, parts: Sequence[Modification]):
+        super().__init__()
+        self.parts = list(parts)
+
+    @property
+    def additive(self) -> bool:
+        return all(part.additive for part in self.parts)
+
+    @property
+    def stateful(self) -> bool:
+        return any(part.stateful for part in self.parts)
+
+    @property
+    def changes_input(self) -> bool:
+        return any(part.changes_input for part in self.parts)
+
+    def bind(self, module: nn.Module) -> None:
+        for part in self.parts:
+            part.bind(module)
+
+    def to(self, device=None, dtype=None) -> Modification:
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, parts=[part.to(device, dtype) for part in self.parts])
+        return copy
+
+
+class Scaled(Composite):
+    """w times the change of one modification."""
+
+    def __init__(self, part: Modification, weight: float):
+        super().__init__([part])
+        self.weight = weight
+
+    def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
+        return _times(self.parts[0].delta_in(x, step), self.weight)
+
+    def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
+        return _times(self.parts[0].delta_out(x, y, step), self.weight)
+
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        w, b = self.parts[0].delta_weight(weight, bias)
+        return _times(w, self.weight), _times(b, self.weight)
+
+    def scaled(self, weight: float) -> Scaled:
+        return Scaled(self.parts[0], self.weight * weight)
+
+
+class Stack(Composite):
+    """One after the other: the next sees the site as the ones before left it. The last is outermost: its input change
+    comes first, its output change last. Stack([]) is the base."""
+
+    def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
+        total, inputs = None, []
+        for i in reversed(range(len(self.parts))):
+            change = self.parts[i].delta_in(x, step.child(i))
+            x, total = _plus(x, change), _plus(total, change)
+            inputs.append(x)
+        step.kept["inputs"] = inputs[::-1]
+        return total
+
+    def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
+        inputs = step.kept.get("inputs") or [x] * len(self.parts)
+        total = None
+        for i, part in enumerate(self.parts):
+            change = part.delta_out(inputs[i], y, step.child(i))
+            y, total = _plus(y, change), _plus(total, change)
+        return total
+
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        total_weight = total_bias = None
+        for part in self.parts:
+            w, b = part.delta_weight(weight, bias)
+            weight, total_weight = _plus(weight, w), _plus(total_weight, w)
+            bias, total_bias = _plus(bias, b), _plus(total_bias, b)
+        return total_weight, total_bias
+
+
+class Mix(Composite):
+    """Side by side: all see the same hidden states, their changes are added (scale the parts for a weighted sum).
+
+    Of modifications that change the input this is the first-order sum: the output changes all see the changed input."""
+
+    def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
+        return _sum(part.delta_in(x, step.child(i)) for i, part in enumerate(self.parts))
+
+    def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
+        return _sum(part.delta_out(x, y, step.child(i)) for i, part in enumerate(self.parts))
+
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        deltas = [part.delta_weight(weight, bias) for part in self.parts]
+        return _sum(w for w, _ in deltas), _sum(b for _, b in deltas)
+
+
+class Route(Composite):
+    """Each row of the batch its own: parts[i] for row i, None for the bare base."""
+
+    def __init__(self, rows: Sequence[Modification | None]):
+        distinct = {id(part): part for part in rows if part is not None}
+        super().__init__(list(distinct.values()))
+        self.members = [[i for i, part in enumerate(rows) if id(part) == key] for key in distinct]
+
+    def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
+        return self._scatter(x, lambda part, rows, step: part.delta_in(x[rows], step), step)
+
+    def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
+        return self._scatter(y, lambda part, rows, step: part.delta_out(x[rows], y[rows], step), step)
+
+    def _scatter(self, like: Tensor, change, step: Step) -> Tensor | None:
+        total = None
+        for i, (part, members) in enumerate(zip(self.parts, self.members, strict=True)):
+            rows = torch.tensor(members, device=like.device)
+            value = change(part, rows, step.child(i, rows))
+            if value is not None:
+                total = torch.zeros_like(like) if total is None else total
+                total = total.index_add(0, rows, value.to(total.dtype))
+        return total
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
+
+
+def _times(a: Tensor | None, weight: float) -> Tensor | None:
+    return None if a is None else a * weight
+
+
+def _sum(changes) -> Tensor | None:
+    total = None
+    for change in changes:
+        total = _plus(total, change)
+    return total

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from adapterhub.errors import HubError
-from adapterhub.hub import Hub, open  # noqa: A004
+from adapterhub.hub import Hub, open
 
 if TYPE_CHECKING:
     from adapterhub.method import Method

@@ -71,7 +71,10 @@ def parse(text: str) -> Node:
     node = parser.expression()
     parser.skip()
     if parser.at < len(text):
-        parser.fail("this does not belong to an expression", "join adapters with ' + ' or ' - ' (with spaces) and scale with 0.5*name")
+        parser.fail(
+            "this does not belong to an expression",
+            "join adapters with ' + ' or ' - ' (with spaces) and scale with 0.5*name",
+        )
     return node
 
 

@@ -53,6 +53,8 @@ class Modification:
     """It only reads the site's input: then stacking, mixing and any order are the same sum."""
     stateful: bool = False
     """It leaves something in Step.state for the next chunk of a sequence."""
+    stores: ClassVar[tuple[str, ...]] = ()
+    """The names of its tensors; an adapter that lacks one, or brings another, is refused."""
     constants: ClassVar[frozenset[str]] = frozenset()
     """Tensors that describe rather than learn (a scale); no method trains them."""
 
@@ -118,7 +120,8 @@ class Modification:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Modification:
         """A copy whose floating tensors have this dtype and device; gradients flow through. Itself if nothing changes."""
         moved = {
-            name: t.to(device=device, dtype=dtype if t.is_floating_point() else None) for name, t in self.tensors.items()
+            name: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+            for name, t in self.tensors.items()
         }
         if all(moved[name] is self.tensors[name] for name in moved):
             return self

@@ -70,13 +70,18 @@ def select(sites: Sequence[Site], targets: str | Sequence[str]) -> list[Site]:
 
     Raises UsageError if a target selects nothing."""
     if targets == "all-linear":
-        return [site for site in sites if site.linear and site.role != "head" and site.path.rpartition(".")[2] != "lm_head"]
+        return [
+            site for site in sites if site.linear and site.role != "head" and site.path.rpartition(".")[2] != "lm_head"
+        ]
     wanted = [targets] if isinstance(targets, str) else list(targets)
     chosen = []
     for target in wanted:
         hits = [s for s in sites if target == s.role or s.path == target or s.path.endswith(f".{target}")]
         if not hits:
             roles = sorted({s.role for s in sites if s.role}) or sorted({s.path.rpartition(".")[2] for s in sites})
-            raise UsageError(f"no site of this base is named {target!r}", f"use all-linear, a module's name, or one of: {', '.join(roles)}")
+            raise UsageError(
+                f"no site of this base is named {target!r}",
+                f"use all-linear, a module's name, or one of: {', '.join(roles)}",
+            )
         chosen += hits
     return [site for site in sites if site in set(chosen)]

@@ -18,6 +18,7 @@ class Bottleneck(Modification):
     parallel (1: reads the site's input x; 0, sequential: reads its output y) and activation (place in ACTIVATIONS)."""
 
     form = "bottleneck"
+    stores = ("down", "down_bias", "up", "up_bias", "scale", "parallel", "activation")
     constants = frozenset({"scale", "parallel", "activation"})
     dropout: float = 0.0
 

@@ -18,6 +18,7 @@ class LowRank(Modification):
 
     form = "low_rank"
     additive = True
+    stores = ("down", "up", "scale")
     constants = frozenset({"scale"})
     dropout: float = 0.0
     """Probability that an input is dropped while training; belongs to the method, so it is not stored."""

@@ -1,0 +1,139 @@
+"""An adapter in memory: a manifest and tensors, and what the tensors' names say of the modifications they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adapterhub import plugins
+from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError
+from adapterhub.manifest import Manifest, Release
+from adapterhub.modification import Modification, Step
+from adapterhub.sites import Site
+from adapterhub.tensors import load as load_tensors
+
+if TYPE_CHECKING:
+    from adapterhub.hub import Hub
+
+Modifications = dict[str, list[Modification]]
+"""{site path: what happens there, in order}."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    manifest: Manifest
+    tensors: dict[str, Tensor]
+    """Decoded, by their stored names, on the CPU."""
+
+    @classmethod
+    def load(cls, hub: Hub, release: Release) -> Adapter:
+        """From the hub's blobs: hash and header checked, codecs undone. Not for compositions, which have no tensors."""
+        manifest = release.manifest
+        tensors = load_tensors(hub.store.checked(manifest.files["tensors"].digest))
+        for codec in reversed(manifest.codecs):
+            tensors = part("codecs", codec.name, manifest)().decode(tensors)
+        return cls(manifest, tensors)
+
+    def modifications(self) -> Modifications:
+        """Fresh modifications over the tensors. Raises PluginError for a form that is not installed."""
+        return modifications_of(self.tensors, self.manifest)
+
+
+def part(group: str, name: str, manifest: Manifest | None = None):
+    """An installed part; if it is missing, the error names the package that the adapter was made with."""
+    if manifest and name not in plugins.names(group) and manifest.method and manifest.method.distribution:
+        raise PluginError(
+            f"{manifest.name} {manifest.version} needs the {group[:-1]} {name!r}, which is not installed",
+            f"it was made with {manifest.method.distribution}: install that package from a source you trust",
+        )
+    return plugins.load(group, name)
+
+
+def modifications_of(tensors: Mapping[str, Tensor], manifest: Manifest | None = None) -> Modifications:
+    """Tensors by their stored names, as modifications. All that is missing or left over is listed in one error."""
+    grouped: dict[tuple[str, str, int], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        pieces = name.rsplit(".", 3)
+        if len(pieces) < 4 or not pieces[2].isdecimal():
+            raise IntegrityError(
+                f"the tensor {name!r} is not named <site path>.<form>.<n>.<tensor>",
+                "if these are PEFT files, use: adapterhub import",
+            )
+        path, form, n, key = pieces
+        grouped.setdefault((path, form, int(n)), {})[key] = tensor
+    found: dict[str, dict[str, list[Modification]]] = {}
+    faults = []
+    for (path, form, n), named in sorted(grouped.items()):
+        cls = part("forms", form, manifest)
+        lacking, foreign = sorted(set(cls.stores) - set(named)), sorted(set(named) - set(cls.stores))
+        faults += [f"{path}.{form}.{n} has no {key!r}" for key in lacking]
+        faults += [f"{path}.{form}.{n}.{key} belongs to no {form}" for key in foreign]
+        if not lacking and not foreign:
+            found.setdefault(path, {}).setdefault(form, []).append(cls(**named))
+    if faults:
+        raise IntegrityError(
+            "the adapter's tensors are not whole:\n  " + "\n  ".join(faults), "get it again from its source"
+        )
+    if manifest is None:
+        return {path: [m for parts in forms.values() for m in parts] for path, forms in found.items()}
+    return {path: _in_order(path, forms, manifest) for path, forms in found.items()}
+
+
+def _in_order(path: str, found: dict[str, list[Modification]], manifest: Manifest) -> list[Modification]:
+    """The order at a site is the manifest's: tensor names count each form by itself."""
+    order = manifest.forms.get(path, [])
+    if sorted(order) != sorted(m.form for parts in found.values() for m in parts):
+        raise IntegrityError(
+            f"{manifest.name} {manifest.version}: the manifest names {order} at {path}, the tensors are {sorted(found)}",
+            "get it again from its source",
+        )
+    waiting = {form: iter(parts) for form, parts in found.items()}
+    return [next(waiting[form]) for form in order]
+
+
+def forms_of(modifications: Mapping[str, Sequence[Modification]]) -> dict[str, list[str]]:
+    """What the manifest says: site path -> the forms there, in order."""
+    return {path: [m.form for m in parts] for path, parts in sorted(modifications.items())}
+
+
+def fit(modifications: Mapping[str, Sequence[Modification]], sites: Sequence[Site], name: str) -> None:
+    """Raise IncompatibleBase unless every modification has its site and the right widths; all faults in one error."""
+    by_path = {site.path: site for site in sites}
+    faults = []
+    for path, parts in modifications.items():
+        if path not in by_path:
+            faults.append(f"{path}: no such site in this base")
+            continue
+        for modification in parts:
+            try:
+                modification.check(by_path[path].inputs, by_path[path].outputs)
+            except IncompatibleBase as error:
+                faults.append(f"{path}: {error}")
+    if faults:
+        raise IncompatibleBase(
+            f"{name} does not fit this base ({len(faults)} of {len(modifications)} sites):\n  " + "\n  ".join(faults),
+            "load it on the base it was made for: adapterhub show NAME",
+        )
+
+
+def require_effect(modifications: Modifications, sites: Sequence[Site], model: torch.nn.Module, name: str) -> None:
+    """Raise NoEffect if every modification leaves random hidden states exactly as they are."""
+    random = torch.Generator().manual_seed(0)
+    by_path = {site.path: site for site in sites}
+    for path, parts in modifications.items():
+        x = torch.randn(1, 4, by_path[path].inputs, generator=random)
+        y = torch.randn(1, 4, by_path[path].outputs, generator=random)
+        for modification in parts:
+            modification.bind(model.get_submodule(path))
+            local = modification.to("cpu", torch.float32)
+            changes = (local.delta_in(x, Step()), local.delta_out(x, y, Step()))
+            if any(change is not None and change.count_nonzero() for change in changes):
+                return
+    raise NoEffect(
+        f"{name} changes nothing: its modifications are zero at every site",
+        "check that it was trained and saved whole (a LoRA whose B is zero has never learned)",
+    )

@@ -1,0 +1,88 @@
+"""Saved compositions: an expression with every name pinned, as an adapter without tensors. No torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterhub.errors import IncompatibleBase, IntegrityError
+from adapterhub.expression import Node, Ref, parse, references, substitute
+from adapterhub.manifest import Base, Manifest, Parent, Reference, Release, check_name
+
+if TYPE_CHECKING:
+    from adapterhub.hub import Hub
+
+
+def compose(hub: Hub, expression: str, name: str, version: str | None = None) -> Release:
+    """Save a composition under a name. It installs, lists and runs as any other adapter.
+
+    Raises ExpressionError, NotFound, IncompatibleBase (its parts were made for unlike bases)."""
+    check_name(name)
+    pinned = pin(hub, parse(expression))
+    releases = {str(ref): hub.resolve(ref) for ref in references(pinned)}
+    manifest = Manifest(
+        name=name,
+        version="0.0.0",  # the hub assigns it
+        base=common_base(hub, list(releases.values())),
+        compose=str(pinned),
+        parents=[
+            Parent(name=r.name, version=r.version, digest=r.digest, relation="compose") for r in releases.values()
+        ],
+        licence=joined_licences(list(releases.values())),
+    )
+    return hub.publish(manifest, {}, version=version)[0]
+
+
+def pin(hub: Hub, node: Node) -> Node:
+    """The same expression with every name at an exact version."""
+
+    def exact(reference: Reference) -> Node:
+        release = hub.resolve(reference)
+        return Ref(Reference(release.name, release.version))
+
+    return substitute(node, exact)
+
+
+def expand(hub: Hub, node: Node) -> Node:
+    """The same expression with saved compositions replaced by what they are made of, all names exact."""
+
+    def inner(reference: Reference) -> Node:
+        release = hub.resolve(reference)
+        if release.manifest.compose is None:
+            return Ref(Reference(release.name, release.version))
+        for parent in release.manifest.parents:
+            if hub.resolve(Reference(parent.name, parent.version)).digest != parent.digest:
+                raise IntegrityError(
+                    f"{release} was made with another {parent.name}@{parent.version} than this hub has",
+                    f"install {release} again from its source into a hub of its own",
+                )
+        return expand(hub, parse(release.manifest.compose))
+
+    return substitute(node, inner)
+
+
+def common_base(hub: Hub, releases: list[Release]) -> Base:
+    """The base of the first, if all were made for the same one (or for copies of it). Raises IncompatibleBase."""
+    first = releases[0]
+    for other in releases[1:]:
+        if difference := base_difference(hub, first.manifest.base, other.manifest.base):
+            raise IncompatibleBase(
+                f"{first} was made for {first.manifest.base.name}, {other} for {other.manifest.base.name}: {difference}",
+                "adapters of one composition or merge share one base; train one of them again on the other's base",
+            )
+    return first.manifest.base
+
+
+def base_difference(hub: Hub, one: Base, other: Base) -> str:
+    """Why two recorded bases are different models; "" if they are the same or copies of each other."""
+    if (one.structure, one.sketch.digest) == (other.structure, other.sketch.digest):
+        return ""
+    from adapterhub.bases.fingerprint import compare_records
+
+    verdict = compare_records(one, hub.store.read(one.sketch.digest), other, hub.store.read(other.sketch.digest))
+    return verdict.reason if verdict.kind == "another" else ""
+
+
+def joined_licences(releases: list[Release]) -> str | None:
+    """The licences of all parents, joined as SPDX does; None if no parent states one."""
+    known = sorted({r.manifest.licence for r in releases if r.manifest.licence})
+    return " AND ".join(known) or None

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterhub import plugins
 from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError
 from adapterhub.manifest import Manifest, Release
 from adapterhub.modification import Modification, Step
 from adapterhub.sites import Site
-from adapterhub.tensors import load as load_tensors
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
@@ -33,6 +32,8 @@ class Adapter:
     def load(cls, hub: Hub, release: Release) -> Adapter:
         """From the hub's blobs: hash and header checked, codecs undone. Not for compositions, which have no tensors."""
         manifest = release.manifest
+        from adapterhub.tensors import load as load_tensors
+
         tensors = load_tensors(hub.store.checked(manifest.files["tensors"].digest))
         for codec in reversed(manifest.codecs):
             tensors = part("codecs", codec.name, manifest)().decode(tensors)
@@ -137,3 +138,20 @@ def require_effect(modifications: Modifications, sites: Sequence[Site], model: t
         f"{name} changes nothing: its modifications are zero at every site",
         "check that it was trained and saved whole (a LoRA whose B is zero has never learned)",
     )
+
+
+def as_parameters(parts: Modifications, device_at: Callable[[str], torch.device]) -> Modifications:
+    """The same modifications over float32 parameters on their site's device; constants and integers stay tensors."""
+
+    def parameters(part: Modification, path: str) -> Modification:
+        copy = part.to(device_at(path), torch.float32)
+        if copy is part:
+            copy = object.__new__(type(part))
+            copy.__dict__.update(part.__dict__)
+        copy.tensors = {
+            name: nn.Parameter(t.detach().clone()) if t.is_floating_point() and name not in part.constants else t
+            for name, t in copy.tensors.items()
+        }
+        return copy
+
+    return {path: [parameters(part, path) for part in here] for path, here in parts.items()}

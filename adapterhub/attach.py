@@ -39,7 +39,8 @@ class _Sequences:
 
     plan: Plan
     seen: int = 0
-    states: dict[str, dict] = field(default_factory=dict)
+    states: dict[str, dict] | None = None
+    """By site; None where gradients are on: a layer that a checkpoint runs again must start as it did the first time."""
 
 
 class Attachment:
@@ -104,28 +105,33 @@ class Attachment:
                 raise BatchError(
                     f"the attention mask has {mask.shape[0]} rows, the batch has {rows}", "give one mask per row"
                 )
-            if self._takes_positions and kwargs.get("position_ids") is None:
+            if self._takes_positions and kwargs.get("position_ids") is None and mask.shape[1] == seen + tokens:
                 positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
                 kwargs["position_ids"] = positions[:, -tokens:]
-            self._mask = None if bool(mask.all()) else mask[:, -tokens:].bool()
+            self._mask = mask[:, -tokens:].bool()
         elif mask is not None and self._plan.stateful:
-            raise BatchError("a form with streaming state needs a two-dimensional attention mask", "give (rows, tokens)")
+            raise BatchError(
+                "a form with streaming state needs a two-dimensional attention mask", "give (rows, tokens)"
+            )
         else:
             self._mask = None
-        self._sequences = self._of_cache(cache, seen) if cache is not None else _Sequences(self._plan)
+        self._sequences = self._continued(cache, seen) if seen else None
+        if self._sequences is None:
+            self._sequences = _Sequences(self._plan, states=None if torch.is_grad_enabled() else {})
         self._sequences.seen = seen + tokens
         return args, kwargs
 
-    def _of_cache(self, cache: object, seen: int) -> _Sequences:
-        if not seen:
-            return _Sequences(self._plan)
+    def _continued(self, cache: object, seen: int) -> _Sequences | None:
+        """The state left with this cache; None if no form here keeps any."""
+        if not self._plan.stateful:
+            return None
         known = self._by_cache.get(cache)
-        if self._plan.stateful and (known is None or known.plan is not self._plan or known.seen != seen):
+        if known is None or known.plan is not self._plan or known.seen != seen or known.states is None:
             raise BatchError(
                 "this key-value cache was not filled by these adapters up to here, and one of them keeps streaming state",
-                "start again from the whole text (assisted decoding, which cuts the cache, is not supported with such forms)",
+                "start again from the whole text under torch.no_grad(); decoding that cuts the cache is not supported",
             )
-        return known or _Sequences(self._plan)
+        return known
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output):
         missed = self._plan.sites.keys() - self._ran
@@ -186,6 +192,6 @@ class Attachment:
         ]
 
     def _state(self, path: str, modification: Modification) -> dict:
-        if not modification.stateful or torch.is_grad_enabled():
-            return {}  # a layer that a checkpoint runs again must start as it did the first time
+        if not modification.stateful or self._sequences.states is None:
+            return {}
         return self._sequences.states.setdefault(path, {})

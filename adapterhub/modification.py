@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adapterhub.errors import NotFoldable
+from adapterhub.sites import Site
 
 
 @dataclass
@@ -109,6 +110,13 @@ class Modification:
         from adapterhub.composers import Route
 
         return Route(parts)
+
+    @classmethod
+    def random(cls, site: Site) -> Modification | None:
+        """One with random tensors that moves the hidden states visibly, or None if the form does not suit the site.
+
+        The laws (`adapterhub plugins check`) are tried on these; random numbers from torch's global generator."""
+        raise NotImplementedError(f"the form {cls.form!r} gives no random example for the laws")
 
     # --- what every form has -----------------------------------------------------------------------------------
 

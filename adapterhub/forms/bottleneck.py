@@ -8,6 +8,7 @@ from torch.nn.functional import dropout, gelu, linear, relu, silu, tanh
 
 from adapterhub.errors import IncompatibleBase
 from adapterhub.modification import Modification, Step
+from adapterhub.sites import Site
 
 ACTIVATIONS = {"relu": relu, "gelu": gelu, "silu": silu, "tanh": tanh}
 """Stored as its place in this table: append, never reorder."""
@@ -35,6 +36,19 @@ class Bottleneck(Modification):
             "parallel": torch.tensor(int(parallel), dtype=torch.uint8),
             "activation": torch.tensor(list(ACTIVATIONS).index(activation), dtype=torch.uint8),
         }
+
+    @classmethod
+    def random(cls, site: Site) -> Bottleneck:
+        parallel = bool(torch.rand(()) < 0.5)
+        width = site.inputs if parallel else site.outputs
+        return cls(
+            down=torch.randn(6, width) * width**-0.5,
+            down_bias=torch.randn(6) * 0.1,
+            up=torch.randn(site.outputs, 6) * 0.1,
+            up_bias=torch.randn(site.outputs) * 0.05,
+            scale=torch.tensor(0.7),
+            **cls.switches(parallel, "gelu"),
+        )
 
     def check(self, inputs: int, outputs: int) -> None:
         rank, width = self.down.shape[0], inputs if self.additive else outputs

@@ -11,6 +11,7 @@ from torch.nn.functional import dropout, linear
 
 from adapterhub.errors import IncompatibleBase
 from adapterhub.modification import Modification, Step
+from adapterhub.sites import Site
 
 
 class LowRank(Modification):
@@ -47,6 +48,13 @@ class LowRank(Modification):
 
     def scaled(self, weight: float) -> LowRank:
         return LowRank(down=self.down, up=self.up, scale=self.scale * weight)
+
+    @classmethod
+    def random(cls, site: Site) -> LowRank | None:
+        if not site.linear:
+            return None
+        down, up = torch.randn(4, site.inputs) * site.inputs**-0.5, torch.randn(site.outputs, 4)
+        return cls(down=down, up=up * 0.1, scale=torch.tensor(1.5))
 
     @classmethod
     def join(cls, parts: Sequence[Modification]) -> LowRank:

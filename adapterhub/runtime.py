@@ -1,0 +1,310 @@
+"""The runtime: a base model with composed adapters on it, each row of a batch its own; inference and continued tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from adapterhub.adapter import Adapter, Modifications, as_parameters, fit
+from adapterhub.attach import Attachment, Plan
+from adapterhub.compose import expand, pin
+from adapterhub.composers import Stack
+from adapterhub.errors import BatchError, NotFoldable, UsageError
+from adapterhub.expression import Node, Ref, parse, references
+from adapterhub.manifest import Parent, Reference, Release, check_name, check_version
+from adapterhub.modification import Modification, named_tensors
+from adapterhub.plan import assemble, batched, stacked
+from adapterhub.sites import sites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from adapterhub.hub import Hub
+
+
+Adapters = str | Sequence[str | None] | None
+"""One expression for all rows, or one (or None, the bare base) for each row. None: what the model runs by default."""
+
+
+def load(
+    hub: Hub,
+    base: object,
+    expression: str | None = None,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    trainable: Sequence[str] = (),
+    force: bool = False,
+) -> Model:
+    """A base with an expression's adapters on it. base: known name, folder, repo id, or a loaded transformers model
+    (then dtype and device are its own). force loads adapters that were made for another base.
+
+    Raises NotFound, IncompatibleBase, ExpressionError, PluginError; UsageError for a trainable that is not in it."""
+    from adapterhub import bases
+    from adapterhub.bases.fingerprint import fingerprint
+
+    if isinstance(base, nn.Module):
+        model, tokenizer, print_of_base = base, None, fingerprint(base)
+        model.requires_grad_(False)
+    else:
+        resolved = bases.resolve(base)
+        model = bases.load_model(resolved, dtype, device)
+        tokenizer, print_of_base = bases.load_tokenizer(resolved), fingerprint(resolved.folder)
+    loaded = Model(model, tokenizer, hub=hub, fingerprint=print_of_base, force=force)
+    loaded.use(expression, trainable)
+    return loaded
+
+
+class Model:
+    """A transformers model that runs adapters. Not safe for several threads at once: one model, one caller."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        hub: Hub | None = None,
+        fingerprint: object = None,
+        force: bool = False,
+    ):
+        self.base, self.tokenizer, self.hub = base, tokenizer, hub
+        self.fingerprint, self._force = fingerprint, force
+        self.sites = sites(base)
+        self._attachment = Attachment(base)
+        self._by_release: dict[str, Modifications] = {}
+        """Adapters in memory, by "name@version"; the trainable ones hold nn.Parameters."""
+        self._trainable: dict[str, Modifications] = {}
+        self._nodes: dict[str, Node] = {}
+        self._plans: dict[tuple, Plan] = {}
+        self._default: str | None = None
+        self._new: Modifications = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    # --- what runs ---------------------------------------------------------------------------------------------
+
+    def use(self, expression: str | None, trainable: Sequence[str] = ()) -> None:
+        """What runs where a call names no adapters; tensors of the trainable ones become float32 parameters."""
+        node = self._node(expression)
+        leaves = {str(ref) for ref in references(node)} if node else set()
+        for text in trainable:
+            chosen = str(pin(self.hub, Ref(Reference.parse(text))))
+            if chosen not in leaves:
+                raise UsageError(f"{text!r} is not in {expression!r}, so it cannot be trained there", "add it: 'a + b'")
+            self._trainable[chosen] = as_parameters(self._adapter(chosen), self._device_at)
+            self._by_release[chosen] = self._trainable[chosen]
+        self._default = expression
+        self._plans.clear()
+
+    def attach_new(self, modifications: Mapping[str, Modification]) -> None:
+        """Put fresh modifications, to be trained, on top of what runs by default."""
+        parts = {path: [modification] for path, modification in modifications.items()}
+        fit(parts, self.sites, "the new adapter")
+        self._bind(parts)
+        self._new = as_parameters(parts, self._device_at)
+        self._plans.clear()
+
+    def _node(self, expression: str | None) -> Node | None:
+        if expression is None:
+            return None
+        if expression not in self._nodes:
+            if self.hub is None:
+                raise UsageError("this model has no hub to find adapters in", "load it with hub.load(...)")
+            self._nodes[expression] = expand(self.hub, parse(expression))
+        return self._nodes[expression]
+
+    def _adapter(self, key: str) -> Modifications:
+        """One adapter, checked against this base, on its device."""
+        if key not in self._by_release:
+            from adapterhub.bases.fingerprint import check_base
+
+            release = self.hub.resolve(key)
+            record = release.manifest.base
+            check_base(record, self.hub.store.read(record.sketch.digest), self.fingerprint, force=self._force)
+            parts = Adapter.load(self.hub, release).modifications()
+            fit(parts, self.sites, key)
+            parts = {
+                path: [part.to(self._device_at(path), self.base.dtype) for part in here] for path, here in parts.items()
+            }
+            self._bind(parts)
+            self._by_release[key] = parts
+        return self._by_release[key]
+
+    def _bind(self, parts: Modifications) -> None:
+        for path, here in parts.items():
+            for part in here:
+                part.bind(self.base.get_submodule(path))
+
+    def _device_at(self, path: str) -> torch.device:
+        return next(self.base.get_submodule(path).parameters()).device
+
+    def _parts(self, node: Node | None) -> Modifications:
+        return assemble(node, self._adapter, join=not self._training)
+
+    @property
+    def _training(self) -> bool:
+        return bool(self._trainable or self._new)
+
+    def _plan(self, adapters: Adapters, rows: int | None) -> Plan:
+        key = (adapters, rows) if isinstance(adapters, str | None) else (tuple(adapters), rows)
+        if key not in self._plans:
+            expressions = [adapters] if isinstance(adapters, str | None) else list(adapters)
+            distinct = {
+                expression: stacked([self._parts(self._node(expression)), self._new])
+                for expression in dict.fromkeys(expressions)
+            }
+            whole = batched([distinct[expression] for expression in expressions], join=not self._training)
+            while len(self._plans) >= 16:  # plans hold gathered tensors
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = Plan(whole, rows)
+        return self._plans[key]
+
+    @contextmanager
+    def running(self, adapters: Adapters = None, rows: int | None = None):
+        """Calls of `self.base` inside run these adapters (`rows`: how many rows a single expression is for)."""
+        if adapters is None:
+            adapters = self._default
+        if not isinstance(adapters, str | None):
+            rows = len(adapters)
+        with self._attachment.running(self._plan(adapters, rows)):
+            yield
+
+    # --- calls, as transformers has them -----------------------------------------------------------------------
+
+    def __call__(self, *args, adapters: Adapters = None, **kwargs):
+        """The base's forward pass with these adapters; the logits are at `.logits`, (rows, tokens, vocabulary)."""
+        with self.running(adapters):
+            return self.base(*args, **kwargs)
+
+    def generate(self, *args, adapters: Adapters = None, **kwargs) -> Tensor:
+        """transformers' generate. num_return_sequences repeats each row's adapters with it; beams are refused."""
+        config = kwargs.get("generation_config") or self.base.generation_config
+        beams = kwargs.get("num_beams") or config.num_beams or 1
+        if beams > 1:
+            raise BatchError(
+                "beam search moves rows between adapters, and is refused", "use num_beams=1; sampling works"
+            )
+        repeats = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
+        if adapters is not None and not isinstance(adapters, str):
+            adapters = [expression for expression in adapters for _ in range(repeats)]
+        with torch.no_grad(), self.running(adapters):
+            return self.base.generate(*args, **kwargs)
+
+    def complete(
+        self,
+        texts: Sequence[str],
+        adapters: Adapters = None,
+        max_new_tokens: int = 20,
+        **kwargs,
+    ) -> list[str]:
+        """Texts in, their continuations out (greedy unless sampling options of `generate` are given)."""
+        if self.tokenizer is None:
+            raise UsageError("this base has no tokenizer", "tokenise yourself and call generate(input_ids=...)")
+        if adapters is not None and not isinstance(adapters, str) and len(adapters) != len(texts):
+            raise BatchError(
+                f"{len(adapters)} adapters for {len(texts)} texts", "give one expression (or None) per text"
+            )
+        batch = self.tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left").to(self.device)
+        batch.pop("token_type_ids", None)
+        kwargs = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **kwargs}
+        out = self.generate(**batch, adapters=adapters, max_new_tokens=max_new_tokens, **kwargs)
+        return self.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    # --- training ----------------------------------------------------------------------------------------------
+
+    def training_mode(self, on: bool) -> None:
+        """Dropout in the adapters and in the base."""
+        self._attachment.training = on
+        self.base.train(on)
+
+    def trainable_tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by stored name; a name that two trainable adapters share is prefixed."""
+        together = [*self._trainable.items(), *([("new", self._new)] if self._new else [])]
+        named = [(key, name, t) for key, parts in together for name, t in named_tensors(parts).items()]
+        prefix = len(together) > 1
+        return {f"{key}:{name}" if prefix else name: t for key, name, t in named if isinstance(t, nn.Parameter)}
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return list(self.trainable_tensors().values())
+
+    def new_modifications(self) -> Modifications:
+        """What `attach_new` put there."""
+        return self._new
+
+    def trainable_modifications(self, text: str) -> Modifications:
+        """The parts of one trainable adapter."""
+        return self._trainable[self._trainable_key(text)]
+
+    def _trainable_key(self, text: str) -> str:
+        wanted = Reference.parse(text)
+        for key in self._trainable:
+            name, _, version = key.partition("@")
+            if wanted.name == name and wanted.at in (None, version):
+                return key
+        raise UsageError(f"{text!r} is not trainable here", f"trainable: {', '.join(self._trainable) or 'nothing'}")
+
+    def save(self, name: str, version: str | None = None) -> Release:
+        """A new version of a trainable adapter with its tensors as they are now. Its parents: the version it goes on
+        from, and the adapters it was trained over."""
+        from adapterhub.publish import publish_tensors
+
+        if version is not None:
+            check_version(version)
+        key = self._trainable_key(check_name(name))
+        before = self.hub.resolve(key)
+        others = [self.hub.resolve(r) for r in dict.fromkeys(references(self._node(self._default))) if str(r) != key]
+        parents = [Parent(name=before.name, version=before.version, digest=before.digest, relation="continue")]
+        parents += [Parent(name=r.name, version=r.version, digest=r.digest, relation="on") for r in others]
+        return publish_tensors(
+            self.hub,
+            self._trainable[key],
+            model=self,
+            name=before.name,
+            version=version,
+            like=before.manifest,
+            parents=parents,
+        )
+
+    # --- for good ----------------------------------------------------------------------------------------------
+
+    def fold(self) -> PreTrainedModel:
+        """The default expression folded into the base's weights, which are changed for good; returns the plain model.
+
+        Raises NotFoldable before anything is changed: for a form that is no change of a weight, a shift without a
+        bias to hold it, or a weight that another module shares."""
+        owners: dict[int, list[str]] = {}
+        for path, parameter in self.base.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(path)
+        folded: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            for path, parts in self._parts(self._node(self._default)).items():
+                module = self.base.get_submodule(path)
+                if not isinstance(module, nn.Linear):
+                    raise NotFoldable(f"{path} is not one weight", "run the adapter attached")
+                if len(owners[id(module.weight)]) > 1:
+                    raise NotFoldable(f"{path} shares its weight with another module", "run the adapter attached")
+                bias = None if module.bias is None else module.bias.float()
+                weight_change, bias_change = (
+                    Stack(parts).to(dtype=torch.float32).delta_weight(module.weight.float(), bias)
+                )
+                if weight_change is not None:
+                    folded.append((module.weight, module.weight.float() + weight_change))
+                if bias_change is not None:
+                    if module.bias is None:
+                        raise NotFoldable(f"{path} has no bias to hold the adapter's shift", "run the adapter attached")
+                    folded.append((module.bias, module.bias.float() + bias_change))
+            for parameter, value in folded:
+                parameter.copy_(value)
+        return self.detach()
+
+    def detach(self) -> PreTrainedModel:
+        """Take everything off again; returns the plain transformers model."""
+        self._attachment.detach()
+        self._plans.clear()
+        return self.base

@@ -1,0 +1,202 @@
+"""Base models: a known name, a folder or a Hugging Face repo id becomes a folder of safetensors, then a loaded model.
+
+A known name is an entry point of the group `adapterhub.bases`: a class whose instances have `note` (what its record
+says about it) and `folder() -> Path` (makes the folder if it must).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterhub import plugins
+from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
+from adapterhub.formats.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+REPO_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    """A base model on this machine."""
+
+    name: str
+    folder: Path
+    """Holds config.json and safetensors, perhaps a tokenizer."""
+    note: str = ""
+
+
+def cache_folder() -> Path:
+    """`ADAPTERHUB_CACHE`, else the platform's cache folder. Whatever lies there can be made again."""
+    if folder := os.environ.get("ADAPTERHUB_CACHE"):
+        return Path(folder).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("adapterhub"))
+
+
+def resolve(base: str | Path) -> ResolvedBase:
+    """A known name ("smollm2"), else a folder with config.json and safetensors, else a Hugging Face repo id, which is
+    downloaded (from its own cache when offline). Raises NotFound, or UnsafeFile for a folder of pickles."""
+    text = str(base)
+    if text in plugins.names("bases"):
+        known = plugins.load("bases", text)()
+        return ResolvedBase(text, known.folder(), known.note)
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        check_folder(folder)
+        return ResolvedBase(folder.resolve().name, folder.resolve())
+    if isinstance(base, Path) or folder.exists() or not REPO_ID.fullmatch(text):
+        raise NotFound(f"there is no base model at {text}", "give a folder with config.json and *.safetensors")
+    folder = _download(text)
+    check_folder(folder)
+    return ResolvedBase(text, folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a checkpoint in order: those that its index names, else the one file."""
+    import json
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise IntegrityError(f"{index} is not an index of safetensors", "get the base model again") from None
+        if not all(type(name) is str and name == Path(name).name for name in names):
+            raise UnsafeFile(f"{index} names files outside its folder", "get the base model from a source you trust")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise NotFound(f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} of {len(names)} files)",
+                           "get the base model again")  # fmt: skip
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def check_folder(folder: Path) -> None:
+    """Raises NotFound or UnsafeFile unless the folder holds config.json and all the safetensors it needs."""
+    if not (folder / "config.json").is_file():
+        raise NotFound(f"{folder} is no base model: it has no config.json", "give the folder of a transformers model")
+    if not weight_files(folder):
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise UnsafeFile(f"{folder} holds its weights as a pickle, which can run code when opened",
+                             "get a copy with safetensors")  # fmt: skip
+        raise NotFound(f"{folder} has no safetensors", "give the folder of a transformers model")
+
+
+def _download(repo: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=REPO_FILES, ignore_patterns=["*/*"]))
+    except errors.GatedRepoError:
+        raise NotFound(f"the base model {repo} is gated", "accept its terms on the Hub, then `hf auth login`") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        problem = f"the base model {repo!r} is not on this machine, and the Hub cannot be reached"
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        problem = f"no base model {repo!r}: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
+    near = get_close_matches(repo, plugins.names("bases"), 1)
+    raise NotFound(
+        problem,
+        f"did you mean {near[0]!r}?" if near
+        else f"give a folder, a repo id while online, or one of: {', '.join(plugins.names('bases'))}",
+    )  # fmt: skip
+
+
+def default_device(text: str | torch.device = "auto") -> torch.device:
+    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:n`. Raises UsageError for a device that is not there."""
+    import torch
+
+    text = str(text)
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise UsageError(f"unknown device {text!r}", "use auto, cpu, cuda or cuda:0")
+    device = torch.device(text)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"there is no device {text}: this machine has {count} CUDA devices", "use --device auto or cpu")
+    return device
+
+
+def load_model(
+    resolved: ResolvedBase, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The causal language model, in eval mode and frozen. dtype: "float32", "bfloat16", "float16", "auto" (as stored)
+    or torch's. No code from the folder ever runs. Raises IntegrityError if a weight is missing, IncompatibleBase if it
+    is no causal language model that transformers knows."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(dtype, str) and dtype not in ("float32", "bfloat16", "float16", "auto"):
+        raise UsageError(f"unknown dtype {dtype!r}", "use float32, bfloat16, float16 or auto")
+    device = default_device(device)
+    for file in weight_files(resolved.folder):
+        read_header(file)
+    with _quiet():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                resolved.folder,
+                dtype=dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, dtype),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+            raise IncompatibleBase(
+                f"{resolved.name} does not load as a causal language model: {str(error).strip().splitlines()[0]}",
+                "give another base model; models that bring their own code are not run",
+            ) from error
+    if info["missing_keys"]:
+        # transformers would fill them with random numbers.
+        raise IntegrityError(
+            f"{resolved.name} lacks weights of its own architecture: {', '.join(sorted(info['missing_keys'])[:3])}",
+            "get the base model again",
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(resolved: ResolvedBase) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the weights, or None if there is none."""
+    if not any((resolved.folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        try:
+            return AutoTokenizer.from_pretrained(resolved.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # tokenizers raise bare Exceptions on damaged files
+            raise HubError(
+                f"the tokenizer of {resolved.name} does not load: {str(error).strip().splitlines()[0]}",
+                "get the base model again",
+            ) from error
+
+
+@contextmanager
+def _quiet():
+    """transformers' progress bars and notices off while it loads; errors stay."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -49,4 +49,6 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     ]
     if bad:
         names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise UnsafeFile(f"NaN or infinite values in {names}", "train it again (a lower learning rate) or get a sound copy")
+        raise UnsafeFile(
+            f"NaN or infinite values in {names}", "train it again (a lower learning rate) or get a sound copy"
+        )

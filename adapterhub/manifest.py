@@ -110,7 +110,7 @@ class Parent(Struct):
 
 
 class Manifest(Struct):
-    """Everything about a release but its bytes. Its canonical JSON is a blob; that blob's digest names the release."""
+    """Everything about a release but its bytes. The digest of its canonical JSON names the release."""
 
     name: str
     version: str

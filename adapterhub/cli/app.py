@@ -1,0 +1,134 @@
+"""The command line: which commands there are, and the one place that prints errors."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from adapterhub.cli import doctor, make, packages, plugins, run
+from adapterhub.cli.output import SCHEMA_VERSION, clean, note
+from adapterhub.errors import HubError
+
+EPILOG = """\b
+Exit status:
+    0  done                       4  bytes are not what they should be
+    1  failed                     5  refused as unsafe
+    2  wrong use                130  interrupted
+    3  not found
+"""
+
+app = typer.Typer(
+    name="adapterhub",
+    epilog=EPILOG,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+PANELS = {
+    "Adapters in the hub": {
+        "init": packages.init,
+        "install": packages.install,
+        "list": packages.list_,
+        "show": packages.show,
+        "tag": packages.tag,
+        "rm": packages.rm,
+        "import": packages.import_,
+        "export": packages.export,
+    },
+    "Make adapters": {
+        "train": make.train,
+        "merge": make.merge,
+        "compress": make.compress,
+        "compose": make.compose,
+    },
+    "Use them": {"run": run.run, "chat": run.chat, "eval": run.eval_, "demo": run.demo},
+    "Look after the hub": {"verify": doctor.verify, "doctor": doctor.doctor},
+}
+for panel, commands in PANELS.items():
+    for name, function in commands.items():
+        app.command(name, rich_help_panel=panel)(function)
+app.command("ls", hidden=True)(packages.list_)
+app.add_typer(plugins.app, name="plugins", rich_help_panel="Look after the hub")
+
+# What the machine refuses, not what the code does wrong.
+_REFUSALS = {
+    errno.ENOSPC: "make room on the disk; nothing half-written is left behind",
+    errno.EDQUOT: "make room in your quota; nothing half-written is left behind",
+    errno.EROFS: "use a folder that can be written to",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"adapterhub {version('adapterhub')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The package manager and runtime for adapters.
+
+    \b
+    Example:
+      adapterhub demo
+    """
+    if context.invoked_subcommand is None:
+        context.get_help()
+
+
+def main() -> NoReturn:
+    """The entry point: run the command of `sys.argv` and exit with its status."""
+    warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+    sys.exit(_status(sys.argv[1:]))
+
+
+def _status(arguments: Sequence[str]) -> int:
+    def failed(kind: str, message: str, hint: str, code: int) -> int:
+        if "--json" in arguments:
+            error = {"kind": kind, "message": message, "hint": hint, "code": code}
+            print(json.dumps({"schema_version": SCHEMA_VERSION, "error": error}), file=sys.stderr)
+        else:
+            print(f"error: {clean(message)}" + (f"\nhint: {clean(hint)}" if hint else ""), file=sys.stderr)
+        return code
+
+    try:
+        status = typer.main.get_command(app).main(list(arguments), prog_name="adapterhub", standalone_mode=False)
+        sys.stdout.flush()
+        return status or 0
+    except HubError as error:
+        return failed(type(error).__name__, str(error), error.hint, error.code)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "adapterhub"
+        return failed("UsageError", error.format_message(), f"see {path} --help", error.exit_code)
+    except BrokenPipeError:  # whoever read our output has gone; let the interpreter's last flush go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        return failed("OSError", f"{error.strerror}{where}", _REFUSALS[error.errno], 1)
+    except Exception as error:
+        error.add_note("This is a bug in adapterhub, not a mistake of yours: please report it with the lines above.")
+        raise

@@ -1,0 +1,113 @@
+"""Commands that say whether a hub and its installation are sound."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sqlite3
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import typer
+
+import adapterhub
+from adapterhub import plugins
+from adapterhub.cli.output import Json, json_out, note, out
+from adapterhub.errors import HubError, PluginError
+
+LIBRARIES = ("adapterhub", "torch", "transformers", "peft", "safetensors", "huggingface-hub", "sqlalchemy")
+
+
+def verify(as_json: Json = False) -> None:
+    """Hash every byte of the hub again, and check that every parent is there.
+
+    Exit status 4 if something is wrong.
+
+    \b
+    Example:
+      adapterhub verify
+    """
+    hub = adapterhub.open()
+    problems = hub.verify()
+    if as_json:
+        listed = [{"path": str(p.path), "reason": p.reason, "releases": list(p.releases)} for p in problems]
+        json_out({"hub": str(hub.root), "problems": listed})
+    else:
+        for problem in problems:
+            out(problem)
+        note(f"{hub.root}: {len(problems)} problems" if problems else f"{hub.root} is sound")
+    if problems:
+        raise typer.Exit(4)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say what this installation consists of, and what is wrong with it.
+
+    Exit status 1 if something is.
+
+    \b
+    Example:
+      adapterhub doctor
+    """
+    facts, problems = {}, []
+    facts["python"] = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for library in LIBRARIES:
+        try:
+            facts[library] = version(library)
+        except PackageNotFoundError:
+            problems.append(f"{library} is not installed: install adapterhub again")
+    facts["sqlite"] = sqlite3.sqlite_version
+    facts["devices"] = _devices()
+    problems += _broken_parts()
+    try:
+        facts |= _hub(problems)
+    except HubError as error:
+        problems.append(f"{error} ({error.hint})")
+    if as_json:
+        json_out({"facts": facts, "problems": problems})
+    else:
+        for key, value in facts.items():
+            out(f"{key + ':':<17}{', '.join(value) if isinstance(value, list) else value}")
+        for problem in problems:
+            out(f"{'problem:':<17}{problem}")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _devices() -> list[str]:
+    import torch
+
+    found = [f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"]
+    return found + [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+
+
+def _broken_parts() -> list[str]:
+    broken = []
+    for group in plugins.GROUPS:
+        try:
+            names = plugins.names(group)
+        except PluginError as error:  # two packages bring one name
+            broken.append(f"{error} ({error.hint})")
+            continue
+        for name in names:
+            try:
+                plugins.load(group, name)
+            except PluginError as error:
+                broken.append(f"{error} ({error.hint})")
+    return broken
+
+
+def _hub(problems: list[str]) -> dict[str, Any]:
+    """Facts about the hub of this folder; what is wrong with it is added to the problems."""
+    hub = adapterhub.open()
+    problems += [str(problem) for problem in hub.verify()]
+    with sqlite3.connect(f"{(hub.root / 'hub.db').as_uri()}?mode=ro", uri=True) as connection:
+        (journal,) = connection.execute("PRAGMA journal_mode").fetchone()
+    connection.close()
+    rows = hub.releases()
+    return {
+        "hub": str(hub.root),
+        "journal": journal,
+        "adapters": len({row.name for row in rows}),
+        "releases": len(rows),
+    }

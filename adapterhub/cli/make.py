@@ -1,0 +1,153 @@
+"""Commands that make an adapter: by training, or of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import adapterhub
+from adapterhub.cli.output import Json, releases_out
+from adapterhub.cli.packages import Force, Licence, Name, Version
+from adapterhub.errors import UsageError
+
+BASE = typer.Option(help="Base model: a known name (smollm2), a folder or a Hugging Face repo id.")
+DEVICE = typer.Option(help="auto, cpu, cuda or cuda:N.")
+DTYPE = typer.Option(help="Of the base: float32, bfloat16, float16 or auto (as stored).")
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="An option of the part (adapterhub plugins show); may be repeated."
+    ),
+]
+
+
+def options_of(pairs: list[str] | None) -> dict[str, Any]:
+    """["r=8", "targets=q,v"] -> {"r": "8", "targets": "q,v"}; the part itself reads the values."""
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {pair!r} is no option", "write --set key=value, for example --set r=8")
+        if key in options:
+            raise UsageError(f"--set {key} is given twice", "give each option once; a list is written key=a,b")
+        options[key] = value
+    return options
+
+
+def weights_of(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(weight) for weight in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--weights {text!r} are not numbers", "write them with commas: --weights 1,0.5") from None
+
+
+def train(
+    data: Annotated[Path, typer.Option(help="JSONL: prompt and completion, messages, or text.")],
+    name: Annotated[str | None, typer.Option(help="Name of the adapter: [owner/]name; known with --continue.")] = None,
+    base: Annotated[str | None, BASE] = None,
+    method: Annotated[str | None, typer.Option(help="How: lora, bottleneck, ... (adapterhub plugins list).")] = None,
+    set_: Set = None,
+    on: Annotated[
+        list[str] | None, typer.Option(metavar="REF", help="Train over this frozen adapter; may be repeated.")
+    ] = None,
+    continue_: Annotated[str | None, typer.Option("--continue", metavar="REF", help="Go on with this adapter.")] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="Held-out JSONL, evaluated at the end.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of --epochs.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a step.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    device: Annotated[str | None, DEVICE] = None,
+    dtype: Annotated[str | None, DTYPE] = None,
+    version: Version = None,
+    licence: Licence = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter and store it as a new version.
+
+    Killed or interrupted, the same command goes on from its last checkpoint.
+
+    \b
+    Example:
+      adapterhub train --base smollm2 --method lora --data train.jsonl --name me/sentiment --set r=8 --steps 60
+    """
+    given = {
+        "base": base,
+        "method": method,
+        "name": name,
+        "on": on,
+        "continue_from": continue_,
+        "eval_data": eval_data,
+        "epochs": epochs,
+        "steps": steps,
+        "lr": lr,
+        "batch_size": batch_size,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "version": version,
+        "licence": licence,
+    }
+    # What is not given is left to the Hub, so that each default stands in one place.
+    given = {key: value for key, value in given.items() if value is not None}
+    release = adapterhub.open().train(data=data, options=options_of(set_), force=force, **given)
+    releases_out([release], as_json)
+
+
+def merge(
+    refs: Annotated[list[str], typer.Argument(metavar="REF...", help="The adapters.")],
+    name: Name,
+    merger: Annotated[str, typer.Option(help="How (adapterhub plugins list).")] = "linear",
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,...", help="One for each adapter; without it all 1.")
+    ] = None,
+    set_: Set = None,
+    version: Version = None,
+    as_json: Json = False,
+) -> None:
+    """Merge adapters into one of the same base.
+
+    \b
+    Example:
+      adapterhub merge me/a me/b --merger linear --weights 1,0.5 --name me/c
+    """
+    release = adapterhub.open().merge(
+        refs, merger=merger, weights=weights_of(weights), options=options_of(set_), name=name, version=version
+    )
+    releases_out([release], as_json)
+
+
+def compress(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="The adapter.")],
+    codec: Annotated[str, typer.Option(help="How (adapterhub plugins list).")],
+    name: Name,
+    set_: Set = None,
+    version: Version = None,
+    as_json: Json = False,
+) -> None:
+    """Store an adapter in fewer bytes, as a new one.
+
+    \b
+    Example:
+      adapterhub compress me/a --codec compeft --set density=0.2 --name me/a-small
+    """
+    release = adapterhub.open().compress(ref, codec=codec, options=options_of(set_), name=name, version=version)
+    releases_out([release], as_json)
+
+
+def compose(
+    expression: Annotated[str, typer.Argument(metavar="EXPR", help="For example: '0.7*me/a + me/b'.")],
+    name: Name,
+    version: Version = None,
+    as_json: Json = False,
+) -> None:
+    """Save a composition as an adapter: it takes no room of its own and pins the versions of its parts.
+
+    \b
+    Example:
+      adapterhub compose "0.7*me/a + me/b" --name me/stack
+    """
+    releases_out([adapterhub.open().compose(expression, name=name, version=version)], as_json)

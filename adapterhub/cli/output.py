@@ -1,0 +1,83 @@
+"""What the commands print: data to stdout, warnings to stderr, no colour, and no control characters of foreign text."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from adapterhub.index import kind
+from adapterhub.manifest import Release
+
+SCHEMA_VERSION = 1
+"""Of every JSON document; it changes when a field goes or changes its meaning, not when one is added."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+# C0 but tab and line feed, DEL and C1, and what reorders a line: all could make a terminal show what is not there.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: object) -> str:
+    """Text that no terminal takes for a command."""
+    return _CONTROL.sub("", str(text))
+
+
+def out(text: object = "") -> None:
+    print(clean(text))
+
+
+def note(text: object) -> None:
+    """What a person wants to know and a script does not."""
+    print(clean(text), file=sys.stderr)
+
+
+def json_out(document: Mapping[str, Any]) -> None:
+    print(json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=2, allow_nan=False))
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Aligned columns, nothing cut off, so that it can be read and piped."""
+    cells = [[re.sub(r"\s+", " ", clean(cell)) for cell in row] for row in [headers, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def size(count: int) -> str:
+    """1234567 -> "1.2 MB"."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            break
+        amount /= 1000
+    return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def stored(release: Release) -> int:
+    """Bytes of the release's own files (a composition has none)."""
+    return sum(file.size for file in release.manifest.files.values())
+
+
+def record(release: Release) -> dict[str, Any]:
+    """A release as JSON, without its manifest; the fields are those of `list`."""
+    return {
+        "name": release.name,
+        "version": release.version,
+        "digest": release.digest,
+        "method": kind(release.manifest),
+        "base": release.manifest.base.name,
+        "size": stored(release),
+    }
+
+
+def releases_out(releases: Sequence[Release], as_json: bool) -> None:
+    """What a verb has made or brought: one line each, or {"releases": [...]}."""
+    if as_json:
+        return json_out({"releases": [record(release) for release in releases]})
+    for release in releases:
+        out(f"{release}  {kind(release.manifest)}  {size(stored(release))}  {release.digest}")

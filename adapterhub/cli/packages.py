@@ -1,0 +1,175 @@
+"""Commands about releases: what is in the hub, what comes in and what goes out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+import adapterhub
+from adapterhub.cli.output import Json, json_out, note, out, record, releases_out, size, table
+from adapterhub.index import kind
+
+Ref = Annotated[
+    str, typer.Argument(metavar="REF", help="name, name@version or name@tag; a name alone is its newest version.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Do it although the base is another model.")]
+Licence = Annotated[str | None, typer.Option(help="Licence of the adapter, e.g. Apache-2.0.")]
+Name = Annotated[str, typer.Option(help="Name of what is made: [owner/]name.")]
+Version = Annotated[str | None, typer.Option(metavar="X.Y.Z", help="Its version; without it the next minor one.")]
+
+
+def init(
+    directory: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Where; the working directory if left out.")
+    ] = Path(),
+) -> None:
+    """Make a hub in a folder: hub.db, and the blobs beside it.
+
+    \b
+    Example:
+      adapterhub init my-adapters
+    """
+    out(adapterhub.open(directory, create=True).root)
+
+
+def install(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A folder or bundle, or HUB:name[@version] of another hub.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Copy an adapter and its parents into the hub, every byte checked.
+
+    \b
+    Example:
+      adapterhub install ../other-hub:me/sentiment@0.1.0
+    """
+    releases_out(adapterhub.open().install(source), as_json)
+
+
+def list_(
+    name: Annotated[str | None, typer.Argument(help="Only the releases of this adapter.")] = None, as_json: Json = False
+) -> None:
+    """List the adapters in the hub, newest version first (also: ls).
+
+    \b
+    Example:
+      adapterhub list --json
+    """
+    hub = adapterhub.open()
+    rows = hub.releases(name)
+    if as_json:
+        return json_out({"hub": str(hub.root), "releases": [asdict(row) for row in rows]})
+    if not rows:
+        return note(f"nothing in {hub.root} yet: adapterhub train, import or install brings the first")
+    cells = [(r.name, r.version, ", ".join(r.tags), r.method, r.base, size(r.size)) for r in rows]
+    table(("NAME", "VERSION", "TAGS", "METHOD", "BASE", "SIZE"), cells)
+
+
+def show(ref: Ref, as_json: Json = False) -> None:
+    """Show what a release is, and how, of what and for which base it was made.
+
+    \b
+    Example:
+      adapterhub show me/sentiment@0.1.0
+    """
+    release = adapterhub.open().resolve(ref)
+    manifest = release.manifest
+    if as_json:
+        return json_out({**record(release), "manifest": msgspec.to_builtins(manifest)})
+    base = manifest.base
+    facts = [("release", release), ("digest", release.digest), ("kind", kind(manifest))]
+    facts += [("base", f"{base.name} ({base.architecture}{', ' + base.note if base.note else ''})")]
+    facts += [("method", _made(manifest.method))] if manifest.method else []
+    facts += [("expression", manifest.compose)] if manifest.compose is not None else []
+    counts: dict[str, int] = {}
+    for forms in manifest.forms.values():
+        for form in forms:
+            counts[form] = counts.get(form, 0) + 1
+    facts += [("forms", ", ".join(f"{count} {form}" for form, count in counts.items()))] if counts else []
+    facts += [("parent", f"{p.name}@{p.version} ({p.relation})") for p in manifest.parents]
+    facts += [("codec", _made(codec)) for codec in manifest.codecs]
+    facts += [("file", f"{name}, {size(file.size)}, {file.digest}") for name, file in manifest.files.items()]
+    facts += [("recipe", f"{key} = {value}") for key, value in manifest.recipe.items()]
+    facts += [("metric", f"{key} = {value}") for key, value in manifest.metrics.items()]
+    facts += [("licence", manifest.licence or "not stated")]
+    for key, value in facts:
+        out(f"{key + ':':<12}{value}")
+
+
+def _made(made) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in made.options.items())
+    return (
+        made.name + (f" ({options})" if options else "") + (f", from {made.distribution}" if made.distribution else "")
+    )
+
+
+def tag(ref: Ref, name: Annotated[str, typer.Argument(metavar="TAG", help="For example: stable.")]) -> None:
+    """Point a tag at a release, so that me/x@TAG names it.
+
+    \b
+    Example:
+      adapterhub tag me/sentiment@0.2.0 stable
+    """
+    out(adapterhub.open().tag(ref, name))
+
+
+def rm(
+    ref: Ref, force: Annotated[bool, typer.Option("--force", help="Although others were made from it.")] = False
+) -> None:
+    """Remove a release, and the bytes that nothing else needs.
+
+    A name alone removes all its versions.
+
+    \b
+    Example:
+      adapterhub rm me/sentiment@0.1.0
+    """
+    for gone in adapterhub.open().remove(ref, force=force):
+        out(gone)
+
+
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with adapter_config.json.")],
+    name: Name,
+    version: Version = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model, if the folder does not name one that is at hand.")
+    ] = None,
+    licence: Licence = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Take a PEFT adapter (LoRA, rsLoRA) into the hub.
+
+    \b
+    Example:
+      adapterhub import runs/my-lora --name me/x --base smollm2
+    """
+    release = adapterhub.open().import_adapter(
+        folder, name=name, version=version, base=base, licence=licence, force=force
+    )
+    releases_out([release], as_json)
+
+
+def export(
+    ref: Ref,
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    format: Annotated[str, typer.Option(help="peft, or bundle for another hub.")] = "peft",
+) -> None:
+    """Write an adapter out, for PEFT or for another hub.
+
+    \b
+    Example:
+      adapterhub export me/sentiment --format peft out/sentiment
+    """
+    hub = adapterhub.open()
+    if format == "bundle":
+        hub.export_bundle(ref, folder)
+    else:
+        hub.export(ref, folder, format=format)
+    out(folder)

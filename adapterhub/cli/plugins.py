@@ -1,0 +1,112 @@
+"""Commands about installed parts: forms, methods, mergers, codecs and bases."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, asdict, fields
+from inspect import getdoc
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapterhub import plugins
+from adapterhub.cli.output import Json, json_out, out, table
+from adapterhub.errors import PluginError
+
+app = typer.Typer()
+
+Part = Annotated[str, typer.Argument(metavar="NAME", help="As adapterhub plugins list shows it.")]
+
+
+@app.callback(invoke_without_command=True)
+def start(context: typer.Context) -> None:
+    """List and check the installed parts, or start a package of your own.
+
+    Parts are forms, methods, mergers, codecs and bases; ours and those of other packages come through the same door.
+
+    \b
+    Example:
+      adapterhub plugins list
+    """
+    if context.invoked_subcommand is None:
+        context.get_help()
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List the installed parts and the packages that bring them, without importing any.
+
+    \b
+    Example:
+      adapterhub plugins list
+    """
+    rows = [
+        (group, name, plugins.distribution(group, name)) for group in plugins.GROUPS for name in plugins.names(group)
+    ]
+    if as_json:
+        return json_out({"plugins": [dict(zip(("group", "name", "distribution"), row, strict=True)) for row in rows]})
+    table(("GROUP", "NAME", "PACKAGE"), rows)
+
+
+@app.command()
+def show(name: Part) -> None:
+    """Show what a part is and which options it takes.
+
+    \b
+    Example:
+      adapterhub plugins show lora
+    """
+    groups = [group for group in plugins.GROUPS if name in plugins.names(group)]
+    if not groups:
+        raise PluginError(f"no part named {name!r} is installed", "adapterhub plugins list shows what is")
+    for group in groups:
+        part = plugins.load(group, name)
+        out(f"{group[:-1]} {name}, from {plugins.distribution(group, name)}")
+        out(getdoc(part) or "no description")
+        config = getattr(part, "Config", None)
+        if config is not None and fields(config):
+            table(("OPTION", "TYPE", "DEFAULT"), [_option(field) for field in fields(config)])
+
+
+def _option(field: Field) -> tuple[str, str, str]:
+    if field.default_factory is not MISSING:
+        default = repr(field.default_factory())
+    else:
+        default = "must be given" if field.default is MISSING else repr(field.default)
+    return field.name, str(field.type), default
+
+
+@app.command()
+def check(name: Part, as_json: Json = False) -> None:
+    """Run the laws over a part: what every form, method, merger and codec must keep.
+
+    Exit status 1 if it breaks one.
+
+    \b
+    Example:
+      adapterhub plugins check loreft
+    """
+    from adapterhub.testing import check as run_laws
+
+    results = run_laws(name)
+    if as_json:
+        json_out({"name": name, "results": [asdict(result) for result in results]})
+    else:
+        table(("GROUP", "LAW", "VERDICT", "DETAIL"), [(r.group, r.law, r.verdict, r.detail) for r in results])
+    if any(result.verdict == "failed" for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the part: small letters, digits and dashes.")],
+) -> None:
+    """Start a package with a form and a method of its own, in the folder adapterhub-NAME.
+
+    \b
+    Example:
+      adapterhub plugins new shift && pip install ./adapterhub-shift && adapterhub plugins check shift
+    """
+    from adapterhub.scaffold import make
+
+    out(make(name, Path.cwd()))

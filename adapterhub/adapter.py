@@ -34,7 +34,7 @@ class Adapter:
         manifest = release.manifest
         from adapterhub.tensors import load as load_tensors
 
-        tensors = load_tensors(hub.store.checked(manifest.files["tensors"].digest))
+        tensors = load_tensors(hub.store.checked(manifest.files["tensors"]))
         for codec in reversed(manifest.codecs):
             tensors = part("codecs", codec.name, manifest)().decode(tensors)
         return cls(manifest, tensors)

@@ -103,7 +103,7 @@ class _Parser:
             sign = self.text[self.at : self.at + 1]
             if sign not in ("+", "-") or not sign:
                 break
-            if self.text[self.at - 1] != " " or self.text[self.at + 1 : self.at + 2] != " ":
+            if self.text[self.at - 1] != " " or self.text[self.at + 1 : self.at + 2] not in (" ", ""):
                 self.fail(f"a {sign} between adapters needs a space on both sides", f"write: a {sign} b")
             self.at += 1
             node = self.term()

@@ -14,29 +14,11 @@ def _clean_environment(monkeypatch, tmp_path_factory):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
 
 
-def make_tiny(seed=0, vocab=96, **changes):
+def make_tiny(seed=0, vocabulary=96, **changes):
     """A random Llama: 2 layers, width 32, 4 heads over 2 key-value heads. float32, eval."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from adapterhub.testing.bed import tiny_llama
 
-    config = LlamaConfig(
-        **{
-            "vocab_size": vocab,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.2,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            **changes,
-        }
-    )
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(seed, vocabulary, **changes)
 
 
 @pytest.fixture

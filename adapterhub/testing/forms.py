@@ -1,0 +1,197 @@
+"""The laws of forms and composers. Each takes a form's class and raises AssertionError, or Declined, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from adapterhub.adapter import Modifications, modifications_of
+from adapterhub.attach import Attachment, Plan
+from adapterhub.composers import Mix, Route, Scaled, Stack
+from adapterhub.errors import NotFoldable
+from adapterhub.modification import Modification, Step, named_tensors
+from adapterhub.plan import batched, stacked
+from adapterhub.sites import sites
+from adapterhub.testing.bed import alone, decoded, distance, logits, random_adapter, tiny_llama
+
+EXACT = 1e-9
+"""Of the largest logit, in float64."""
+
+
+class Declined(Exception):
+    """The law does not apply to this part, which says so itself."""
+
+
+def _bed(device: str, dtype: torch.dtype = torch.float64) -> Attachment:
+    return Attachment(tiny_llama().to(device, dtype))
+
+
+def _sequences(device: str, lengths: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, 96, (n,), generator=generator).to(device) for n in lengths]
+
+
+def _scaled(adapter: Modifications, weight: float) -> Modifications:
+    return {path: [Scaled(Stack(parts), weight)] for path, parts in adapter.items()}
+
+
+def _rows(form: type[Modification], model: torch.nn.Module) -> list[Modifications]:
+    """Six unlike programs: two adapters, the two stacked, one at a quarter, a mix, and the bare base."""
+    a, b = random_adapter(form, model, 1), random_adapter(form, model, 2)
+    mixed = {path: [Mix([Stack(a[path]), Scaled(Stack(b[path]), -0.5)])] for path in a}
+    return [a, b, stacked([a, b]), _scaled(a, 0.25), mixed, {}]
+
+
+def stores(form: type[Modification], device: str) -> None:
+    """Its tensors are the ones it declares."""
+    for parts in random_adapter(form, tiny_llama(), 0).values():
+        assert set(parts[0].tensors) == set(form.stores), (
+            f"declares {sorted(form.stores)}, holds {sorted(parts[0].tensors)}"
+        )
+    assert set(form.constants) <= set(form.stores), "a constant that it does not store"
+
+
+def rows(form: type[Modification], device: str) -> None:
+    """A routed, padded batch gives each row what it gets alone and unpadded; every row differs from the base."""
+    bed = _bed(device)
+    programs, sequences = _rows(form, bed.base), _sequences(device, (5, 9, 3, 7, 8, 6))
+    for side in ("left", "right"):
+        for row, got in enumerate(logits(bed, programs, sequences, side)):
+            want = alone(bed, programs[row], sequences[row])
+            assert distance(got, want) <= EXACT, f"row {row}, padded {side}: off by {distance(got, want):.1e}"
+            base = alone(bed, {}, sequences[row])
+            assert row == 5 or distance(want, base) > 1e-3, f"row {row} does not differ from the base"
+
+
+def decode(form: type[Modification], device: str) -> None:
+    """A padded prefill and cached steps give what one full forward gives."""
+    bed = _bed(device)
+    programs, sequences = _rows(form, bed.base), _sequences(device, (12, 15, 10, 17, 13, 11))
+    for side in ("left", "right"):
+        for row, got in enumerate(decoded(bed, programs, sequences, side, steps=8)):
+            want = alone(bed, programs[row], sequences[row])
+            assert distance(got, want) <= EXACT, f"row {row}, padded {side}: off by {distance(got, want):.1e}"
+
+
+def fold(form: type[Modification], device: str) -> None:
+    """Hooked equals folded into the weights, stacked and scaled too."""
+    bed = _bed(device)
+    programs, sequence = _rows(form, bed.base)[:5], _sequences(device, (9,))[0]
+    for row, program in enumerate(programs):
+        want = alone(bed, program, sequence)
+        before = {path: bed.base.get_submodule(path).weight.detach().clone() for path in program if _linear(bed, path)}
+        if len(before) < len(program):
+            raise Declined("it sits on modules that are no single weight")
+        for path, parts in program.items():
+            weight = bed.base.get_submodule(path).weight
+            try:
+                change, shift = Stack(parts).delta_weight(weight, None)
+            except NotFoldable as error:
+                raise Declined(str(error)) from None
+            assert shift is None, "a shift needs a bias: tell it by NotFoldable where there is none"
+            weight.data += change
+        got = alone(bed, {}, sequence)
+        assert distance(got, want) <= EXACT, f"program {row}: off by {distance(got, want):.1e}"
+        for path, weight in before.items():
+            bed.base.get_submodule(path).weight.data = weight
+
+
+def _linear(bed: Attachment, path: str) -> bool:
+    return isinstance(bed.base.get_submodule(path), torch.nn.Linear)
+
+
+def save(form: type[Modification], device: str) -> None:
+    """Stored and read again by names alone it does exactly the same."""
+    from adapterhub.tensors import dump, load
+
+    bed = _bed(device, torch.float32)
+    adapter, sequence = random_adapter(form, bed.base, 1), _sequences(device, (9,))[0]
+    read = modifications_of(load(dump(named_tensors(adapter))))
+    read = {path: [part.to(device) for part in parts] for path, parts in read.items()}
+    for path, parts in read.items():
+        parts[0].bind(bed.base.get_submodule(path))
+    assert torch.equal(alone(bed, read, sequence), alone(bed, adapter, sequence))
+
+
+def dtype_and_device(form: type[Modification], device: str) -> None:
+    """A float32 adapter on a bfloat16 base works in the base's dtype, on its device."""
+    bed = _bed(device, torch.bfloat16)
+    exact = alone(_bed(device, torch.float32), random_adapter(form, tiny_llama().to(device), 1), _sequences(device, (9,))[0])
+    got = alone(bed, random_adapter(form, tiny_llama().to(device), 1), _sequences(device, (9,))[0])
+    assert got.dtype == torch.bfloat16 and got.device.type == device
+    assert distance(got.float(), exact) < 0.15, f"off by {distance(got.float(), exact):.2f} in bfloat16"
+
+
+def algebra(form: type[Modification], device: str) -> None:
+    """What it says of itself holds: additive, scaled, join, rows."""
+    bed = _bed(device)
+    a, b = random_adapter(form, bed.base, 1), random_adapter(form, bed.base, 2)
+    widths = {site.path: site for site in sites(bed.base)}
+    torch.manual_seed(3)
+    for path in a:
+        one, two = a[path][0], b[path][0]
+        x = torch.randn(2, 5, widths[path].inputs, dtype=torch.float64, device=device)
+        y = torch.randn(2, 5, widths[path].outputs, dtype=torch.float64, device=device)
+        change = _change(one, x, y)
+        if one.additive:
+            assert not one.changes_input, "additive, yet it changes the input"
+            assert torch.equal(change, _change(one, x, torch.zeros_like(y))), "additive, yet it reads the output"
+        assert torch.allclose(_change(one.scaled(-0.3), x, y), -0.3 * change, rtol=1e-9, atol=1e-12), "scaled"
+        joined = form.join([one, two])
+        if joined is not None:
+            stack = _change(Stack([one, two]), x, y)
+            assert torch.allclose(_change(joined, x, y), stack, rtol=1e-9, atol=1e-12), "join is not the stack"
+        for members in ([one, None], [two, one]):
+            got, want = _change(form.rows(members), x, y), _change(Route(members), x, y)
+            assert torch.allclose(got, want, rtol=1e-9, atol=1e-12), "rows"
+
+
+def _change(modification: Modification, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    step = Step()
+    into = modification.delta_in(x, step)
+    x = x if into is None else x + into
+    out = modification.delta_out(x, y, step)
+    return torch.zeros_like(y) if out is None else out
+
+
+def composers(form: type[Modification], device: str) -> None:
+    """Stack() and Mix([0*m]) are the base; Stack(m), Mix([m]) and 1*m are m."""
+    bed, sequence = _bed(device), _sequences(device, (9,))[0]
+    adapter = random_adapter(form, bed.base, 1)
+    base, own = alone(bed, {}, sequence), alone(bed, adapter, sequence)
+
+    def as_(make: Callable[[Modification], Modification]) -> torch.Tensor:
+        return alone(bed, {path: [make(parts[0])] for path, parts in adapter.items()}, sequence)
+
+    assert torch.equal(as_(lambda m: Stack([])), base)
+    assert distance(as_(lambda m: Mix([Scaled(m, 0.0)])), base) <= EXACT
+    for same in (lambda m: Stack([m]), lambda m: Mix([m]), lambda m: Scaled(m, 1.0), lambda m: Stack([Stack([m]), Mix([])])):
+        assert distance(as_(same), own) <= EXACT
+
+
+def gradients(form: type[Modification], device: str) -> None:
+    """Every tensor that learns gets a gradient, and gradient checkpointing gives the same ones."""
+    from adapterhub.adapter import as_parameters
+
+    sequence = _sequences(device, (9,))[0][None]
+    found = []
+    for checkpointing in (False, True):
+        bed = _bed(device)
+        bed.base.requires_grad_(False)
+        if checkpointing:
+            bed.base.activation_checkpointing_enable()
+            bed.base.train()
+        adapter = as_parameters(random_adapter(form, bed.base, 1), lambda path: torch.device(device))
+        with bed.running(Plan(batched([adapter], join=False))):
+            bed.base(input_ids=sequence, labels=sequence, use_cache=False).loss.backward()
+        named = named_tensors(adapter)
+        found.append({name: t.grad for name, t in named.items() if isinstance(t, torch.nn.Parameter)})
+    plain, checkpointed = found
+    assert plain, "nothing of it learns: every tensor is a constant"
+    for name, gradient in plain.items():
+        assert gradient is not None and gradient.count_nonzero(), f"{name} gets no gradient"
+        assert torch.allclose(gradient, checkpointed[name], rtol=1e-6, atol=1e-9), f"{name}: checkpointing changes it"
+
+
+LAWS = (stores, rows, decode, fold, save, dtype_and_device, algebra, composers, gradients)

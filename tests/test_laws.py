@@ -1,0 +1,36 @@
+"""Every law over every installed part, and a table that pins which laws each built-in declines."""
+
+import pytest
+
+from adapterhub import plugins
+from adapterhub.testing import check_part, laws
+
+DECLINED = {
+    ("forms", "bottleneck"): {"fold"},
+    ("forms", "low_rank"): set(),
+    ("forms", "subspace"): {"fold"},
+    ("methods", "bottleneck"): set(),
+    ("methods", "lora"): set(),
+    ("methods", "loreft"): set(),
+    ("mergers", "linear"): set(),
+    ("codecs", "compeft"): set(),
+    ("codecs", "svd"): set(),
+}
+"""Part -> the laws it declines; it runs all others of its group."""
+
+PARTS = [(group, name) for group in ("forms", "methods", "mergers", "codecs") for name in plugins.names(group)]
+
+
+@pytest.mark.parametrize(("group", "name"), PARTS)
+def test_laws(group, name, device):
+    results = check_part(group, name, device)
+    failed = [f"{r.law}: {r.detail}" for r in results if r.verdict == "failed"]
+    assert not failed, "\n".join(failed)
+    assert [r.law for r in results] == [law.__name__ for law in laws(group)]
+    declined = {r.law for r in results if r.verdict == "declined"}
+    assert declined == DECLINED.get((group, name), declined)
+
+
+def test_the_table_covers_what_is_ours():
+    ours = {(g, n) for g, n in PARTS if plugins.distribution(g, n).startswith("adapterhub")}
+    assert ours == set(DECLINED)

@@ -1,0 +1,135 @@
+"""Are two sketches the same model, a rounded or quantised copy of it, or another one?
+
+A mean tolerance cannot tell: ten steps of training move a model less (relative rms 3e-4) than a bfloat16 copy (1.4e-3)
+or an int8 copy (7e-3) does. What tells is the kind of difference: rounding is bounded value by value, and quantising
+leaves values on a grid, with errors spread evenly over a step. Training does neither.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adapterhub.bases.sketch import unpack
+
+UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
+"""The unit roundoff: how far, relatively, a value moves at most when it is rounded to the type."""
+TINY = 2**-24
+"""float16's smallest step near zero."""
+TWICE = 2**-11
+"""Room for a copy that was rounded on the way (float32 to float16 to bfloat16)."""
+GROUPS = (32, 64, 128, 0)
+"""Values that share one scale in the usual quantised formats; 0 is a whole row."""
+PASS = 0.75
+"""Of the rows of a tensor, how many must look quantised."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the base in use is to the recorded one."""
+
+    kind: Literal["same", "copy", "another"]
+    """same weights (perhaps stored in bfloat16) | rounded or quantised copy | another model"""
+    distance: float
+    """Relative rms of the difference over the sketched values; infinite if the shapes differ."""
+    reason: str
+
+
+def compare_sketches(recorded: bytes, current: bytes) -> Verdict:
+    """What the model sketched as `current` is to the one sketched as `recorded`."""
+    if recorded == current:
+        return Verdict("same", 0.0, "equal")
+    structure, rows = unpack(recorded)
+    other_structure, other_rows = unpack(current)
+    if structure != other_structure:
+        return Verdict("another", math.inf, _first_difference(json.loads(structure), json.loads(other_structure)))
+    difference = sum(float((rows[name].double() - other_rows[name].double()).square().sum()) for name in rows)
+    size = sum(float(tensor.double().square().sum()) for tensor in rows.values())
+    distance = math.sqrt(difference / size) if size else math.sqrt(difference)
+    kinds = set()
+    for name in sorted(rows):
+        kind = _judge(rows[name], other_rows[name])
+        if kind is None:
+            far = float(
+                (rows[name].float() - other_rows[name].float()).norm() / rows[name].float().norm().clamp(min=1e-30)
+            )
+            reason = f"{name} differs by {far:.2g} (relative rms), and not as rounding or quantising does"
+            return Verdict("another", distance, reason)
+        kinds.add(kind)
+    if "quantised" in kinds:
+        return Verdict("copy", distance, "one is a quantised copy of the other")
+    if "rounded" in kinds:
+        return Verdict("copy", distance, "one is a rounded copy of the other")
+    return Verdict("same", distance, "equal to the last bit of bfloat16")
+
+
+def _first_difference(recorded: dict, current: dict) -> str:
+    for name in sorted(recorded.keys() & current.keys()):
+        if recorded[name] != current[name]:
+            return f"{name} has the shape {tuple(current[name])}, the recorded base had {tuple(recorded[name])}"
+    if missing := sorted(recorded.keys() - current.keys()):
+        return f"it has no {missing[0]}, which the recorded base had"
+    return f"it has {min(current.keys() - recorded.keys())}, which the recorded base had not"
+
+
+def _judge(a: Tensor, b: Tensor) -> str | None:
+    """How the rows of one tensor differ: "equal", "rounded" or "quantised"; None if in no such way."""
+    unit_a, unit_b = UNIT[a.dtype], UNIT[b.dtype]
+    a, b = a.float(), b.float()
+    d = (a - b).abs()
+    if bool(((a.bfloat16() == b.bfloat16()) | (d <= TINY)).all()):
+        return "equal"
+    within = d <= (max(unit_a, unit_b) + TWICE) * torch.maximum(a.abs(), b.abs()) + TINY
+    if unit_a != unit_b and bool(within.all()):
+        return "rounded"
+    passed = (a.bfloat16() == b.bfloat16()).all(1) | (within.all(1) if unit_a != unit_b else False)
+    for on_grid, unit, free, unit_free in ((b, unit_b, a, unit_a), (a, unit_a, b, unit_b)):
+        for group in GROUPS:
+            size = group or a.shape[1]
+            if a.shape[1] % size or size < 8:
+                continue
+            q, f = on_grid.reshape(len(a), -1, size), free.reshape(len(a), -1, size)
+            for zero, step in _grids(q, whole_row=not group):
+                passed = passed | _quantised(q, f, zero, step, unit, unit_free)
+                if passed.float().mean() >= PASS:
+                    return "quantised"
+    return None
+
+
+def _grids(q: Tensor, whole_row: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Zero point and step, each (rows, groups, 1), that the usual formats would have used to make q (rows, groups, n)."""
+    low, high = q.amin(-1, keepdim=True), q.amax(-1, keepdim=True)
+    largest = torch.maximum(high, -low)
+    none = torch.zeros_like(low)
+    yield low, (high - low) / 15  # Q4_1
+    yield none, largest / 127  # int8, Q8_0
+    yield none, largest / 8  # Q4_0
+    yield none, largest / 7  # int4
+    if whole_row:
+        # A scale whose largest value may lie beyond the values kept: the smallest gap between two values.
+        gaps = q.sort(-1).values.diff(dim=-1)
+        yield none, gaps.masked_fill(gaps <= 1e-5 * largest, math.inf).amin(-1, keepdim=True)
+
+
+def _quantised(q: Tensor, f: Tensor, zero: Tensor, step: Tensor, unit: float, unit_free: float) -> Tensor:
+    """Which rows (rows,) of q, all (rows, groups, n), are on the grid, with f spread evenly around the grid's points."""
+    step = torch.where(step.isfinite() & (step > 0), step, math.inf)
+    code = (q - zero) / step
+    # What the rounding of q (and of the zero point and the step read off it) can move a code.
+    noise = unit * (q.abs() + zero.abs() + 2 * (q - zero).abs()) / step + 1e-3
+    telling = (noise < 0.25) & step.isfinite()
+    on_grid = ((code - code.round()).abs() <= noise) & telling
+    enough = telling.sum((1, 2)) >= 0.1 * q[0].numel()
+    fits = on_grid.sum((1, 2)) >= 0.98 * telling.sum((1, 2))
+    error = (q - f).abs() / step
+    # An end of the grid may have been cut to (Q4_0 has -8 but not +8).
+    end = (q == q.amin(-1, keepdim=True)) | (q == q.amax(-1, keepdim=True))
+    over = error > torch.where(end, 1.02, 0.515) + (unit * q.abs() + unit_free * f.abs()) / step
+    rms = error.square().mean((1, 2)).sqrt()
+    return enough & fits & (over.float().mean((1, 2)) <= 0.004) & (rms >= 0.15) & (rms <= 0.4)

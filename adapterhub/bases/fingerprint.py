@@ -1,0 +1,104 @@
+"""The fingerprint of a base model: what an adapter records of the model it was made for, and the check against it.
+
+Three verdicts: the same weights, a rounded or quantised copy of them (loads with a warning), another model (refused).
+The recipe, and what it cannot tell, is in docs/fingerprint.md.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from adapterhub.bases import ResolvedBase, sketch
+from adapterhub.bases.compare import Verdict, compare_sketches
+from adapterhub.errors import IncompatibleBase, IntegrityError
+from adapterhub.manifest import Base, File, digest_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class BaseWarning(UserWarning):
+    """The base in use is not quite the one that the adapter was made for."""
+
+
+class Fingerprint(NamedTuple):
+    """What a manifest records of a base, and the blob it refers to."""
+
+    base: Base
+    sketch: bytes
+
+
+def fingerprint(source: ResolvedBase | Path | PreTrainedModel, name: str = "", note: str = "") -> Fingerprint:
+    """The fingerprint of a base's folder of safetensors (cached by its files' identity) or of a loaded model. Name and
+    note go into the record; without them it is what the source says of itself.
+
+    Raises NotFound, IntegrityError or UnsafeFile for a folder that is no checkpoint."""
+    if isinstance(source, ResolvedBase):
+        source, name, note = source.folder, name or source.name, note or source.note
+    if isinstance(source, Path):
+        blob = sketch.of_folder(source)
+        try:
+            architecture = json.loads((source / "config.json").read_bytes()).get("model_type", "")
+        except (OSError, ValueError, AttributeError):
+            raise IntegrityError(f"{source} has no readable config.json", "get the base model again") from None
+        name = name or source.name
+    else:
+        blob, architecture = sketch.of_model(source), source.config.model_type
+        path = source.config.name_or_path
+        name = name or (Path(path).name if Path(path).is_dir() else path) or architecture
+    structure, _ = sketch.unpack(blob)
+    base = Base(
+        name=name,
+        architecture=architecture,
+        structure=digest_of(structure),
+        sketch=File(digest=digest_of(blob), size=len(blob)),
+        note=note,
+    )
+    return Fingerprint(base, blob)
+
+
+def compare(recorded: Fingerprint, current: Fingerprint) -> Verdict:
+    """What the current base is to the recorded one. Raises IntegrityError for a record that contradicts itself."""
+    if recorded.base.architecture != current.base.architecture:
+        reason = f"its architecture is {current.base.architecture}, the recorded base's {recorded.base.architecture}"
+        return Verdict("another", inf, reason)
+    if recorded.sketch != current.sketch:
+        for base, blob in (recorded, current):
+            if digest_of(sketch.unpack(blob)[0]) != base.structure:
+                raise IntegrityError(f"the record of the base model {base.name} is damaged", "get the adapter again")
+    return compare_sketches(recorded.sketch, current.sketch)
+
+
+def check_base(
+    recorded: Base,
+    recorded_sketch: bytes,
+    current: Fingerprint | ResolvedBase | Path | PreTrainedModel,
+    force: bool = False,
+) -> Verdict:
+    """Hold the base in use against the record of an adapter. A copy warns (BaseWarning) with the measured distance.
+
+    Raises IncompatibleBase for another model, unless forced: then that is a BaseWarning too."""
+    if not isinstance(current, Fingerprint):
+        current = fingerprint(current)
+    verdict = compare(Fingerprint(recorded, recorded_sketch), current)
+    told = f"made for {_named(recorded)}, used on {_named(current.base)}"
+    if verdict.kind == "another":
+        if not force:
+            raise IncompatibleBase(
+                f"the adapter was {told}, which is another model: {verdict.reason}",
+                f"use --base {recorded.name}, or --force to try it all the same",
+            )
+        warnings.warn(f"{told}, another model ({verdict.reason}); forced", BaseWarning, stacklevel=2)
+    elif verdict.kind == "copy":
+        warnings.warn(
+            f"{told}: {verdict.reason}, {verdict.distance:.2g} apart (relative rms)", BaseWarning, stacklevel=2
+        )
+    return verdict
+
+
+def _named(base: Base) -> str:
+    return f"{base.name} ({base.note})" if base.note else base.name

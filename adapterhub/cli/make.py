@@ -45,7 +45,9 @@ def weights_of(text: str | None) -> list[float] | None:
 
 def train(
     data: Annotated[Path, typer.Option(help="JSONL: prompt and completion, messages, or text.")],
-    name: Annotated[str | None, typer.Option(help="Name of the adapter: [owner/]name; known with --continue.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the adapter: name or owner/name; known with --continue.")
+    ] = None,
     base: Annotated[str | None, BASE] = None,
     method: Annotated[str | None, typer.Option(help="How: lora, bottleneck, ... (adapterhub plugins list).")] = None,
     set_: Set = None,
@@ -72,7 +74,8 @@ def train(
 
     \b
     Example:
-      adapterhub train --base smollm2 --method lora --data train.jsonl --name me/sentiment --set r=8 --steps 60
+      adapterhub train --base smollm2 --method lora --set r=8 \\
+        --data train.jsonl --name me/sentiment --steps 60
     """
     given = {
         "base": base,

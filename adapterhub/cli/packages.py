@@ -18,7 +18,7 @@ Ref = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Do it although the base is another model.")]
 Licence = Annotated[str | None, typer.Option(help="Licence of the adapter, e.g. Apache-2.0.")]
-Name = Annotated[str, typer.Option(help="Name of what is made: [owner/]name.")]
+Name = Annotated[str, typer.Option(help="Name of what is made: name or owner/name.")]
 Version = Annotated[str | None, typer.Option(metavar="X.Y.Z", help="Its version; without it the next minor one.")]
 
 
@@ -38,7 +38,8 @@ def init(
 
 def install(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A folder or bundle, or HUB:name[@version] of another hub.")
+        str,
+        typer.Argument(metavar="SOURCE", help="A folder or bundle, or HUB:name or HUB:name@version of another hub."),
     ],
     as_json: Json = False,
 ) -> None:

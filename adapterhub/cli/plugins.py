@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from adapterhub import plugins
-from adapterhub.cli.output import Json, json_out, out, table
+from adapterhub.cli.output import Json, json_out, note, out, table
 from adapterhub.errors import PluginError
 
 app = typer.Typer()
@@ -109,4 +109,6 @@ def new(
     """
     from adapterhub.scaffold import make
 
-    out(make(name, Path.cwd()))
+    folder = make(name, Path.cwd())
+    out(folder)
+    note(f"next: pip install {folder.name}/, then adapterhub plugins check {name.replace('-', '_')}")

@@ -264,10 +264,11 @@ class Model:
         return publish_tensors(
             self.hub,
             self._trainable[key],
-            model=self,
             name=before.name,
             version=version,
-            like=before.manifest,
+            base=before.manifest.base,
+            method=before.manifest.method,
+            licence=before.manifest.licence,
             parents=parents,
         )
 

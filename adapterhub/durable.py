@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -68,8 +67,11 @@ def make_folder(path: Path) -> None:
         return
     with _told(path, 0):
         make_folder(path.parent)
-        with suppress(FileExistsError):
+        try:
             os.mkdir(path)
+        except FileExistsError:  # fine when another process was faster, not when it is a file
+            if not path.is_dir():
+                raise
         _sync(path.parent)
 
 
@@ -115,7 +117,7 @@ def lock(path: Path, shared: bool = False) -> Iterator[None]:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}{TEMPORARY}")
 
 
 def _sync(folder: Path) -> None:

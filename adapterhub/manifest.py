@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from packaging.version import InvalidVersion, Version
 
 from adapterhub.errors import ManifestError, UsageError
 
 PART = r"[a-z0-9][a-z0-9._-]*"
 NAME = re.compile(rf"(?:{PART}/)?{PART}")
+VERSION = re.compile(r"(?:(?:0|[1-9][0-9]{0,8})\.){2}(?:0|[1-9][0-9]{0,8})")
 TAG = re.compile(r"[a-z][a-z0-9._-]*")
 RESERVED = {"base", "mix", "gate", "logits"}
 """Words of the expression language; no adapter may have one of them as its whole name."""
@@ -33,11 +33,7 @@ def check_name(name: str) -> str:
 
 def check_version(text: str) -> str:
     """X.Y.Z itself. Raises UsageError for any other shape."""
-    try:
-        version = Version(text)
-    except InvalidVersion:
-        version = None
-    if version is None or len(version.release) != 3 or str(version) != text or not version.base_version == text:
+    if not VERSION.fullmatch(text):
         raise UsageError(f"{text!r} is not a version", "write it as X.Y.Z, for example 0.2.0")
     return text
 
@@ -137,23 +133,42 @@ class Manifest(Struct):
         """Every blob it needs, the base's sketch included."""
         return [*self.files.values(), self.base.sketch]
 
+    def _shown(self) -> Iterator[str]:
+        """What lists print; a terminal obeys control characters."""
+        yield from (self.base.name, self.base.architecture, self.base.note, self.licence or "")
+        yield from (made.name for made in (self.method, *self.codecs) if made is not None)
+        yield from (form for forms in self.forms.values() for form in forms)
+
     def encode(self) -> bytes:
         """Canonical JSON: keys sorted, no spaces, UTF-8. The same manifest gives the same bytes everywhere."""
         return canonical(msgspec.to_builtins(self))
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
+        """The manifest in these bytes. Raises ManifestError unless they are its canonical JSON."""
+        again = "get the adapter again from its source"
         try:
-            manifest = msgspec.convert(json.loads(data, object_pairs_hook=_no_duplicates), cls)
+            found = json.loads(data, object_pairs_hook=_no_duplicates)
+            if isinstance(found, dict) and found.get("format", 1) != 1:
+                raise ManifestError(
+                    f"manifest format {found['format']} is newer than this adapterhub", "update adapterhub"
+                )
+            manifest = msgspec.convert(found, cls)
+            same = manifest.encode() == data
         except (ValueError, msgspec.ValidationError, RecursionError) as error:
-            raise ManifestError(f"not a manifest of an adapter: {error}", "get the adapter again from its source") from None
-        if manifest.format != 1:
-            raise ManifestError(f"manifest format {manifest.format} is newer than this adapterhub", "update adapterhub")
-        check_name(manifest.name), check_version(manifest.version)
-        for file in manifest.blobs:
-            check_digest(file.digest)
-        for parent in manifest.parents:
-            check_digest(parent.digest)
+            raise ManifestError(f"not a manifest of an adapter: {error}", again) from None
+        if not same:
+            raise ManifestError(f"the manifest of {manifest.name!r} is not written canonically", again)
+        for named in (manifest, *manifest.parents):
+            check_name(named.name)
+            check_version(named.version)
+        for addressed in (*manifest.blobs, *manifest.parents):
+            check_digest(addressed.digest)
+        if any(file.size < 0 for file in manifest.blobs):
+            raise ManifestError(f"{manifest.name}@{manifest.version} has a file of negative size", again)
+        for shown in manifest._shown():
+            if not shown.isprintable():
+                raise ManifestError(f"{manifest.name}@{manifest.version} holds {shown!r}: control characters", again)
         return manifest
 
 

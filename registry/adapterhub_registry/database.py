@@ -9,13 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Table, create_engine, delete, event, insert, select, text
+import msgspec
+from sqlalchemy import Connection, Select, Table, create_engine, delete, event, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound
+from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, UsageError
 from adapterhub.index import Row, kind, newest_first
-from adapterhub.manifest import File, Manifest, Release, digest_of
+from adapterhub.manifest import File, Manifest, Release, check_version, digest_of
 from adapterhub_registry import tables
 from adapterhub_registry.tables import blobs, parents, releases, tags
 
@@ -61,7 +62,8 @@ class Database:
             found: dict[tuple[str, str], tuple[str, ...]] = {}
             for owner, version, tag in connection.execute(tagged):
                 found[owner, version] = (*found.get((owner, version), ()), tag)
-            return newest_first([Row(*row, found.get((row[0], row[1]), ())) for row in connection.execute(listing)])
+            rows = [row | {"tags": found.get((row["name"], row["version"]), ())} for row in _dicts(connection, listing)]
+        return newest_first([self._row(row) for row in rows])
 
     def get(self, name: str, version: str) -> Release | None:
         query = select(releases.c.digest, releases.c.manifest).where(
@@ -71,7 +73,7 @@ class Database:
             row = connection.execute(query).first()
         if row is None:
             return None
-        if digest_of(row.manifest) != row.digest:
+        if not _sound(row.manifest, row.digest):
             raise IntegrityError(
                 f"{self.path}: the manifest of {name}@{version} is damaged",
                 f"adapterhub rm {name}@{version}, then install it again from its source",
@@ -100,7 +102,7 @@ class Database:
             found = [line for (line,) in connection.execute(text("PRAGMA integrity_check")) if line != "ok"]
             for table, *_ in connection.execute(text("PRAGMA foreign_key_check")):
                 found.append(f"a row of the table {table} names a release that is not there")
-            for row in connection.execute(select(releases)).mappings():
+            for row in _dicts(connection, select(releases)):
                 found += _contradictions(connection, row)
         return found
 
@@ -167,6 +169,15 @@ class Database:
             hint = next((hint for word, hint in hints.items() if word in reason), "nothing was changed")
             raise HubError(f"{self.path}: {reason}", hint) from None
 
+    def _row(self, values: dict[str, Any]) -> Row:
+        """A row of a list; a damaged file may hold anything."""
+        try:
+            row = msgspec.convert(values, Row)
+            check_version(row.version)
+        except (msgspec.ValidationError, UsageError) as error:
+            raise IntegrityError(f"{self.path} has a damaged row: {error}", "restore it from a copy") from None
+        return row
+
     def _version(self) -> str | None:
         """Which migration the file is at; None for an empty one."""
         with self._read() as connection:
@@ -176,6 +187,15 @@ class Database:
         if present:
             raise HubError(f"{self.path} is a database of something else", "move it away, or work in another folder")
         return None
+
+
+def _dicts(connection: Connection, query: Select) -> list[dict[str, Any]]:
+    """Rows by plain str (SQLAlchemy's names are a subclass)."""
+    return [{str(key): value for key, value in row.items()} for row in connection.execute(query).mappings()]
+
+
+def _sound(manifest: object, digest: object) -> bool:
+    return isinstance(manifest, bytes) and digest_of(manifest) == digest
 
 
 def _columns(release: Release) -> dict[str, Any]:
@@ -208,10 +228,10 @@ def _insert(connection: Connection, release: Release, now: str) -> None:
             connection.execute(insert(table), [row | {"release": key} for row in rows])
 
 
-def _contradictions(connection: Connection, row: RowMapping) -> Iterator[str]:
+def _contradictions(connection: Connection, row: dict[str, Any]) -> Iterator[str]:
     """What is wrong with one row of releases."""
     label = f"{row['name']}@{row['version']}"
-    if digest_of(row["manifest"]) != row["digest"]:
+    if not _sound(row["manifest"], row["digest"]):
         yield f"the manifest of {label} is damaged"
         return
     try:
@@ -224,8 +244,8 @@ def _contradictions(connection: Connection, row: RowMapping) -> Iterator[str]:
             yield f"{label}: its {column} is {row[column]!r}, but {value!r} in its manifest"
     for table, rows in _related(release.manifest).items():
         columns = [column for column in table.c if column.name != "release"]
-        found = connection.execute(select(*columns).where(table.c.release == row["id"]).order_by(table.c.digest))
-        if [dict(each) for each in found.mappings()] != rows:
+        query = select(*columns).where(table.c.release == row["id"]).order_by(table.c.digest)
+        if _dicts(connection, query) != rows:
             yield f"{label}: its {table.name} are not those of its manifest"
 
 

@@ -1,0 +1,31 @@
+"""Where and in what precision a model computes, and what to say when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from adapterhub.bases import default_device
+from adapterhub.errors import HubError
+
+
+def precision(dtype: str, device: str) -> str:
+    """`auto` is bfloat16 on a CUDA device that has it, where it is faster and half the size; else float32: on CPUs
+    bfloat16 trains no faster (docs/performance.md). Any other dtype is itself."""
+    if dtype != "auto":
+        return dtype
+    fast = default_device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bfloat16" if fast else "float32"
+
+
+@contextmanager
+def memory_told(hint: str) -> Iterator[None]:
+    """A device out of memory, in the user's words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise HubError(f"out of memory: {str(error).splitlines()[0]}", f"try {hint}") from None
+        raise

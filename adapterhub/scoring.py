@@ -1,0 +1,84 @@
+"""What a model thinks of tokens: their loss, and the log-probability of each of several answers to a prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+from adapterhub.encoding import IGNORE, Example, collate, pad_left, pad_token
+
+if TYPE_CHECKING:
+    from adapterhub.runtime import Model
+
+
+def token_losses(model: Model, batch: Mapping[str, Tensor], adapters: str | None = None) -> Tensor:
+    """Negative log-likelihood of each label of a batch of `collate`, (rows, answer) float32, 0 where there is none.
+
+    The head is computed at the answers only, where the base can (`logits_to_keep`)."""
+    labels = batch["labels"]
+    logits = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        adapters=adapters,
+        use_cache=False,
+        **_only_last(model, labels.shape[1] + 1),
+    ).logits
+    logits = logits[:, -labels.shape[1] - 1 : -1].float()
+    losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view(labels.shape)
+
+
+def label_scores(
+    model: Model, prompts: Sequence[list[int]], choices: Sequence[Sequence[list[int]]], adapters: str | None = None
+) -> Tensor:
+    """Summed log-probability of each row's choices after its prompt, (rows, choices) float64 on the CPU.
+
+    The prompts are computed once and the choices continue their key-value cache; adapters that keep streaming state,
+    and bases with another kind of cache, run prompt and choice together instead."""
+    rows, count, pad = len(prompts), len(choices[0]), pad_token(model.tokenizer)
+    flat = [choice for row in choices for choice in row]
+    if not model.keeps_state(adapters):
+        ids, mask = (t.to(model.device) for t in pad_left(prompts, pad))
+        out = model(input_ids=ids, attention_mask=mask, adapters=adapters, use_cache=True, **_only_last(model, 1))
+        cache = out.past_key_values
+        if all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", [None])):
+            first = log_softmax(out.logits[:, -1].float(), -1).repeat_interleave(count, 0)
+            later = _continued(model, cache, mask, flat, count, pad, adapters)
+            return _summed(first, later, flat).view(rows, count)
+    examples = [Example(0, (*prompts[i // count], *choice), len(prompts[i // count])) for i, choice in enumerate(flat)]
+    batch = {key: value.to(model.device) for key, value in collate(examples, pad).items()}
+    return -token_losses(model, batch, adapters).double().sum(1).cpu().view(rows, count)
+
+
+def _continued(model, cache, mask: Tensor, flat: list[list[int]], count: int, pad: int, adapters) -> Tensor | None:
+    """Log-probabilities after each token of the choices but the last, (choices, tokens, vocabulary)."""
+    longest = max(map(len, flat)) - 1
+    if not longest:
+        return None
+    ids = torch.tensor([(choice + [pad] * longest)[:longest] for choice in flat], device=mask.device)
+    real = torch.tensor([[i < len(choice) for i in range(longest)] for choice in flat], device=mask.device)
+    cache.batch_repeat_interleave(count)
+    whole = torch.cat([mask.repeat_interleave(count, 0), real.to(mask.dtype)], 1)
+    logits = model(input_ids=ids, attention_mask=whole, past_key_values=cache, adapters=adapters, use_cache=True).logits
+    return log_softmax(logits.float(), -1)
+
+
+def _summed(first: Tensor, later: Tensor | None, flat: list[list[int]]) -> Tensor:
+    total = first[torch.arange(len(flat)), [choice[0] for choice in flat]].double().cpu()
+    if later is not None:
+        for i, choice in enumerate(flat):
+            places = torch.arange(len(choice) - 1, device=later.device)
+            total[i] += (
+                later[i, places, torch.tensor(choice[1:], device=later.device, dtype=torch.int64)].double().sum().cpu()
+            )
+    return total
+
+
+def _only_last(model: Model, count: int) -> dict[str, int]:
+    takes = "logits_to_keep" in inspect.signature(model.base.forward).parameters
+    return {"logits_to_keep": count} if takes else {}

@@ -1,0 +1,206 @@
+"""The training loop: transformers' Trainer over one module that owns the adapter's tensors and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from adapterhub import durable
+from adapterhub.encoding import IGNORE, Example, collate, pad_token
+from adapterhub.errors import HubError
+from adapterhub.manifest import canonical
+from adapterhub.runtime import Model
+from adapterhub.scoring import token_losses
+
+COMPLETE = "complete.json"
+"""Written into a checkpoint last: the sha256 of its files. A checkpoint without it, or with other bytes, is none."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Everything about the loop that changes what comes out."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int
+    """Steps in which the rate rises; then it falls linearly to 0."""
+    seed: int
+    gradient_checkpointing: bool
+    """Compute the layers' activations again in the backward pass instead of keeping them."""
+
+
+class Trained(nn.Module):
+    """The trained tensors as a module. The base stays outside the module tree: a checkpoint holds adapter tensors only,
+    and they stay where their sites are."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.__dict__["model"] = model
+        for name, parameter in model.trainable_tensors().items():
+            self.register_parameter(name.replace(".", "/"), parameter)  # torch allows no dot in a parameter's name
+
+    accepts_loss_kwargs = False
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The mean loss of the batch's completion tokens."""
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return {"loss": token_losses(self.model, batch).sum() / (labels != IGNORE).sum()}
+
+    def train(self, mode: bool = True) -> Trained:
+        self.model.training_mode(mode)
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> Trained:
+        return self
+
+
+def fit(
+    model: Model,
+    examples: list[Example],
+    schedule: Schedule,
+    folder: Path,
+    save_every: int,
+    after_step: Callable[[], None],
+    title: str,
+) -> list[dict[str, float]]:
+    """Train what is trainable in the model, in place; returns the loss curve: step, loss, gradient norm, rate of each step.
+
+    Checkpoints lie in folder; the newest whole one there is where it goes on, so that a run killed anywhere ends with
+    the bits of one that was not. Raises HubError when loss or gradient is no number."""
+    pad = pad_token(model.tokenizer)
+    module = Trained(model)
+    verbosity = logging.get_verbosity()  # the Trainer sets it for the whole process
+    with _progress(title, schedule.steps) as shown:
+        trainer = Trainer(
+            model=module,
+            args=_arguments(schedule, folder, save_every, model.device),
+            train_dataset=examples,
+            data_collator=lambda rows: collate(rows, pad),
+            callbacks=[_Watch(after_step, shown)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if schedule.gradient_checkpointing:
+            model.base.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        finally:
+            if schedule.gradient_checkpointing:
+                model.base.activation_checkpointing_disable()
+            module.eval()
+            logging.set_verbosity(verbosity)
+    kept = ("step", "loss", "grad_norm", "learning_rate")
+    return [{key: entry[key] for key in kept} for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _arguments(schedule: Schedule, folder: Path, save_every: int, device: torch.device) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.batch_size,
+        learning_rate=schedule.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=schedule.warmup,
+        optim="adamw_torch_fused",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=schedule.seed,
+        data_seed=schedule.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=save_every,
+        save_total_limit=2,  # the older one is whole while the newer is being written
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    if device.type == "cuda":
+        # The Trainer would take the first device, or all of them at once; the model lies on this one.
+        arguments.__dict__["_setup_devices"] = device
+        arguments._n_gpu = 1
+        torch.cuda.set_device(device)
+    return arguments
+
+
+class _Watch(TrainerCallback):
+    """What happens beside the loop."""
+
+    def __init__(self, after_step: Callable[[], None], shown: Callable[[int, float], None]):
+        self.after_step, self.shown = after_step, shown
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        with torch.no_grad():
+            self.after_step()
+
+    def on_log(self, args, state, control, logs: Mapping[str, Any] | None = None, **kwargs) -> None:
+        if not logs or "loss" not in logs:
+            return
+        for what, key in (("loss", "loss"), ("gradient", "grad_norm")):
+            if not math.isfinite(logs[key]):
+                shutil.rmtree(args.output_dir, ignore_errors=True)  # going on from there would end here again
+                raise HubError(
+                    f"training diverged: the {what} is {logs[key]} at step {state.global_step}; nothing was stored",
+                    "try a lower learning rate",
+                )
+        self.shown(state.global_step, logs["loss"])
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        durable.write_bytes(checkpoint / COMPLETE, canonical(_digests(checkpoint)))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; broken ones are removed."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.partition("-")[2])):
+        try:
+            if json.loads((checkpoint / COMPLETE).read_bytes()) == _digests(checkpoint):
+                return str(checkpoint)
+        except (OSError, ValueError):
+            pass
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    files = sorted(path for path in checkpoint.iterdir() if path.name != COMPLETE and path.suffix != durable.TEMPORARY)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@contextmanager
+def _progress(title: str, steps: int) -> Iterator[Callable[[int, float], None]]:
+    """A bar on a terminal's standard error, with the loss; elsewhere nothing."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    with Progress(
+        *columns,
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    ) as progress:
+        task = progress.add_task(title, total=steps, loss="", rate="")
+
+        def shown(step: int, loss: float) -> None:
+            speed = progress.tasks[task].speed
+            rate = f"{speed:.2f} steps/s" if speed else ""
+            progress.update(task, completed=step, loss=f"loss {loss:.3f}", rate=rate)
+
+        yield shown

@@ -21,6 +21,10 @@ class Codec:
 
     lossless: ClassVar[bool] = False
     """decode(encode(t)) == t bit for bit (a law)."""
+    tolerance: ClassVar[float] = 0.0
+    """The largest relative error (Frobenius norm) of the default options on normally distributed tensors (a law)."""
+    reshapes: ClassVar[bool] = False
+    """Decoded tensors may have other shapes (a lower rank); then the tolerance is that of the change of the weight."""
 
     def encode(self, tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         """Fewer bytes. Deterministic: equal tensors give equal bytes. Raises CodecError for what it cannot carry."""

@@ -24,11 +24,16 @@ Exit status:
     3  not found
 """
 
+# typer reads a flag with a default by itself, and imports pydantic (a fifth of the time that `list` takes) to read any
+# other parameter; its own --help has no default.
+_LIGHT = {"help": False}
+_UNASKED = {**_LIGHT, "list": _LIGHT, "ls": _LIGHT, "plugins": {**_LIGHT, "list": _LIGHT}}
+
 app = typer.Typer(
     name="adapterhub",
     epilog=EPILOG,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "default_map": _UNASKED},
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -95,12 +100,15 @@ def start(
 
 
 def main() -> NoReturn:
-    """The entry point: run the command of `sys.argv` and exit with its status."""
+    """Run the command of `sys.argv` and exit with its status."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no reason to fail
     warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
-    sys.exit(_status(sys.argv[1:]))
+    sys.exit(execute(sys.argv[1:]))
 
 
-def _status(arguments: Sequence[str]) -> int:
+def execute(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit status; what a user can cause is printed, a bug is raised."""
+
     def failed(kind: str, message: str, hint: str, code: int) -> int:
         if "--json" in arguments:
             error = {"kind": kind, "message": message, "hint": hint, "code": code}

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import sqlite3
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import typer
 
 import adapterhub
-from adapterhub import plugins
 from adapterhub.cli.output import Json, json_out, note, out
 from adapterhub.errors import HubError, PluginError
 
@@ -49,6 +44,10 @@ def doctor(as_json: Json = False) -> None:
     Example:
       adapterhub doctor
     """
+    import platform
+    import sqlite3
+    from importlib.metadata import PackageNotFoundError, version
+
     facts, problems = {}, []
     facts["python"] = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     for library in LIBRARIES:
@@ -75,6 +74,8 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _devices() -> list[str]:
+    import os
+
     import torch
 
     found = [f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"]
@@ -82,6 +83,8 @@ def _devices() -> list[str]:
 
 
 def _broken_parts() -> list[str]:
+    from adapterhub import plugins
+
     broken = []
     for group in plugins.GROUPS:
         try:
@@ -99,6 +102,8 @@ def _broken_parts() -> list[str]:
 
 def _hub(problems: list[str]) -> dict[str, Any]:
     """Facts about the hub of this folder; what is wrong with it is added to the problems."""
+    import sqlite3
+
     hub = adapterhub.open()
     problems += [str(problem) for problem in hub.verify()]
     with sqlite3.connect(f"{(hub.root / 'hub.db').as_uri()}?mode=ro", uri=True) as connection:

@@ -44,11 +44,11 @@ def weights_of(text: str | None) -> list[float] | None:
 
 
 def train(
+    base: Annotated[str, BASE],
     data: Annotated[Path, typer.Option(help="JSONL: prompt and completion, messages, or text.")],
     name: Annotated[
         str | None, typer.Option(help="Name of the adapter: name or owner/name; known with --continue.")
     ] = None,
-    base: Annotated[str | None, BASE] = None,
     method: Annotated[str | None, typer.Option(help="How: lora, bottleneck, ... (adapterhub plugins list).")] = None,
     set_: Set = None,
     on: Annotated[
@@ -78,7 +78,6 @@ def train(
         --data train.jsonl --name me/sentiment --steps 60
     """
     given = {
-        "base": base,
         "method": method,
         "name": name,
         "on": on,
@@ -96,7 +95,7 @@ def train(
     }
     # What is not given is left to the Hub, so that each default stands in one place.
     given = {key: value for key, value in given.items() if value is not None}
-    release = adapterhub.open().train(data=data, options=options_of(set_), force=force, **given)
+    release = adapterhub.open().train(base, data=data, options=options_of(set_), force=force, **given)
     releases_out([release], as_json)
 
 

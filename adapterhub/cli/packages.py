@@ -52,9 +52,8 @@ def install(
     releases_out(adapterhub.open().install(source), as_json)
 
 
-def list_(
-    name: Annotated[str | None, typer.Argument(help="Only the releases of this adapter.")] = None, as_json: Json = False
-) -> None:
+# No parameter but flags: see _UNASKED in app.py.
+def list_(as_json: Json = False) -> None:
     """List the adapters in the hub, newest version first (also: ls).
 
     \b
@@ -62,7 +61,7 @@ def list_(
       adapterhub list --json
     """
     hub = adapterhub.open()
-    rows = hub.releases(name)
+    rows = hub.releases()
     if as_json:
         return json_out({"hub": str(hub.root), "releases": [asdict(row) for row in rows]})
     if not rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterhub.errors import IncompatibleBase, IntegrityError
+from adapterhub.errors import IncompatibleBase
 from adapterhub.expression import Node, Ref, parse, references, substitute
 from adapterhub.manifest import Base, Manifest, Parent, Reference, Release, check_name
 
@@ -29,7 +29,7 @@ def compose(hub: Hub, expression: str, name: str, version: str | None = None) ->
         ],
         licence=joined_licences(list(releases.values())),
     )
-    return hub.publish(manifest, {}, version=version)[0]
+    return hub.publish(manifest, {}, None, version=version)[0]
 
 
 def pin(hub: Hub, node: Node) -> Node:
@@ -50,11 +50,7 @@ def expand(hub: Hub, node: Node) -> Node:
         if release.manifest.compose is None:
             return Ref(Reference(release.name, release.version))
         for parent in release.manifest.parents:
-            if hub.resolve(Reference(parent.name, parent.version)).digest != parent.digest:
-                raise IntegrityError(
-                    f"{release} was made with another {parent.name}@{parent.version} than this hub has",
-                    f"install {release} again from its source into a hub of its own",
-                )
+            hub.exact(parent)
         return expand(hub, parse(release.manifest.compose))
 
     return substitute(node, inner)
@@ -76,9 +72,9 @@ def base_difference(hub: Hub, one: Base, other: Base) -> str:
     """Why two recorded bases are different models; "" if they are the same or copies of each other."""
     if (one.structure, one.sketch.digest) == (other.structure, other.sketch.digest):
         return ""
-    from adapterhub.bases.fingerprint import compare_records
+    from adapterhub.bases.fingerprint import Fingerprint, compare
 
-    verdict = compare_records(one, hub.store.read(one.sketch.digest), other, hub.store.read(other.sketch.digest))
+    verdict = compare(*(Fingerprint(base, hub.store.read(base.sketch.digest)) for base in (one, other)))
     return verdict.reason if verdict.kind == "another" else ""
 
 

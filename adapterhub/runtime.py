@@ -23,6 +23,7 @@ from adapterhub.sites import sites
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from adapterhub.bases.fingerprint import Fingerprint
     from adapterhub.hub import Hub
 
 
@@ -53,7 +54,7 @@ def load(
     else:
         resolved = bases.resolve(base)
         model = bases.load_model(resolved, dtype, device)
-        tokenizer, print_of_base = bases.load_tokenizer(resolved), fingerprint(resolved.folder)
+        tokenizer, print_of_base = bases.load_tokenizer(resolved), fingerprint(resolved)
     loaded = Model(model, tokenizer, hub=hub, fingerprint=print_of_base, force=force)
     loaded.use(expression, trainable)
     return loaded
@@ -68,7 +69,7 @@ class Model:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         hub: Hub | None = None,
-        fingerprint: object = None,
+        fingerprint: Fingerprint | None = None,
         force: bool = False,
     ):
         self.base, self.tokenizer, self.hub = base, tokenizer, hub
@@ -101,10 +102,11 @@ class Model:
             self._by_release[chosen] = self._trainable[chosen]
         self._default = expression
         self._plans.clear()
+        self._plan(expression, None)  # what does not fit is refused here, not at the first call
 
-    def attach_new(self, modifications: Mapping[str, Modification]) -> None:
+    def attach_new(self, modifications: Mapping[str, Modification | Sequence[Modification]]) -> None:
         """Put fresh modifications, to be trained, on top of what runs by default."""
-        parts = {path: [modification] for path, modification in modifications.items()}
+        parts = {path: [part] if isinstance(part, Modification) else list(part) for path, part in modifications.items()}
         fit(parts, self.sites, "the new adapter")
         self._bind(parts)
         self._new = as_parameters(parts, self._device_at)
@@ -174,6 +176,10 @@ class Model:
             rows = len(adapters)
         with self._attachment.running(self._plan(adapters, rows)):
             yield
+
+    def keeps_state(self, adapters: Adapters = None) -> bool:
+        """Whether a form among these adapters carries state along a sequence: then no cache can be repeated or cut."""
+        return self._plan(self._default if adapters is None else adapters, None).stateful
 
     # --- calls, as transformers has them -----------------------------------------------------------------------
 
@@ -266,10 +272,11 @@ class Model:
             self._trainable[key],
             name=before.name,
             version=version,
-            base=before.manifest.base,
+            base=self.fingerprint.base,
+            sketch=self.fingerprint.sketch,
             method=before.manifest.method,
-            licence=before.manifest.licence,
             parents=parents,
+            licence=before.manifest.licence,
         )
 
     # --- for good ----------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_tiny_llama_with_grouped_queries(device, dtype, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_smollm2(device, dtype, tolerance):
     from adapterhub import bases
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from peft.utils import get_pattern_key
+from peft.utils.other import get_pattern_key
 
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank

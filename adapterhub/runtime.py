@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from adapterhub.adapter import Adapter, Modifications, as_parameters, fit
 from adapterhub.attach import Attachment, Plan
 from adapterhub.compose import expand, pin
-from adapterhub.composers import Stack
-from adapterhub.errors import BatchError, NotFoldable, UsageError
+from adapterhub.errors import BatchError, UsageError
 from adapterhub.expression import Node, Ref, parse, references
+from adapterhub.fold import fold
 from adapterhub.manifest import Parent, Reference, Release, check_name, check_version
 from adapterhub.modification import Modification, named_tensors
 from adapterhub.plan import assemble, batched, stacked
@@ -282,33 +282,8 @@ class Model:
     # --- for good ----------------------------------------------------------------------------------------------
 
     def fold(self) -> PreTrainedModel:
-        """The default expression folded into the base's weights, which are changed for good; returns the plain model.
-
-        Raises NotFoldable before anything is changed: for a form that is no change of a weight, a shift without a
-        bias to hold it, or a weight that another module shares."""
-        owners: dict[int, list[str]] = {}
-        for path, parameter in self.base.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(path)
-        folded: list[tuple[Tensor, Tensor]] = []
-        with torch.no_grad():
-            for path, parts in self._parts(self._node(self._default)).items():
-                module = self.base.get_submodule(path)
-                if not isinstance(module, nn.Linear):
-                    raise NotFoldable(f"{path} is not one weight", "run the adapter attached")
-                if len(owners[id(module.weight)]) > 1:
-                    raise NotFoldable(f"{path} shares its weight with another module", "run the adapter attached")
-                bias = None if module.bias is None else module.bias.float()
-                weight_change, bias_change = (
-                    Stack(parts).to(dtype=torch.float32).delta_weight(module.weight.float(), bias)
-                )
-                if weight_change is not None:
-                    folded.append((module.weight, module.weight.float() + weight_change))
-                if bias_change is not None:
-                    if module.bias is None:
-                        raise NotFoldable(f"{path} has no bias to hold the adapter's shift", "run the adapter attached")
-                    folded.append((module.bias, module.bias.float() + bias_change))
-            for parameter, value in folded:
-                parameter.copy_(value)
+        """The default expression folded into the base's weights, for good; returns the plain model. See adapterhub.fold."""
+        fold(self.base, self._parts(self._node(self._default)))
         return self.detach()
 
     def detach(self) -> PreTrainedModel:

@@ -1,0 +1,143 @@
+"""Import: a PEFT folder becomes a release of the hub, after everything that can be wrong with it has been looked at."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterhub import bases
+from adapterhub.adapter import fit, modifications_of, require_effect
+from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
+from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
+from adapterhub.formats import peft
+from adapterhub.manifest import Release, check_name, check_version
+from adapterhub.publish import publish_tensors
+from adapterhub.sites import sites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from adapterhub.hub import Hub
+
+MAX_CARD = 1 << 20
+
+
+def import_adapter(
+    hub: Hub,
+    folder: str | Path,
+    name: str,
+    version: str | None = None,
+    base: str | Path | None = None,
+    licence: str | None = None,
+    force: bool = False,
+) -> Release:
+    """Take the PEFT adapter in a folder into the hub. Without `base` it is the one that the adapter's config names; without
+    `licence` the one that its model card states. The same files again are no new release.
+
+    Raises what `formats.peft.read` raises; NotFound when there is no base; IncompatibleBase for tensors of other widths, or
+    when the config names a folder on this machine that holds another model than `base` (unless forced); NoEffect."""
+    check_name(name)
+    if version is not None:
+        check_version(version)
+    folder = Path(folder).expanduser()
+    _require_peft(folder)
+    config = peft.read_config(folder)
+    resolved = _base(folder, base, config.base_model_name_or_path)
+    model = _skeleton(resolved)
+    here = sites(model)
+    adapter = peft.read(folder, config, here)
+    parts = modifications_of(adapter.tensors)
+    fit(parts, here, folder.name)
+    require_effect(parts, here, model, folder.name)
+    current = fingerprint(resolved)
+    if base is not None:
+        _require_same(config.base_model_name_or_path, current, force)
+    recipe = {
+        "imported": "peft",
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "peft_version": config.peft_version,
+        "files": {file: _digest(folder / file) for file in (peft.CONFIG, peft.TENSORS)},
+    }
+    return publish_tensors(
+        hub,
+        parts,
+        name=name,
+        version=version,
+        base=current.base,
+        sketch=current.sketch,
+        method=adapter.method,
+        recipe={key: value for key, value in recipe.items() if value},
+        licence=licence or _card_licence(folder),
+    )
+
+
+def _require_peft(folder: Path) -> None:
+    if (folder / peft.CONFIG).is_file():
+        return
+    if (folder / "manifest.json").is_file():
+        raise UsageError(f"{folder} is a bundle, not a PEFT adapter", f"adapterhub install {folder}")
+    if not folder.is_dir():
+        raise NotFound(f"there is no folder {folder}", "give the folder that PEFT's save_pretrained wrote")
+    raise NotFound(f"{folder} holds no {peft.CONFIG}", "give the folder that PEFT's save_pretrained wrote")
+
+
+def _base(folder: Path, given: str | Path | None, named: str | None) -> bases.ResolvedBase:
+    if given is not None:
+        return bases.resolve(given)
+    if not named:
+        raise NotFound(
+            f"{folder.name} does not name its base model", "say which: --base PATH, a repo id or a known name"
+        )
+    try:
+        return bases.resolve(named)
+    except (HubError, OSError, RuntimeError, ValueError) as error:  # the last three: a text that is no path at all
+        raise (type(error) if isinstance(error, HubError) else NotFound)(
+            f"{folder.name} was made for the base model {ascii(named)[:100]}, which cannot be had: {error}"[:500],
+            "give it: --base PATH, a repo id or a known name",
+        ) from None
+
+
+def _skeleton(resolved: bases.ResolvedBase) -> PreTrainedModel:
+    """The base without its weights (on the meta device): sites need widths only. No code from the folder runs."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(resolved.folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+        raise IncompatibleBase(
+            f"{resolved.name} is no causal language model that transformers knows: {str(error).strip().splitlines()[0]}",
+            "give another base model; models that bring their own code are not run",
+        ) from None
+
+
+def _require_same(named: str | None, current: Fingerprint, force: bool) -> None:
+    """If the base that the config names lies on this machine, the one given must be the same model or a copy of it."""
+    try:
+        folder = Path(named or "").expanduser()
+        original = fingerprint(folder) if named and folder.is_dir() else None
+    except (HubError, OSError, RuntimeError, ValueError):
+        return  # a folder of that name that is no checkpoint, or a text that is no path, says nothing
+    if original:
+        check_base(original.base, original.sketch, current, force=force)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def _card_licence(folder: Path) -> str | None:
+    """`license: apache-2.0` from the front matter of README.md; None for anything less simple."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    with card.open("rb") as file:
+        text = file.read(MAX_CARD).decode(errors="replace")
+    front = re.match(r"---\r?\n(.*?)\r?\n---\s", text, re.DOTALL)
+    licence = front and re.search(r"^license:[ \t]*([\w.+-]{1,64})[ \t]*$", front[1].replace("\r", ""), re.MULTILINE)
+    return licence[1] if licence else None

@@ -39,6 +39,25 @@ class Step:
         mask = self.mask if rows is None or self.mask is None else self.mask[rows]
         return Step(mask, self.state.setdefault(key, {}), self.training, self.kept.setdefault(key, {}))
 
+    def window(self, x: Tensor, size: int) -> Tensor:
+        """The last `size` real tokens at each token, itself the last: x (rows, tokens, width) -> (rows, tokens, size, width).
+
+        For causal convolutions and the like: padding on either side is left out, zeros stand before the sequence begins,
+        and the last size - 1 tokens stay in `state` for the next chunk. One window a step; another: step.child("other")."""
+        before = self.state.get("window")
+        before = x.new_zeros(len(x), size - 1, x.shape[2]) if before is None else before
+        x = torch.cat([before, x], dim=1)
+        if self.mask is None:
+            self.state["window"] = x[:, x.shape[1] - size + 1 :]
+            return x.unfold(1, size, 1).mT
+        real = torch.cat([self.mask.new_ones(before.shape[:2]), self.mask], dim=1)
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        x = x[rows, (~real).int().argsort(dim=1, stable=True)]  # the real tokens first, in their order
+        ends = real.cumsum(1)[:, size - 1 :, None]  # how many of them stand up to each token
+        places = ends + torch.arange(-size, 0, device=x.device)
+        self.state["window"] = x[rows, places[:, -1, 1:]]
+        return x[rows[:, :, None], places.clamp(min=0)]
+
 
 class Modification:
     """What one adapter does to the hidden states at one site. Every default changes nothing.

@@ -46,7 +46,7 @@ class Bundle:
         self.folder = folder.resolve()
         for below, _, names in os.walk(self.folder):
             for name in names:
-                if Path(name).suffix in PICKLES:
+                if Path(name).suffix.lower() in PICKLES:
                     raise UnsafeFile(
                         f"{Path(below, name)} is a pickle, which can run any program when it is opened",
                         "ask for the adapter as safetensors",
@@ -67,7 +67,7 @@ class Bundle:
     def _file(self, name: str) -> Path:
         path = self.folder / name
         try:
-            plain = path.resolve() == path and stat.S_ISREG(path.lstat().st_mode)
+            plain = os.path.realpath(path) == str(path) and stat.S_ISREG(path.lstat().st_mode)
         except OSError:
             raise NotFound(f"the bundle {self.folder} has no {name}", _AGAIN) from None
         if not plain:

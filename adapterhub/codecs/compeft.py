@@ -25,8 +25,8 @@ SMALL = 64
 """Floating tensors with fewer entries (scales, biases of a narrow bottleneck) are kept exactly; integers always are."""
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool)
-    + (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    for dtype in [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool]
+    + [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 }
 LARGEST_INDEX = 1 << 24
 """Bytes of the index when unpacked: names and shapes of a hundred thousand tensors."""
@@ -94,7 +94,9 @@ class ComPEFT(Codec):
         try:
             return _decode(tensors)
         except (ValueError, KeyError, zlib.error, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise CodecError(f"these are no tensors of compeft: {error}", "get the adapter again from its source") from None
+            raise CodecError(
+                f"these are no tensors of compeft: {error}", "get the adapter again from its source"
+            ) from None
 
 
 def _decode(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,8 +107,10 @@ def _decode(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if len(tensors) != 2 or not inflate.eof or inflate.unused_data:
         raise ValueError("the index is too large or cut off, or other tensors stand beside it")
     shapes = index.shapes
-    if any(len(shape) > 8 or min(shape, default=0) < 0 for shape in shapes) or len(set(index.names)) != len(index.names):
-        raise ValueError("a name stands twice or a shape is none")
+    if any(len(shape) > 8 or min(shape, default=0) < 0 for shape in shapes):
+        raise ValueError("a shape is none")
+    if len(set(index.names)) != len(index.names):
+        raise ValueError("a name stands twice")
     entries = [math.prod(shape) for shape in shapes]
     if sum(entries) > rice.most_entries(len(packed) + len(stream)):
         raise ValueError(f"{len(packed) + len(stream)} bytes claim to be {sum(entries)} entries")
@@ -118,7 +122,8 @@ def _decode(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         start += len(data)
         if size < 0 or len(data) != size:
             raise ValueError("the stream ends early")
-        flat = _exact(data, DTYPES[dtype], number) if count < 0 else _unpack(data, DTYPES[dtype], parameter, count, number)
+        kind = DTYPES[dtype]
+        flat = _exact(data, kind, number) if count < 0 else _unpack(data, kind, parameter, count, number)
         if flat.is_floating_point() and not flat.isfinite().all():
             raise ValueError(f"{name} is not finite")
         decoded[name] = flat.reshape(shape)
@@ -184,7 +189,7 @@ def _values(tensor: Tensor) -> np.ndarray:
 
 
 def _bytes_tensor(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:

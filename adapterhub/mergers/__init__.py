@@ -21,6 +21,10 @@ class Merger:
 
     linear: ClassVar[bool] = False
     """The result is the weighted sum: then forms that can be joined (low rank) are joined exactly, without `combine`."""
+    symmetric: ClassVar[bool] = True
+    """The order of the adapters does not matter (a law)."""
+    homogeneous: ClassVar[bool] = True
+    """Changes c times as large merge to c times the result (a law)."""
 
     def combine(self, deltas: Sequence[Tensor], weights: Sequence[float], config: Config) -> Tensor:
         """deltas: ΔW of each adapter, each (outputs, inputs) float32, or Δb (outputs,); zeros where an adapter has none."""

@@ -1,0 +1,152 @@
+"""The laws of codecs. Each takes a codec's class and raises AssertionError, or Declined, with the reason."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adapterhub.adapter import modifications_of
+from adapterhub.codecs import Codec
+from adapterhub.compress import site_errors
+from adapterhub.errors import CodecError, HubError
+from adapterhub.tensors import dump, load
+from adapterhub.testing.forms import Declined
+
+
+def sample(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """An adapter as trained ones are: low rank (rank 8, of which 5 are used, so that an SVD finds something) and a
+    bottleneck with its integers; normally distributed, small and large."""
+    torch.manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for layer in range(4):
+        for site, outputs, inputs in (("q_proj", 96, 64), ("down_proj", 64, 160)):
+            prefix = f"model.layers.{layer}.{site}.low_rank.0"
+            mixed = torch.linalg.qr(torch.randn(8, 8)).Q[:, :5] @ torch.randn(5, inputs)
+            tensors[f"{prefix}.up"] = (torch.randn(outputs, 8) * 10.0**-layer).to(dtype)
+            tensors[f"{prefix}.down"] = (mixed * 0.03).to(dtype)
+            tensors[f"{prefix}.scale"] = torch.tensor(2.0, dtype=dtype)
+    prefix = "model.layers.1.mlp.bottleneck.0"
+    shapes = {"down": (24, 64), "down_bias": (24,), "up": (64, 24), "up_bias": (64,), "scale": ()}
+    tensors |= {f"{prefix}.{key}": torch.randn(shape).to(dtype) for key, shape in shapes.items()}
+    tensors |= {f"{prefix}.{key}": torch.tensor(1, dtype=torch.uint8) for key in ("parallel", "activation")}
+    return tensors
+
+
+def _encoded(codec: type[Codec], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return codec().encode(tensors, codec.Config())
+
+
+def _round_trip(codec: type[Codec], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Through the bytes of a file, as a hub does it."""
+    return codec().decode(load(dump(_encoded(codec, tensors))))
+
+
+def kept(codec: type[Codec], device: str) -> None:
+    """Names, dtypes and shapes come back, in float32, and in bf16 and fp16 if the codec takes them; integers bit for
+    bit; what goes in is left alone."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tensors = sample(dtype)
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        try:
+            decoded = _round_trip(codec, tensors)
+        except CodecError as reason:
+            assert dtype != torch.float32, f"refuses an adapter in float32: {reason}"
+            continue
+        assert set(decoded) == set(tensors), f"names differ: {sorted(set(decoded) ^ set(tensors))}"
+        for name, tensor in tensors.items():
+            got = decoded[name]
+            assert torch.equal(tensor, before[name]), f"encode changed {name} in place"
+            assert got.dtype == tensor.dtype, f"{name} was {tensor.dtype}, comes back {got.dtype}"
+            assert codec.reshapes or got.shape == tensor.shape, f"{name} was {tensor.shape}, comes back {got.shape}"
+            assert tensor.is_floating_point() or torch.equal(got, tensor), f"the integers of {name} changed"
+
+
+def tolerance(codec: type[Codec], device: str) -> None:
+    """decode(encode(t)) is t bit for bit if lossless, else within the declared relative error, tensor by tensor (of the
+    change at each site for a codec that reshapes)."""
+    tensors = sample()
+    decoded = _round_trip(codec, tensors)
+    if codec.lossless:
+        changed = [name for name, tensor in tensors.items() if not torch.equal(decoded[name], tensor)]
+        assert not changed, f"declared lossless, but changed: {changed}"
+    elif codec.reshapes:
+        errors = site_errors(modifications_of(tensors), modifications_of(decoded))
+        for path, (error, _) in errors.items():
+            assert error <= codec.tolerance, (
+                f"the change at {path} is off by {error:.2g}, declared {codec.tolerance:.2g}"
+            )
+    else:
+        for name, tensor in tensors.items():
+            wanted, got = tensor.double(), decoded[name].double()
+            error = float((got - wanted).norm() / wanted.norm())
+            assert error <= codec.tolerance, f"{name} is off by {error:.2g}, declared {codec.tolerance:.2g}"
+
+
+def smaller(codec: type[Codec], device: str) -> None:
+    """The file gets smaller; a codec that finds nothing to save says so with a CodecError and a hint."""
+    tensors = sample()
+    try:
+        encoded = _encoded(codec, tensors)
+    except CodecError as reason:
+        assert reason.hint, "a refusal must say what to do"
+        raise Declined(f"refuses the sample: {reason}") from None
+    before, after = len(dump(tensors)), len(dump(encoded))
+    assert after < before, f"{before} bytes became {after}"
+
+
+def deterministic(codec: type[Codec], device: str) -> None:
+    """Equal tensors give equal bytes: whatever their order, their memory layout and the run."""
+    tensors = sample()
+    shuffled = {name: _strided(tensors[name]) for name in sorted(tensors, reverse=True)}
+    first, again = dump(_encoded(codec, tensors)), dump(_encoded(codec, tensors))
+    assert first == again, "encoding twice gives unlike bytes"
+    assert first == dump(_encoded(codec, shuffled)), "bytes depend on the order or the memory layout of the tensors"
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous().mT if tensor.ndim == 2 else tensor
+
+
+def odd(codec: type[Codec], device: str) -> None:
+    """Empty, 0-d, one-entry, all-zero, constant and huge-ranged tensors come back finite in shape and dtype, or are
+    refused with a CodecError; no adapter at all likewise."""
+    prefix = "model.layers.0.q_proj.other.0"
+    shapes = {"empty": (0, 8), "nothing": (), "one": (1, 1), "zeros": (300,), "line": (1000, 1)}
+    tensors = {f"{prefix}.{key}": torch.zeros(shape) for key, shape in shapes.items()}
+    tensors[f"{prefix}.constant"] = torch.full((40, 10), -3.0)
+    tensors[f"{prefix}.range"] = torch.logspace(-30, 30, 500)
+    for case in ({}, tensors, *({name: tensor} for name, tensor in tensors.items())):
+        try:
+            decoded = _round_trip(codec, case)
+        except CodecError:
+            continue
+        assert set(decoded) == set(case), f"names differ: {sorted(set(decoded) ^ set(case))}"
+        for name, tensor in case.items():
+            assert decoded[name].shape == tensor.shape and decoded[name].dtype == tensor.dtype, f"{name} changed shape"
+            assert decoded[name].isfinite().all(), f"{name} is no longer finite"
+            assert tensor.any() or not decoded[name].any(), f"{name} was zero and is not"
+
+
+def hostile(codec: type[Codec], device: str) -> None:
+    """Damaged files are decoded to something or refused with a HubError; nothing else ever comes out."""
+    encoded = load(dump(_encoded(codec, sample())))
+    generator = torch.Generator().manual_seed(0)
+    cases = [{k: t for k, t in encoded.items() if k != name} for name in list(encoded)[:8]]
+    for name, tensor in list(encoded.items())[:8]:
+        if tensor.ndim:
+            cases.append({**encoded, name: tensor[: len(tensor) // 2].clone()})
+        for _ in range(20 if tensor.dtype == torch.uint8 and tensor.ndim else 0):
+            damaged = tensor.clone()
+            place = torch.randint(len(tensor), (3,), generator=generator)
+            damaged[place] = torch.randint(256, (3,), generator=generator, dtype=torch.uint8)
+            cases.append({**encoded, name: damaged})
+    for case in cases:
+        try:
+            codec().decode(case)
+        except HubError:
+            continue
+        except Exception as error:
+            raise AssertionError(f"a damaged file gave {type(error).__name__}: {error}") from error
+
+
+LAWS = (kept, tolerance, smaller, deterministic, odd, hostile)

@@ -1,0 +1,103 @@
+"""The laws of mergers. Each takes a merger's class and raises AssertionError, or Declined, with the reason."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from adapterhub import plugins
+from adapterhub.errors import NotFoldable
+from adapterhub.forms.low_rank import LowRank
+from adapterhub.merge import merge_modifications
+from adapterhub.mergers import Merger
+from adapterhub.modification import Modification
+from adapterhub.sites import Site
+from adapterhub.testing.forms import Declined
+
+SITE = Site("model.layers.0.self_attn.q_proj", "query", 24, 40, True)
+ROUNDING = 1e-5
+"""Of the largest entry, in float32."""
+
+
+def _deltas(seed: int = 0) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(SITE.outputs, 3) @ torch.randn(3, SITE.inputs) for _ in range(3)]
+
+
+def _combine(merger: type[Merger], deltas: list[Tensor], weights: list[float]) -> Tensor:
+    return merger().combine(deltas, weights, merger.Config())
+
+
+def _same(got: Tensor, wanted: Tensor, what: str) -> None:
+    error = float((got.double() - wanted.double()).abs().max() / wanted.abs().max())
+    assert got.shape == wanted.shape and error <= ROUNDING, f"{what}: off by {error:.2g} of the largest entry"
+
+
+def itself(merger: type[Merger], device: str) -> None:
+    """One adapter at weight 1 comes out as itself: its dense change, and adapters of every form that folds, scaled as
+    LoRA (alpha / r) and as rsLoRA (alpha / sqrt r) scale."""
+    for delta in (*_deltas(), torch.randn(SITE.outputs)):
+        _same(_combine(merger, [delta], [1.0]), delta, "one change at weight 1 is not itself")
+    torch.manual_seed(1)
+    down, up = torch.randn(8, SITE.inputs), torch.randn(SITE.outputs, 8)
+    adapters: list[Modification] = [
+        LowRank(down=down, up=up, scale=torch.tensor(scale)) for scale in (16 / 8, 16 / 8**0.5)
+    ]
+    adapters += [m for form in plugins.names("forms") if (m := plugins.load("forms", form).random(SITE)) is not None]
+    weight = torch.randn(SITE.outputs, SITE.inputs)
+    for modification in adapters:
+        try:
+            wanted, _ = modification.delta_weight(weight, None)
+        except NotFoldable:
+            continue
+        merged = merge_modifications([{SITE.path: [modification]}], [1.0], merger(), merger.Config())
+        (part,) = merged.modifications[SITE.path]
+        _same(part.delta_weight(weight, None)[0], wanted, f"one {modification.form} at weight 1 is not itself")
+
+
+def inputs_kept(merger: type[Merger], device: str) -> None:
+    """The changes given are not altered; the result is finite, of their shape, the same each time; a missing change (zeros)
+    and the change of a bias are taken too."""
+    for deltas in (_deltas(), [*_deltas()[:1], torch.zeros(SITE.outputs, SITE.inputs)], [d[:, 0] for d in _deltas()]):
+        before = [delta.clone() for delta in deltas]
+        weights = [0.5, 1.0, 2.0][: len(deltas)]
+        first, again = _combine(merger, deltas, weights), _combine(merger, deltas, weights)
+        assert first.shape == deltas[0].shape, f"changes of {tuple(deltas[0].shape)} became {tuple(first.shape)}"
+        assert first.isfinite().all(), "the result is not finite"
+        assert torch.equal(first, again), "two merges of the same changes differ"
+        assert all(map(torch.equal, deltas, before)), "combine altered what it was given"
+
+
+def order(merger: type[Merger], device: str) -> None:
+    """The order of the adapters does not matter, their weights going with them."""
+    if not merger.symmetric:
+        raise Declined("declares symmetric = False")
+    deltas, weights = _deltas(), [1.0, 0.5, 0.25]
+    wanted = _combine(merger, deltas, weights)
+    for places in permutations(range(3)):
+        got = _combine(merger, [deltas[i] for i in places], [weights[i] for i in places])
+        _same(got, wanted, f"the order {places} gives another result")
+
+
+def scaling(merger: type[Merger], device: str) -> None:
+    """Changes c times as large merge to c times the result."""
+    if not merger.homogeneous:
+        raise Declined("declares homogeneous = False")
+    deltas, weights = _deltas(), [1.0, 0.5, 0.25]
+    wanted = _combine(merger, deltas, weights)
+    for c in (4.0, 0.125):
+        _same(_combine(merger, [c * delta for delta in deltas], weights), c * wanted, f"changes scaled by {c}")
+
+
+def weighted_sum(merger: type[Merger], device: str) -> None:
+    """A merger that declares itself linear is the weighted sum, which joining relies on."""
+    if not merger.linear:
+        raise Declined("declares linear = False")
+    deltas, weights = _deltas(), [1.0, -0.5, 0.25]
+    wanted = sum(weight * delta.double() for weight, delta in zip(weights, deltas, strict=True))
+    _same(_combine(merger, deltas, weights), wanted, "not the weighted sum")
+
+
+LAWS = (itself, inputs_kept, order, scaling, weighted_sum)

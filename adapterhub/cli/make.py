@@ -44,11 +44,11 @@ def weights_of(text: str | None) -> list[float] | None:
 
 
 def train(
-    base: Annotated[str, BASE],
     data: Annotated[Path, typer.Option(help="JSONL: prompt and completion, messages, or text.")],
     name: Annotated[
         str | None, typer.Option(help="Name of the adapter: name or owner/name; known with --continue.")
     ] = None,
+    base: Annotated[str | None, BASE] = None,
     method: Annotated[str | None, typer.Option(help="How: lora, bottleneck, ... (adapterhub plugins list).")] = None,
     set_: Set = None,
     on: Annotated[
@@ -56,11 +56,18 @@ def train(
     ] = None,
     continue_: Annotated[str | None, typer.Option("--continue", metavar="REF", help="Go on with this adapter.")] = None,
     eval_data: Annotated[Path | None, typer.Option(help="Held-out JSONL, evaluated at the end.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data (3).")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of --epochs.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples in a step.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate (0.001).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a step (8).")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps until the highest rate (a tenth of all).")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a row; longer ones are cut (1024).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random (0).")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
+    ] = False,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Begin anew, whatever checkpoints there are.")] = False,
     device: Annotated[str | None, DEVICE] = None,
     dtype: Annotated[str | None, DTYPE] = None,
     version: Version = None,
@@ -77,6 +84,8 @@ def train(
       adapterhub train --base smollm2 --method lora --set r=8 \\
         --data train.jsonl --name me/sentiment --steps 60
     """
+    if base is None and continue_ is None:
+        raise UsageError("no base model to train on", "give --base, for example --base smollm2")
     given = {
         "method": method,
         "name": name,
@@ -87,6 +96,9 @@ def train(
         "steps": steps,
         "lr": lr,
         "batch_size": batch_size,
+        "warmup": warmup,
+        "max_length": max_length,
+        "save_every": save_every,
         "seed": seed,
         "device": device,
         "dtype": dtype,
@@ -95,7 +107,15 @@ def train(
     }
     # What is not given is left to the Hub, so that each default stands in one place.
     given = {key: value for key, value in given.items() if value is not None}
-    release = adapterhub.open().train(base, data=data, options=options_of(set_), force=force, **given)
+    release = adapterhub.open().train(
+        base,
+        data=data,
+        options=options_of(set_),
+        gradient_checkpointing=gradient_checkpointing,
+        resume=not no_resume,
+        force=force,
+        **given,
+    )
     releases_out([release], as_json)
 
 

@@ -127,8 +127,16 @@ def eval_(
     base: Base,
     data: Annotated[Path, typer.Option(help="Held-out JSONL: prompt and completion, messages, or text.")],
     expression: Expression = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="loss, exact or label; may be repeated. Without it all that the data allow."),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="An allowed label, as completions write it; may be repeated.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 16,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row; longer ones are cut.")] = 1024,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -142,7 +150,16 @@ def eval_(
       adapterhub eval "me/sentiment" --base smollm2 --data test.jsonl --json
     """
     result = adapterhub.open().evaluate(
-        expression, base=base, data=data, limit=limit, batch_size=batch_size, device=device, dtype=dtype
+        expression,
+        base=base,
+        data=data,
+        metrics=metric,
+        labels=label,
+        limit=limit,
+        batch_size=batch_size,
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
     )
     if as_json:
         return json_out({"base": base, "adapters": expression, **result})

@@ -16,7 +16,8 @@ from adapterhub.adapter import Adapter, Modifications
 from adapterhub.compose import expand
 from adapterhub.errors import UsageError
 from adapterhub.expression import Ref
-from adapterhub.formats.peft import CONFIG, PREFIX, TENSORS
+from adapterhub.formats.peft import PREFIX, TENSORS
+from adapterhub.formats.peft_config import CONFIG
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.manifest import Manifest, Reference, Release
 from adapterhub.plan import assemble

@@ -12,6 +12,7 @@ from adapterhub.adapter import fit, modifications_of, require_effect
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
 from adapterhub.formats import peft
+from adapterhub.formats.peft_config import CONFIG, read_config
 from adapterhub.manifest import Release, check_name, check_version
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
@@ -43,7 +44,7 @@ def import_adapter(
         check_version(version)
     folder = Path(folder).expanduser()
     _require_peft(folder)
-    config = peft.read_config(folder)
+    config = read_config(folder)
     resolved = _base(folder, base, config.base_model_name_or_path)
     model = _skeleton(resolved)
     here = sites(model)
@@ -58,7 +59,7 @@ def import_adapter(
         "imported": "peft",
         "base_model_name_or_path": config.base_model_name_or_path,
         "peft_version": config.peft_version,
-        "files": {file: _digest(folder / file) for file in (peft.CONFIG, peft.TENSORS)},
+        "files": {file: _digest(folder / file) for file in (CONFIG, peft.TENSORS)},
     }
     return publish_tensors(
         hub,
@@ -74,13 +75,13 @@ def import_adapter(
 
 
 def _require_peft(folder: Path) -> None:
-    if (folder / peft.CONFIG).is_file():
+    if (folder / CONFIG).is_file():
         return
     if (folder / "manifest.json").is_file():
         raise UsageError(f"{folder} is a bundle, not a PEFT adapter", f"adapterhub install {folder}")
     if not folder.is_dir():
         raise NotFound(f"there is no folder {folder}", "give the folder that PEFT's save_pretrained wrote")
-    raise NotFound(f"{folder} holds no {peft.CONFIG}", "give the folder that PEFT's save_pretrained wrote")
+    raise NotFound(f"{folder} holds no {CONFIG}", "give the folder that PEFT's save_pretrained wrote")
 
 
 def _base(folder: Path, given: str | Path | None, named: str | None) -> bases.ResolvedBase:

@@ -1,0 +1,145 @@
+"""PEFT's `adapter_config.json`, as data: nothing in it is called, imported or passed on.
+
+What has no exact counterpart here is refused by name. Limits: 1 MiB, finite numbers, no key twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+
+from adapterhub.errors import HubError, ManifestError, NotFound, UnsafeFile
+
+CONFIG = "adapter_config.json"
+MAX_CONFIG = 1 << 20
+MAX_RANK = 1 << 16
+AGAIN = "get the adapter again from its source"
+
+SAFE_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the base's weights as they are."""
+REFUSED = {
+    "use_dora": "DoRA, which rescales the columns of the weight",
+    "lora_bias": "a bias on B",
+    "modules_to_save": "whole modules beside the LoRA",
+    "target_parameters": "LoRA of a bare parameter",
+    "trainable_token_indices": "trained rows of the embedding",
+    "layer_replication": "layers that the base does not have",
+    "fan_in_fan_out": "transposed weights (Conv1D)",
+    "ensure_weight_tying": "adapters of tied weights",
+    "alora_invocation_tokens": "aLoRA, which starts at certain tokens",
+    "arrow_config": "Arrow, which routes between adapters",
+    "use_qalora": "QA-LoRA, which pools its input",
+    "use_bdlora": "BD-LoRA, whose factors are block diagonal",
+    "kasa_config": "KaSA, which changes the base's weights",
+    "monteclora_config": "MonteCLoRA, which samples its weights",
+    "velora_config": "VeLoRA, which projects its input",
+}
+NEUTRAL = {
+    "auto_mapping", "inference_mode", "revision", "megatron_config", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "init_lora_weights", "bias",
+}  # fmt: skip
+"""Keys that say nothing about what a trained LoRA does, or that `_refusals` looks at."""
+
+
+class Config(msgspec.Struct, frozen=True):
+    """What we read of adapter_config.json, with PEFT's defaults."""
+
+    r: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)] = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    lora_dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    rank_pattern: dict[str, Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    base_model_name_or_path: str | None = None
+    peft_type: str | None = None
+    peft_version: str | None = None
+    task_type: str | None = None
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a PEFT folder. Raises NotFound, UnsafeFile, ManifestError, and HubError naming everything in it that
+    has no exact counterpart here. Unknown keys are warned of and otherwise ignored."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise NotFound(f"{folder} holds no {CONFIG}", "give the folder that PEFT's save_pretrained wrote")
+    with path.open("rb") as file:
+        raw = _parse(file.read(MAX_CONFIG + 1))
+    if refusals := _refusals(raw):
+        raise HubError(
+            f"{folder.name} cannot be represented exactly:\n  " + "\n  ".join(refusals),
+            "supported: LoRA and rsLoRA of linear layers, with rank, alpha and layer patterns (docs/peft.md)",
+        )
+    try:
+        config = msgspec.convert(raw, Config)
+    except msgspec.ValidationError as error:
+        raise ManifestError(f"{CONFIG}: {error}", AGAIN) from None
+    if config.target_modules is None:
+        raise ManifestError(f"{CONFIG} names no target_modules", "add those that the adapter was trained with")
+    known = {*Config.__struct_fields__, *REFUSED, *NEUTRAL}
+    if unknown := [key for key, value in raw.items() if key not in known and value]:
+        warnings.warn(f"{CONFIG}: unknown keys are ignored: {ascii(', '.join(sorted(unknown)))[:200]}", stacklevel=2)
+    return config
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    if len(data) > MAX_CONFIG:
+        raise UnsafeFile(f"{CONFIG} has more than {MAX_CONFIG} bytes", AGAIN)
+    try:
+        raw = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise UnsafeFile(f"{CONFIG} is nested too deeply", AGAIN) from None
+    except ValueError as error:
+        raise ManifestError(f"{CONFIG} is not valid: {error}", AGAIN) from None
+    if type(raw) is not dict:
+        raise ManifestError(f"{CONFIG} is not a table", AGAIN)
+    return raw
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key stands twice")
+    return result
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
+
+
+def _refusals(raw: Mapping[str, Any]) -> list[str]:
+    """Everything in a config that would make the adapter another one than its A, B and scale say."""
+    kind, task = raw.get("peft_type"), raw.get("task_type")
+    if kind != "LORA":
+        return [f"peft_type is {_short(kind)}: only LORA is read"]
+    found = [f"{key}: {reason}" for key, reason in REFUSED.items() if raw.get(key)]
+    if raw.get("bias", "none") not in (None, "none"):
+        found.append(f"bias is {_short(raw['bias'])}: biases of the base were trained")
+    start = raw.get("init_lora_weights", True)
+    if start is not None and not any(type(start) is type(safe) and start == safe for safe in SAFE_STARTS):
+        found.append(
+            f"init_lora_weights is {_short(start)}: it may have changed the base's weights, and the adapter belongs to those "
+            "(PEFT converts it: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        )
+    if task not in (None, "CAUSAL_LM"):
+        found.append(f"task_type is {_short(task)}: only causal language models are loaded as bases")
+    return found
+
+
+def _short(value: Any) -> str:
+    return ascii(value)[:40]

@@ -33,7 +33,7 @@ def init(
     Example:
       adapterhub init my-adapters
     """
-    out(adapterhub.open(directory, create=True).root)
+    out(adapterhub.open(directory, create=True).root.resolve())
 
 
 def install(

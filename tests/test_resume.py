@@ -1,0 +1,163 @@
+"""A run that was killed and started again ends with the bytes of one that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import adapterhub
+from adapterhub.trainer import COMPLETE, _Watch
+
+STEPS, EVERY = 17, 3
+SETTINGS = {
+    "options": {"r": 4, "lora_dropout": 0.2},
+    "steps": STEPS,
+    "save_every": EVERY,
+    "batch_size": 5,  # 4 batches an epoch, the last one short
+    "lr": 1e-2,
+}
+
+
+class Stopped(BaseException):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Equal bits need equal threads; a tiny model gains nothing from several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"Is {i} even? ", "completion": "no" if i % 2 else "yes"} for i in range(18)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.fixture
+def run(tiny_folder, path, tmp_path):
+    def run(hub="hub", **settings):
+        return adapterhub.open(tmp_path / hub, create=True).train(
+            str(tiny_folder), "lora", path, "me/a", **{**SETTINGS, **settings}
+        )
+
+    return run
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Make training end with an exception after a step, as if interrupted; None: no more."""
+
+    def stop_at(step):
+        def on_step_end(self, args, state, control, **kwargs):
+            started.append(state.global_step)
+            if state.global_step == step:
+                raise Stopped
+
+        monkeypatch.setattr(_Watch, "on_step_end", on_step_end)
+        return started
+
+    started = []
+    return stop_at
+
+
+def test_it_goes_on_from_the_last_checkpoint_to_the_same_bytes(run, stop_at, tmp_path):
+    whole = run("whole")
+    for step in (2, 8, 13):  # before the first checkpoint, between two of them, and between two epochs
+        stop_at(step)
+        with pytest.raises(Stopped):
+            run()
+    checkpoints = sorted(p.name for p in (tmp_path / "hub/training").rglob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-12", "checkpoint-9"]
+    steps = stop_at(None)
+    steps.clear()
+    resumed = run()
+    assert steps[0] == 13 and steps[-1] == STEPS
+    assert resumed.manifest == whole.manifest  # tensors, loss curve and metrics by their sha256
+    assert resumed.digest == whole.digest
+    assert not list((tmp_path / "hub/training").iterdir())
+
+
+@pytest.mark.parametrize("harm", ["cut", "no mark", "lost", "bit"])
+def test_a_broken_checkpoint_is_none(run, stop_at, tmp_path, harm):
+    whole = run("whole")
+    stop_at(10)
+    with pytest.raises(Stopped):
+        run()
+    newest = next((tmp_path / "hub/training").rglob("checkpoint-9"))
+    if harm == "cut":
+        os.truncate(newest / "optimizer.pt", 100)
+    elif harm == "no mark":
+        (newest / COMPLETE).unlink()
+    elif harm == "lost":
+        (newest / "rng_state.pth").unlink()
+    else:
+        data = bytearray((newest / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (newest / "model.safetensors").write_bytes(data)
+    steps = stop_at(None)
+    steps.clear()
+    assert run().digest == whole.digest
+    assert steps[0] == 7
+
+
+def test_another_recipe_and_resume_false_start_anew(run, stop_at):
+    stop_at(10)
+    with pytest.raises(Stopped):
+        run()
+    steps = stop_at(None)
+    for settings in ({"seed": 1}, {"resume": False}):
+        steps.clear()
+        run(**settings)
+        assert steps[0] == 1
+    # How often it saves decides nothing, so it goes on from there.
+    stop_at(10)
+    with pytest.raises(Stopped):
+        run(lr=2e-2)
+    steps = stop_at(None)
+    steps.clear()
+    run(lr=2e-2, save_every=5)
+    assert steps[0] == 10
+
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+import adapterhub
+from adapterhub.trainer import _Watch
+hub, base, data, settings, kill = sys.argv[1:]
+if int(kill):
+    _Watch.on_step_end = lambda self, args, state, control, **k: (
+        os.kill(os.getpid(), signal.SIGKILL) if state.global_step == int(kill) else None
+    )
+import json
+print(adapterhub.open(hub, create=True).train(base, "lora", data, "me/a", **json.loads(settings)).digest)
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_five_random_steps(tiny_folder, path, tmp_path):
+    def run(hub: Path, kill: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", KILLED, hub, tiny_folder, path, json.dumps(SETTINGS), kill]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+    whole = run(tmp_path / "whole", 0)
+    between = [step for step in range(1, STEPS) if step % EVERY]
+    kills = sorted(random.Random().sample(between, 5))
+    for kill in kills:
+        assert run(tmp_path / "hub", kill).returncode == -signal.SIGKILL, kills
+    resumed = run(tmp_path / "hub", 0)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout == whole.stdout != "", kills

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -66,9 +66,7 @@ def compress(
         base=parent.base,
         method=parent.method,
         forms=forms_of(modifications),
-        codecs=[
-            Made(name=codec, options=msgspec.to_builtins(config), distribution=plugins.distribution("codecs", codec))
-        ],
+        codecs=[Made(name=codec, options=asdict(config), distribution=plugins.distribution("codecs", codec))],
         parents=[Parent(name=release.name, version=release.version, digest=release.digest, relation="compress")],
         metrics={
             "compress": {

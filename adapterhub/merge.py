@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -77,7 +77,7 @@ def merge(
         parents=[Parent(name=r.name, version=r.version, digest=r.digest, relation="merge") for r in releases],
         recipe={
             "merger": merger,
-            "options": msgspec.to_builtins(config),
+            "options": asdict(config),
             "weights": weights,
             "distribution": plugins.distribution("mergers", merger),
         },

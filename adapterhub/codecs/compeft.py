@@ -25,8 +25,10 @@ SMALL = 64
 """Floating tensors with fewer entries (scales, biases of a narrow bottleneck) are kept exactly; integers always are."""
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool]
-    + [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    )
 }
 LARGEST_INDEX = 1 << 24
 """Bytes of the index when unpacked: names and shapes of a hundred thousand tensors."""

@@ -90,8 +90,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise NameInUse(f"{path} is there already", "name a folder that does not exist yet")
     temporary = _beside(path)
-    make_folder(temporary)
     try:
+        make_folder(temporary)
         yield temporary
         with _told(path, 0):
             _sync(temporary)

@@ -16,7 +16,7 @@ from adapterhub import bundle, durable
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NotFound, UsageError
 from adapterhub.index import Index, Row
 from adapterhub.manifest import TAG, File, Manifest, Parent, Reference, Release, check_version, digest_of
-from adapterhub.store import DATABASE, Problem, Store
+from adapterhub.store import DATABASE, Problem, Store, identify
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ class Packages:
         put: list[File] = []
 
         def keep(content: bytes | Path, expected: File | None = None) -> File:
-            put.append(self.store.put(content, expected))
-            return put[-1]
+            file = expected or identify(content)
+            put.append(file)
+            return self.store.put(content, file)
 
         with self._locked():
             try:

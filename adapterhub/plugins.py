@@ -50,7 +50,9 @@ def _point(group: str, name: str) -> EntryPoint:
         near = get_close_matches(name, points, 1)
         raise PluginError(
             f"no {group[:-1]} named {name!r} is installed",
-            f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(points) or 'none'}; or install its package",
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"installed: {', '.join(points) or 'none'}; or install its package",
         )
     return points[name]
 
@@ -82,7 +84,9 @@ def options(config: type, given: dict[str, Any]) -> Any:
     try:
         return msgspec.convert(values, config, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
-        raise UsageError(f"an option has a wrong value: {error}", "see adapterhub plugins list for the options") from None
+        raise UsageError(
+            f"an option has a wrong value: {error}", "see adapterhub plugins list for the options"
+        ) from None
 
 
 def _parsed(text: str) -> Any:
@@ -91,5 +95,5 @@ def _parsed(text: str) -> Any:
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:
-            raise UsageError(f"{text!r} is not JSON: {error}", "write a list as [1,2] and a table as {\"a\":1}") from None
+            raise UsageError(f"{text!r} is not JSON: {error}", 'write a list as [1,2] and a table as {"a":1}') from None
     return text.split(",") if "," in text else text

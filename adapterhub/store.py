@@ -49,7 +49,7 @@ class Store:
         """Keep these bytes, or a copy of this file. A blob that is there already and sound is not written again.
 
         Raises IntegrityError when they are not the `expected` ones."""
-        file = expected or _identify(content)
+        file = expected or identify(content)
         path = self.path(file.digest)
         if self._fault(file) is not None:
             chunks = [content] if isinstance(content, bytes) else _chunks(content)
@@ -110,7 +110,8 @@ class Store:
         return None
 
 
-def _identify(content: bytes | Path) -> File:
+def identify(content: bytes | Path) -> File:
+    """The digest and size that these bytes, or this file's, would be stored under."""
     if isinstance(content, bytes):
         return File(digest=digest_of(content), size=len(content))
     hasher, size = hashlib.sha256(), 0

@@ -18,7 +18,7 @@ from adapterhub import durable, plugins
 from adapterhub.adapter import Adapter, Modifications, forms_of, require_effect
 from adapterhub.data import Data, read
 from adapterhub.device import memory_told, precision
-from adapterhub.encoding import Example, check_vocabulary, encode
+from adapterhub.encoding import Example, check_vocabulary, encode, pad_token
 from adapterhub.errors import NameInUse, UsageError
 from adapterhub.evaluate import evaluate
 from adapterhub.manifest import Made, Parent, Release, canonical, check_name, check_version, digest_of
@@ -114,6 +114,7 @@ def train(
                 log = fit(
                     model,
                     examples,
+                    pad_token(model.tokenizer),
                     schedule,
                     folder,
                     save_every or min(math.ceil(steps / 10), 100),

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging
 
 from adapterhub import durable
-from adapterhub.encoding import IGNORE, Example, collate, pad_token
+from adapterhub.encoding import IGNORE, Example, collate
 from adapterhub.errors import HubError
 from adapterhub.manifest import canonical
 from adapterhub.runtime import Model
@@ -73,6 +73,7 @@ class Trained(nn.Module):
 def fit(
     model: Model,
     examples: list[Example],
+    pad: int,
     schedule: Schedule,
     folder: Path,
     save_every: int,
@@ -81,9 +82,8 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train what is trainable in the model, in place; returns the loss curve: step, loss, gradient norm, rate of each step.
 
-    Checkpoints lie in folder; the newest whole one there is where it goes on, so that a run killed anywhere ends with
+    pad: the token that fills up short rows. Checkpoints lie in folder; the newest whole one there is where it goes on, so that a run killed anywhere ends with
     the bits of one that was not. Raises HubError when loss or gradient is no number."""
-    pad = pad_token(model.tokenizer)
     module = Trained(model)
     verbosity = logging.get_verbosity()  # the Trainer sets it for the whole process
     with _progress(title, schedule.steps) as shown:

@@ -218,7 +218,7 @@ def test_after_step_runs_after_each_step_and_only_adapter_tensors_are_saved(path
             parameter.clamp_(-0.05, 0.05)
 
     examples = encode(read(path), model.tokenizer, 64)[0]
-    log = fit(model, examples, Schedule(4, 8, 1e-1, 0, 0, False), tmp_path / "run", 2, after_step, "test")
+    log = fit(model, examples, 0, Schedule(4, 8, 1e-1, 0, 0, False), tmp_path / "run", 2, after_step, "test")
     assert calls == [False] * 4 and len(log) == 4
     assert max(float(parameter.detach().abs().max()) for parameter in parameters) <= 0.0500001
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.base.state_dict().items())

@@ -83,8 +83,8 @@ def _read(file: BinaryIO, size: int, label: str) -> dict[str, Entry]:
     text = b"{" + file.read(length - 1)
     if len(text) != length:
         damaged("it ends before its header does")
-    # Before JSON makes objects of it: what is counted here bounds the memory it can take.
-    if text.count(b"{") > MAX_TENSORS + MAX_METADATA:
+    # Before JSON makes objects of it: a tensor takes at most 25 of these marks, and nothing takes memory without them.
+    if sum(map(text.count, (b"{", b"[", b",", b'"'))) > 25 * MAX_TENSORS + MAX_METADATA:
         unsafe(f"it names more than {MAX_TENSORS} tensors")
     try:
         header = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_refuse)

@@ -22,8 +22,8 @@ UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 """The unit roundoff: how far, relatively, a value moves at most when it is rounded to the type."""
 TINY = 2**-24
 """float16's smallest step near zero."""
-TWICE = 2**-11
-"""Room for a copy that was rounded on the way (float32 to float16 to bfloat16)."""
+HALF = UNIT[torch.float16]
+"""Also room for a copy that was rounded on the way (float32 to float16 to bfloat16)."""
 GROUPS = (32, 64, 128, 0)
 """Values that share one scale in the usual quantised formats; 0 is a whole row."""
 PASS = 0.75
@@ -37,7 +37,7 @@ class Verdict:
     kind: Literal["same", "copy", "another"]
     """same weights (perhaps stored in bfloat16) | rounded or quantised copy | another model"""
     distance: float
-    """Relative rms of the difference over the sketched values; infinite if the shapes differ."""
+    """Relative rms of the difference, tensor by tensor, each weighted by its size; infinite if the shapes differ."""
     reason: str
 
 
@@ -49,17 +49,15 @@ def compare_sketches(recorded: bytes, current: bytes) -> Verdict:
     other_structure, other_rows = unpack(current)
     if structure != other_structure:
         return Verdict("another", math.inf, _first_difference(json.loads(structure), json.loads(other_structure)))
-    difference = sum(float((rows[name].double() - other_rows[name].double()).square().sum()) for name in rows)
-    size = sum(float(tensor.double().square().sum()) for tensor in rows.values())
-    distance = math.sqrt(difference / size) if size else math.sqrt(difference)
+    shapes = json.loads(structure)
+    far = {name: _relative(rows[name].double(), other_rows[name].double()) for name in rows}
+    values = {name: math.prod(shape) for name, shape in shapes.items()}
+    distance = math.sqrt(sum(values[name] * far[name] ** 2 for name in far) / max(1, sum(values.values())))
     kinds = set()
     for name in sorted(rows):
         kind = _judge(rows[name], other_rows[name])
         if kind is None:
-            far = float(
-                (rows[name].float() - other_rows[name].float()).norm() / rows[name].float().norm().clamp(min=1e-30)
-            )
-            reason = f"{name} differs by {far:.2g} (relative rms), and not as rounding or quantising does"
+            reason = f"{name} differs by {far[name]:.2g} (relative rms), and not as rounding or quantising does"
             return Verdict("another", distance, reason)
         kinds.add(kind)
     if "quantised" in kinds:
@@ -67,6 +65,12 @@ def compare_sketches(recorded: bytes, current: bytes) -> Verdict:
     if "rounded" in kinds:
         return Verdict("copy", distance, "one is a rounded copy of the other")
     return Verdict("same", distance, "equal to the last bit of bfloat16")
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """rms(a - b) / rms(a); 0 where both are zero."""
+    size, difference = float(a.norm()), float((a - b).norm())
+    return difference / size if size else float(difference > 0)
 
 
 def _first_difference(recorded: dict, current: dict) -> str:
@@ -85,7 +89,7 @@ def _judge(a: Tensor, b: Tensor) -> str | None:
     d = (a - b).abs()
     if bool(((a.bfloat16() == b.bfloat16()) | (d <= TINY)).all()):
         return "equal"
-    within = d <= (max(unit_a, unit_b) + TWICE) * torch.maximum(a.abs(), b.abs()) + TINY
+    within = d <= (max(unit_a, unit_b) + HALF) * torch.maximum(a.abs(), b.abs()) + TINY
     if unit_a != unit_b and bool(within.all()):
         return "rounded"
     passed = (a.bfloat16() == b.bfloat16()).all(1) | (within.all(1) if unit_a != unit_b else False)
@@ -130,6 +134,7 @@ def _quantised(q: Tensor, f: Tensor, zero: Tensor, step: Tensor, unit: float, un
     error = (q - f).abs() / step
     # An end of the grid may have been cut to (Q4_0 has -8 but not +8).
     end = (q == q.amin(-1, keepdim=True)) | (q == q.amax(-1, keepdim=True))
-    over = error > torch.where(end, 1.02, 0.515) + (unit * q.abs() + unit_free * f.abs()) / step
+    # Scales are often kept in float16.
+    over = error > torch.where(end, 1.02, 0.515) + HALF * code.abs() + (unit * q.abs() + unit_free * f.abs()) / step
     rms = error.square().mean((1, 2)).sqrt()
     return enough & fits & (over.float().mean((1, 2)) <= 0.004) & (rms >= 0.15) & (rms <= 0.4)

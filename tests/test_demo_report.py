@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from adapterhub.demo_report import page
+from adapterhub.demo.report import page
 
 VOID = {"meta", "rect", "line", "path", "polyline", "br"}
 
@@ -64,14 +64,14 @@ RESULTS = {
         "interval": [-0.031, 0.0049],
     },
     "lineage": [
-        {"name": "smollm2", "detail": "the base", "parents": {}},
-        {"name": "demo/sentiment", "detail": "lora", "parents": {"smollm2": ""}},
-        {"name": "demo/department", "detail": "bottleneck", "parents": {"smollm2": ""}},
-        {"name": "demo/sentiment-small", "detail": "compeft", "parents": {"demo/sentiment": "compress"}},
+        {"name": "smollm2", "detail": "the base", "parents": []},
+        {"name": "demo/sentiment", "detail": "lora", "parents": ["smollm2"]},
+        {"name": "demo/department", "detail": "bottleneck", "parents": ["smollm2"]},
+        {"name": "demo/sentiment-small", "detail": "compeft", "parents": ["demo/sentiment"]},
         {
             "name": "demo/both-stacked",
             "detail": "stack",
-            "parents": {"demo/sentiment": "compose", "demo/department": "compose"},
+            "parents": ["demo/sentiment", "demo/department"],
         },
     ],
     "prompts": {"sentiment": "Text: fine.\nSentiment:", "department": "Diagnosis: Asthma\nDepartment:"},

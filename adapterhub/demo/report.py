@@ -10,7 +10,7 @@ The results, as `adapterhub.demo.run` returns them:
     curves     {name: [loss of each step, nats a token]}
     sizes      [{"name", "bytes"}]
     compression {"name", "task", "bytes", "bf16", "ratio", "difference", "interval"}    shares, not percent
-    lineage    [{"name", "detail", "parents": {name: relation}}], parents before children
+    lineage    [{"name", "detail", "parents": [names]}], parents before children
     prompts    {task: prompt}
     answers    [{"adapters", "task", "text"}]
     checks     [{"what", "figure", "passed"}]
@@ -31,6 +31,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, "Liberation Sans", sans-serif; }
+h2 + p { margin-top: 0; } footer { color: var(--soft); margin-top: 1.25rem; }
 main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
 h2 { font-size: 1.2rem; margin: 0 0 .2rem; }
@@ -87,8 +88,8 @@ def page(results: Results) -> str:
         f"<p>{trained} adapters were trained on {base}, stored as versions, compressed, merged, stacked, installed into "
         "another hub and run there. Label accuracy on held-out rows: the right answer is the likeliest of the allowed "
         f"ones. In brackets, 95 % intervals.</p>{body}"
-        f"<p class='soft'>Made by <code>adapterhub demo --seed {results['seed']}</code>. The hub is "
-        f"<code>{escape(results['hub'])}</code>; <code>adapterhub list</code> there shows the releases.</p>"
+        f"<footer>Made by <code>adapterhub demo --seed {results['seed']}</code>. The hub is "
+        f"<code>{escape(results['hub'])}</code>; <code>adapterhub list</code> there shows the releases.</footer>"
         "</main></body></html>\n"
     )
 
@@ -156,27 +157,26 @@ def _curves(curves: Mapping[str, Sequence[float]]) -> str:
         return 10 + (height - 10 - bottom) * (1 - loss / top)
 
     parts = []
-    for i in range(5):
-        loss = top * i / 4
-        parts.append(f"<line x1='{left}' x2='{width - right}' y1='{y(loss):.1f}' y2='{y(loss):.1f}' stroke='#e3e7eb'/>")
-        parts.append(f"<text class='soft' x='{left - 8}' y='{y(loss) + 4:.1f}' text-anchor='end'>{loss:.1f}</text>")
+    apart = next(gap for gap in (0.1, 0.25, 0.5, 1, 2, 5, 10, 1e9) if top / gap <= 6)
+    for i in range(int(top / apart) + 1):
+        at = y(apart * i)
+        parts.append(f"<line x1='{left}' x2='{width - right}' y1='{at:.1f}' y2='{at:.1f}' stroke='#e3e7eb'/>")
+        parts.append(f"<text class='soft' x='{left - 8}' y='{at + 4:.1f}' text-anchor='end'>{apart * i:g}</text>")
     for step in sorted({round((steps - 1) * i / 4) for i in range(5)}):
         parts.append(
             f"<text class='soft' x='{x(step):.1f}' y='{height - 14}' text-anchor='middle'>step {step + 1}</text>"
         )
-    ends: list[float] = []
-    for colour, (name, losses) in zip(COLOURS, curves.items(), strict=False):
-        smooth = [sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
-        for values, style in ((losses, "stroke-width='1' opacity='.35'"), (smooth, "stroke-width='2.4'")):
-            points = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(values))
+    for i, (colour, (name, losses)) in enumerate(zip(COLOURS, curves.items(), strict=False)):
+        last = [losses[max(0, j - 9) : j + 1] for j in range(len(losses))]
+        for values, style in (
+            (losses, "stroke-width='1' opacity='.4'"),
+            ([sum(few) / len(few) for few in last], "stroke-width='2.4'"),
+        ):
+            points = " ".join(f"{x(j):.1f},{y(value):.1f}" for j, value in enumerate(values))
             parts.append(f"<polyline points='{points}' fill='none' stroke='{colour}' {style}/>")
-        at = y(smooth[-1]) + 4
-        while any(abs(at - other) < 17 for other in ends):  # labels that would lie on each other move up
-            at -= 3
-        ends.append(at)
-        parts.append(
-            f"<text x='{x(len(losses) - 1) + 10:.1f}' y='{at:.1f}' style='fill:{colour}'>{escape(name)}</text>"
-        )
+        at = 24 + 24 * i
+        parts.append(f"<rect x='{width - right + 18}' y='{at - 6}' width='18' height='4' rx='2' fill='{colour}'/>")
+        parts.append(f"<text x='{width - right + 44}' y='{at}'>{escape(name)}</text>")
     return _svg(width, height, "".join(parts), "loss curves")
 
 
@@ -220,17 +220,13 @@ def _lineage(nodes: Sequence[Results]) -> str:
     parts = []
     for node in nodes:
         x, y = place[node["name"]]
-        for i, (parent, relation) in enumerate(node["parents"].items()):
+        for i, parent in enumerate(node["parents"]):
             px, py = place[parent]
             enter = y + high * (i + 1) / (len(node["parents"]) + 1)
             parts.append(
                 f"<path d='M{px + wide},{py + high / 2:.1f} C{px + wide + 50},{py + high / 2:.1f} {x - 55},{enter:.1f} "
                 f"{x},{enter:.1f}' fill='none' stroke='#8a96a3' stroke-width='1.5'/>"
             )
-            if relation and i == 0:
-                parts.append(
-                    f"<text class='soft' x='{x - 6}' y='{enter - 6:.1f}' text-anchor='end'>{escape(relation)}</text>"
-                )
     for node in nodes:
         x, y = place[node["name"]]
         edge = BASE_COLOUR if depth[node["name"]] == 0 else COLOURS[(depth[node["name"]] - 1) % len(COLOURS)]

@@ -28,9 +28,7 @@ def token_losses(model: Model, batch: Mapping[str, Tensor], adapters: str | None
         use_cache=False,
         **_only_last(model, labels.shape[1] + 1),
     ).logits
-    logits = logits[:, -labels.shape[1] - 1 : -1].float()
-    losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return losses.view(labels.shape)
+    return _likelihoods(logits[:, -labels.shape[1] - 1 : -1], labels)
 
 
 def label_scores(
@@ -43,40 +41,37 @@ def label_scores(
     rows, count, pad = len(prompts), len(choices[0]), pad_token(model.tokenizer)
     flat = [choice for row in choices for choice in row]
     if not model.keeps_state(adapters):
-        ids, mask = (t.to(model.device) for t in pad_left(prompts, pad))
-        out = model(input_ids=ids, attention_mask=mask, adapters=adapters, use_cache=True, **_only_last(model, 1))
+        ids, mask = (tensor.to(model.device) for tensor in pad_left(prompts, pad))
+        last = _only_last(model, 1)
+        out = model(input_ids=ids, attention_mask=mask, adapters=adapters, use_cache=True, **last)
         cache = out.past_key_values
         if all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", [None])):
-            first = log_softmax(out.logits[:, -1].float(), -1).repeat_interleave(count, 0)
-            later = _continued(model, cache, mask, flat, count, pad, adapters)
-            return _summed(first, later, flat).view(rows, count)
+            begins = torch.tensor([[choice[0] for choice in row] for row in choices], device=mask.device)
+            first = log_softmax(out.logits[:, -1].float(), -1).gather(1, begins).double()
+            cache.batch_repeat_interleave(count)
+            later = _continued(model, cache, mask.repeat_interleave(count, 0), flat, pad, adapters)
+            return (first - later.view(rows, count)).cpu()
     examples = [Example(0, (*prompts[i // count], *choice), len(prompts[i // count])) for i, choice in enumerate(flat)]
     batch = {key: value.to(model.device) for key, value in collate(examples, pad).items()}
     return -token_losses(model, batch, adapters).double().sum(1).cpu().view(rows, count)
 
 
-def _continued(model, cache, mask: Tensor, flat: list[list[int]], count: int, pad: int, adapters) -> Tensor | None:
-    """Log-probabilities after each token of the choices but the last, (choices, tokens, vocabulary)."""
+def _continued(model: Model, cache, mask: Tensor, flat: list[list[int]], pad: int, adapters: str | None) -> Tensor:
+    """Summed negative log-likelihood of each choice after its first token, (choices,) float64; padded on the right."""
     longest = max(map(len, flat)) - 1
     if not longest:
-        return None
-    ids = torch.tensor([(choice + [pad] * longest)[:longest] for choice in flat], device=mask.device)
-    real = torch.tensor([[i < len(choice) for i in range(longest)] for choice in flat], device=mask.device)
-    cache.batch_repeat_interleave(count)
-    whole = torch.cat([mask.repeat_interleave(count, 0), real.to(mask.dtype)], 1)
-    logits = model(input_ids=ids, attention_mask=whole, past_key_values=cache, adapters=adapters, use_cache=True).logits
-    return log_softmax(logits.float(), -1)
+        return torch.zeros(len(flat), dtype=torch.float64, device=mask.device)
+    ids = torch.tensor([(choice[:-1] + [pad] * longest)[:longest] for choice in flat], device=mask.device)
+    labels = torch.tensor([(choice[1:] + [IGNORE] * longest)[:longest] for choice in flat], device=mask.device)
+    mask = torch.cat([mask, (labels != IGNORE).to(mask.dtype)], 1)
+    logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache, adapters=adapters, use_cache=True).logits
+    return _likelihoods(logits, labels).double().sum(1)
 
 
-def _summed(first: Tensor, later: Tensor | None, flat: list[list[int]]) -> Tensor:
-    total = first[torch.arange(len(flat)), [choice[0] for choice in flat]].double().cpu()
-    if later is not None:
-        for i, choice in enumerate(flat):
-            places = torch.arange(len(choice) - 1, device=later.device)
-            total[i] += (
-                later[i, places, torch.tensor(choice[1:], device=later.device, dtype=torch.int64)].double().sum().cpu()
-            )
-    return total
+def _likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihoods, (rows, tokens) float32, 0 where the label is IGNORE."""
+    flat = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return flat.view(labels.shape)
 
 
 def _only_last(model: Model, count: int) -> dict[str, int]:

@@ -102,6 +102,7 @@ def start(
 def main() -> NoReturn:
     """Run the command of `sys.argv` and exit with its status."""
     sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no reason to fail
+    warnings.simplefilter("ignore", FutureWarning)  # of a library to its callers, not of ours to a user
     warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
     sys.exit(execute(sys.argv[1:]))
 

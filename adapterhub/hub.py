@@ -74,7 +74,7 @@ class Hub(Packages):
 
     def train(
         self,
-        base: object,
+        base: object = None,
         method: str | None = None,
         data: str | Path | None = None,
         name: str | None = None,
@@ -141,8 +141,16 @@ class Hub(Packages):
 
         return compose(self, expression, name, version=version)
 
-    def load(self, base: object, expression: str | None = None, **settings: Any) -> Model:
-        """A base model with a composition on it, to run or to train. See adapterhub.runtime.load for the settings."""
+    def load(
+        self,
+        base: object,
+        expression: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        trainable: Sequence[str] = (),
+        force: bool = False,
+    ) -> Model:
+        """A base model with a composition on it, to run or to train. See adapterhub.runtime.load."""
         from adapterhub.runtime import load
 
-        return load(self, base, expression, **settings)
+        return load(self, base, expression, dtype=dtype, device=device, trainable=trainable, force=force)

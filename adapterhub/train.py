@@ -41,7 +41,7 @@ class DataWarning(UserWarning):
 
 def train(
     hub: Hub,
-    base: object,
+    base: object = None,
     method: str | None = None,
     data: str | Path | None = None,
     name: str | None = None,
@@ -87,11 +87,14 @@ def train(
     name = check_name(name or (start.goes_on.name if start.goes_on else ""))
     if version is not None and hub.index.get(name, check_version(version)) is not None:
         raise NameInUse(f"{name}@{version} exists", "give another version, or none for the next")
+    if base is None:
+        if start.goes_on is None:
+            raise UsageError("no base to train on", "give a known name (smollm2), a folder or a repo id")
+        base = start.goes_on.manifest.base.name
     if data is None:
         raise UsageError("no data to train on", "give a JSON Lines file")
     _check(epochs=epochs, steps=steps, lr=lr, batch_size=batch_size, warmup=warmup, save_every=save_every)
     rows, held_out = read(data), read(eval_data) if eval_data is not None else None
-    base = start.goes_on.manifest.base.name if base is None and start.goes_on else base
 
     model = load(hub, base, start.beneath, dtype=precision(dtype, device), device=device, force=force)
     try:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from adapterhub import durable
 from adapterhub.encoding import IGNORE, Example, collate
-from adapterhub.errors import HubError
+from adapterhub.errors import HubError, UsageError
 from adapterhub.manifest import canonical
 from adapterhub.runtime import Model
 from adapterhub.scoring import token_losses
@@ -85,6 +86,14 @@ def fit(
     pad: the token that fills up short rows. Checkpoints lie in folder; the newest whole one there is where it goes on, so that a run killed anywhere ends with
     the bits of one that was not. Raises HubError when loss or gradient is no number."""
     module = Trained(model)
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None and checkpoint.name == f"checkpoint-{schedule.steps}":  # killed while it was published
+        module.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        return _curve(json.loads((checkpoint / "trainer_state.json").read_bytes())["log_history"])
+    if schedule.gradient_checkpointing and not model.base.supports_gradient_checkpointing:
+        raise UsageError(
+            f"{type(model.base).__name__} cannot checkpoint its layers", "leave gradient_checkpointing out"
+        )
     verbosity = logging.get_verbosity()  # the Trainer sets it for the whole process
     with _progress(title, schedule.steps) as shown:
         trainer = Trainer(
@@ -98,14 +107,18 @@ def fit(
         if schedule.gradient_checkpointing:
             model.base.activation_checkpointing_enable({"use_reentrant": False})
         try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             if schedule.gradient_checkpointing:
                 model.base.activation_checkpointing_disable()
             module.eval()
             logging.set_verbosity(verbosity)
+    return _curve(trainer.state.log_history)
+
+
+def _curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     kept = ("step", "loss", "grad_norm", "learning_rate")
-    return [{key: entry[key] for key in kept} for entry in trainer.state.log_history if "loss" in entry]
+    return [{key: entry[key] for key in kept} for entry in history if "loss" in entry]
 
 
 def _arguments(schedule: Schedule, folder: Path, save_every: int, device: torch.device) -> TrainingArguments:
@@ -168,12 +181,12 @@ class _Watch(TrainerCallback):
         durable.write_bytes(checkpoint / COMPLETE, canonical(_digests(checkpoint)))
 
 
-def last_checkpoint(folder: Path) -> str | None:
+def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; broken ones are removed."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.partition("-")[2])):
         try:
             if json.loads((checkpoint / COMPLETE).read_bytes()) == _digests(checkpoint):
-                return str(checkpoint)
+                return checkpoint
         except (OSError, ValueError):
             pass
         shutil.rmtree(checkpoint, ignore_errors=True)

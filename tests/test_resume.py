@@ -89,6 +89,21 @@ def test_it_goes_on_from_the_last_checkpoint_to_the_same_bytes(run, stop_at, tmp
     assert not list((tmp_path / "hub/training").iterdir())
 
 
+def test_a_run_killed_while_it_was_published_is_published(run, stop_at, monkeypatch):
+    whole = run("whole")
+
+    def killed(*args, **kwargs):
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr("adapterhub.train.publish_tensors", killed)
+        with pytest.raises(Stopped):
+            run()
+    steps = stop_at(None)
+    assert run().digest == whole.digest
+    assert not steps
+
+
 @pytest.mark.parametrize("harm", ["cut", "no mark", "lost", "bit"])
 def test_a_broken_checkpoint_is_none(run, stop_at, tmp_path, harm):
     whole = run("whole")

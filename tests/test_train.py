@@ -265,6 +265,8 @@ def test_mistakes_are_found_before_the_base_is_touched(hub, train, path, tmp_pat
         assert caught.value.hint and str(nowhere) not in str(caught.value), wrong
     with pytest.raises(NotFound):
         train(base=nowhere, name="me/b")
+    with pytest.raises(UsageError, match="no base"):
+        hub.train(method="lora", data=path, name="me/b")
     assert [row.version for row in hub.releases()] == ["0.1.0"]
 
 

@@ -22,7 +22,8 @@ def results_of(journey: Journey) -> dict[str, Any]:
     """The results as `adapterhub.demo.report` describes them."""
     sentiment, department, mergeable = journey.trained.values()
     bare, compression = journey.measured[BARE], _compression(journey)
-    models = [_model(journey, BARE, journey.base, None, "")]
+    base = sentiment.manifest.base.name
+    models = [_model(journey, BARE, base, None, "")]
     for job, release in zip(JOBS, journey.trained.values(), strict=True):
         models.append(_model(journey, release, f"{job.method}, r {job.options['r']}", _bytes(release), ""))
     models += [
@@ -32,7 +33,7 @@ def results_of(journey: Journey) -> dict[str, Any]:
     ]
     stored = [*journey.trained.values(), journey.small, journey.merged]
     return {
-        "base": journey.base,
+        "base": base,
         "device": journey.ran_on,
         "seed": journey.seed,
         "seconds": journey.seconds,
@@ -49,8 +50,8 @@ def results_of(journey: Journey) -> dict[str, Any]:
         ],
         "compression": compression,
         "lineage": [
-            {"name": journey.base, "detail": "the base", "parents": []},
-            *(_node(journey, release) for release in [*stored, journey.stacked]),
+            {"name": base, "detail": "the base", "parents": []},
+            *(_node(release) for release in [*stored, journey.stacked]),
         ],
         "prompts": journey.prompts,
         "answers": [{"adapters": a.adapters or BARE, "task": a.task, "text": a.text} for a in journey.answers],
@@ -133,14 +134,14 @@ def _curve(journey: Journey, release: Release) -> list[float]:
     return [entry["loss"] for entry in log]
 
 
-def _node(journey: Journey, release: Release) -> dict[str, Any]:
+def _node(release: Release) -> dict[str, Any]:
     manifest = release.manifest
     if manifest.compose is not None:
         made = "stack"
     else:
         made = manifest.codecs[-1].name if manifest.codecs else manifest.method.name if manifest.method else "merge"
         made += f", {_bytes(release) / 1e6:.2f} MB"
-    parents = [parent.name for parent in manifest.parents] or [journey.base]
+    parents = [parent.name for parent in manifest.parents] or [manifest.base.name]
     return {"name": release.name, "detail": f"{release.version}, {made}", "parents": parents}
 
 

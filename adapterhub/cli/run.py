@@ -173,13 +173,17 @@ def eval_(
         note(f"warning: {result['truncated']} rows were longer than the longest allowed and were cut")
 
 
-def demo() -> None:
+def demo(
+    seed: Annotated[int, typer.Option(help="Of the training.")] = 0,
+    report: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("demo-report.html"),
+    device: Device = "auto",
+) -> None:
     """Train two adapters on a real model, and compress, merge, stack, install and run them.
 
     \b
     Example:
-      adapterhub demo
+      adapterhub demo --seed 0
     """
     import adapterhub.demo
 
-    adapterhub.demo.run()
+    adapterhub.demo.run(seed=seed, report=report, device=device)

@@ -120,6 +120,9 @@ def test_same_logits_as_peft_both_ways(name, tmp_path, hub, tiny_model, tiny_fol
         again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "back").eval()
     with torch.no_grad():
         assert apart(again(IDS).logits, theirs) < EXACT
+    written = json.loads((tmp_path / "back" / CONFIG).read_text())
+    assert written["use_rslora"] == VARIANTS[name].get("use_rslora", False)
+    assert all(isinstance(alpha, int) for alpha in [written["lora_alpha"], *written["alpha_pattern"].values()])
     before, after = load_file(tmp_path / "theirs" / peft.TENSORS), load_file(tmp_path / "back" / peft.TENSORS)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     scales = again.base_model.get_submodule

@@ -38,6 +38,14 @@ def test_every_pin_allows_what_the_package_asks_for():
         assert all(wanted.specifier.contains(version) for version in exact), text
 
 
+def test_every_dependency_has_its_reason():
+    section = (ROOT / "ARCHITECTURE.md").read_text().partition("## Dependencies")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    reasons = {name: reason for names, reason in rows for name in names.split(", ")}
+    assert set(reasons) == {Requirement(text).name for text in PROJECT["project"]["dependencies"]}
+    assert all(reasons.values())
+
+
 def test_the_plugins_group_is_the_folders():
     folders = {
         folder.name for folder in (ROOT / "plugins").glob("adapterhub-*") if (folder / "pyproject.toml").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,8 +50,9 @@ def load(
     from adapterhub.bases.fingerprint import fingerprint
 
     if isinstance(base, nn.Module):
-        model, tokenizer, print_of_base = base, None, fingerprint(base)
-        model.requires_grad_(False)
+        model, print_of_base = base.requires_grad_(False), fingerprint(base)
+        origin = base.config.name_or_path
+        tokenizer = bases.load_tokenizer(bases.ResolvedBase(origin, Path(origin))) if origin else None
     else:
         resolved = bases.resolve(base)
         model = bases.load_model(resolved, dtype, device)

@@ -8,6 +8,18 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
+def _threads(request):
+    """One thread: tiny models gain nothing from more, and equal bits need equal threads. Slow tests take what there is."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if request.node.get_closest_marker("slow") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch, tmp_path_factory):
     """No test sees the user's hub; torch's generator starts alike."""
     monkeypatch.setenv("ADAPTERHUB_HOME", str(tmp_path_factory.mktemp("home")))

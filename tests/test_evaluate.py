@@ -27,15 +27,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A tiny model gains nothing from several, and they wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def path(tmp_path):
     file = tmp_path / "rows.jsonl"

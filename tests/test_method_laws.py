@@ -10,14 +10,6 @@ from adapterhub.testing import methods
 from adapterhub.testing.forms import Declined
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Offset(LoRA):
     """B is not zero."""
 

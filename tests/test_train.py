@@ -22,15 +22,6 @@ from adapterhub.trainer import Schedule, fit
 ROWS = [(f"Is {i} even? ", "no" if i % 2 else "yes") for i in range(16)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A tiny model gains nothing from several, and they wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def hub(tmp_path):
     return adapterhub.open(tmp_path / "hub", create=True)

@@ -31,7 +31,7 @@ def results_of(journey: Journey) -> dict[str, Any]:
         _model(journey, journey.merged, "linear merge", _bytes(journey.merged), f"{sentiment}, {mergeable}", mergeable),
         _model(journey, journey.stacked, "stack", None, journey.stacked.manifest.compose, department),
     ]
-    stored = [*journey.trained.values(), journey.small, journey.merged]
+    releases = [*journey.trained.values(), journey.small, journey.stacked, journey.merged]
     return {
         "base": base,
         "device": journey.ran_on,
@@ -45,13 +45,15 @@ def results_of(journey: Journey) -> dict[str, Any]:
         "models": models,
         "curves": {name: _curve(journey, release) for name, release in journey.trained.items()},
         "sizes": [
-            {"name": f"{sentiment.name}, as bf16", "bytes": compression["bf16"]},
-            *({"name": release.name, "bytes": _bytes(release)} for release in stored),
+            {"name": sentiment.name, "bytes": _bytes(sentiment)},
+            {"name": "the same in bf16", "bytes": compression["bf16"]},
+            {"name": journey.small.name, "bytes": _bytes(journey.small)},
+            *({"name": release.name, "bytes": _bytes(release)} for release in (department, mergeable, journey.merged)),
         ],
         "compression": compression,
         "lineage": [
             {"name": base, "detail": "the base", "parents": []},
-            *(_node(release) for release in [*stored, journey.stacked]),
+            *(_node(release) for release in releases),
         ],
         "prompts": journey.prompts,
         "answers": [{"adapters": a.adapters or BARE, "task": a.task, "text": a.text} for a in journey.answers],

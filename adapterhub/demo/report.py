@@ -49,7 +49,7 @@ pre { background: var(--ground); border-radius: 6px; padding: .7rem .9rem; overf
 .score { min-width: 11rem; font-variant-numeric: tabular-nums; }
 .mark { color: #a33a00; font-weight: 600; }
 ul.checks { list-style: none; padding: 0; margin: .8rem 0 0; display: grid; gap: .35rem; }
-ul.checks b { display: inline-block; width: 4.2rem; }
+ul.checks li { display: flex; gap: .8rem; } ul.checks b { flex: 0 0 4.2rem; }
 .passed b { color: #0b6b3f; } .failed b { color: #a33a00; }
 svg { display: block; max-width: 100%; height: auto; margin-top: .6rem; }
 svg text { font: 13px system-ui, "Segoe UI", Roboto, Arial, "Liberation Sans", sans-serif; fill: var(--ink); }
@@ -70,7 +70,12 @@ def page(results: Results) -> str:
         ),
         ("How they learned", _curves(results["curves"]), "Loss of each step, and its mean over the last ten."),
         ("What they weigh", _sizes(results["sizes"]) + _compression(results["compression"]), "Bytes of each file."),
-        ("Where each comes from", _lineage(results["lineage"]), "Every release records what it was made of."),
+        (
+            "Where each comes from",
+            _lineage(results["lineage"]),
+            "Every release records what it was made of. A bottleneck is no change of a weight, so nothing merges with it: "
+            "the merge takes a LoRA of the same skill.",
+        ),
         (
             "One batch, each row its own adapters",
             _answers(results),
@@ -100,7 +105,7 @@ def page(results: Results) -> str:
 def _checks(checks: Sequence[Results]) -> str:
     items = [
         f"<li class='{'passed' if c['passed'] else 'failed'}'><b>{'met' if c['passed'] else 'not met'}</b> "
-        f"{escape(c['what'])}: {escape(c['figure'])}</li>"
+        f"<span>{escape(c['what'])}: {escape(c['figure'])}</span></li>"
         for c in checks
     ]
     return f"<ul class='checks'>{''.join(items)}</ul><br>"

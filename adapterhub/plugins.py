@@ -85,7 +85,7 @@ def options(config: type, given: dict[str, Any]) -> Any:
         return msgspec.convert(values, config, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
         raise UsageError(
-            f"an option has a wrong value: {error}", "see adapterhub plugins list for the options"
+            f"an option has a wrong value: {error}", "adapterhub plugins show NAME lists the options"
         ) from None
 
 

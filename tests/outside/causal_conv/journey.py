@@ -4,6 +4,8 @@ import json
 import sys
 
 import torch
+from adapterhub_causal_conv import CausalConv
+from torch.nn.functional import conv1d, pad
 
 import adapterhub
 
@@ -12,6 +14,12 @@ hub = adapterhub.open(where, create=True)
 settings = {"base": base, "data": data, "steps": 12, "batch_size": 4, "device": "cpu"}
 release = hub.train(method="causal_conv", name="me/conv", options={"size": "3"}, lr=0.05, **settings)
 hub.train(method="lora", name="me/lora", options={"r": 2}, lr=0.05, **settings)
+
+# The formula is torch's own convolution, padded on the left.
+y, kernel = torch.randn(2, 9, 5), torch.randn(3, 5)
+change = CausalConv(kernel=kernel).delta_out(y, y, adapterhub.Step())
+want = conv1d(pad(y.mT, (2, 0)), kernel.mT[:, None], groups=5).mT
+assert torch.allclose(change, want, atol=1e-5)
 
 # Stored under its own form's name, with the package that brings it; it learned.
 assert release.manifest.forms["model.layers.0.mlp"] == ["causal_conv"]

@@ -121,6 +121,14 @@ def test_scaling_one_adapter_keeps_its_factors(hub, tiny_model):
     assert torch.equal(part.up, a.up) and torch.equal(part.down, a.down) and part.scale == -6.0
 
 
+def test_scaling_one_adapter_of_too_large_a_rank_keeps_its_scale(hub, tiny_model):
+    a = lora(0, rank=40, scale=1.5)
+    put(hub, "me/a", {Q: a}, tiny_model())
+    ((part,),) = merged_parts(hub, hub.merge(["me/a"], weights=[0.5], name="me/b")).values()
+    assert part.down.shape == (32, 32)
+    assert np.abs(change(part) - 0.5 * change(a)).max() < 1e-5 * np.abs(change(a)).max()
+
+
 def test_bf16_parts_are_joined_in_float32(hub, tiny_model):
     a, b = lora(0, dtype=torch.bfloat16), lora(1, scale=1.7, dtype=torch.bfloat16)
     put(hub, "me/a", {Q: a}, tiny_model())

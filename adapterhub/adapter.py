@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adapterhub import plugins
 from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError
-from adapterhub.manifest import Manifest, Release
+from adapterhub.manifest import Made, Manifest, Release
 from adapterhub.modification import Modification, Step
 from adapterhub.sites import Site
 
@@ -36,7 +36,7 @@ class Adapter:
 
         tensors = load_tensors(hub.store.checked(manifest.files["tensors"]))
         for codec in reversed(manifest.codecs):
-            tensors = part("codecs", codec.name, manifest)().decode(tensors)
+            tensors = part("codecs", codec.name, manifest, codec)().decode(tensors)
         return cls(manifest, tensors)
 
     def modifications(self) -> Modifications:
@@ -44,12 +44,12 @@ class Adapter:
         return modifications_of(self.tensors, self.manifest)
 
 
-def part(group: str, name: str, manifest: Manifest | None = None):
+def part(group: str, name: str, manifest: Manifest | None = None, made: Made | None = None):
     """An installed part; if it is missing, the error names the package that the adapter was made with."""
-    if manifest and name not in plugins.names(group) and manifest.method and manifest.method.distribution:
+    if manifest and made and made.distribution and name not in plugins.names(group):
         raise PluginError(
             f"{manifest.name} {manifest.version} needs the {group[:-1]} {name!r}, which is not installed",
-            f"it was made with {manifest.method.distribution}: install that package from a source you trust",
+            f"it was made with {made.distribution}: install that package from a source you trust",
         )
     return plugins.load(group, name)
 
@@ -69,7 +69,7 @@ def modifications_of(tensors: Mapping[str, Tensor], manifest: Manifest | None = 
     found: dict[str, dict[str, list[Modification]]] = {}
     faults = []
     for (path, form, n), named in sorted(grouped.items()):
-        cls = part("forms", form, manifest)
+        cls = part("forms", form, manifest, manifest and manifest.method)
         lacking, foreign = sorted(set(cls.stores) - set(named)), sorted(set(named) - set(cls.stores))
         faults += [f"{path}.{form}.{n} has no {key!r}" for key in lacking]
         faults += [f"{path}.{form}.{n}.{key} belongs to no {form}" for key in foreign]

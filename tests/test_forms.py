@@ -159,3 +159,19 @@ def test_dropout_only_while_training():
     still = form.delta_out(x, None, Step())
     assert torch.equal(still, form.delta_out(x, None, Step()))
     assert not torch.equal(still, form.delta_out(x, None, Step(training=True)))
+
+
+def test_a_form_that_is_not_installed_names_the_package_it_came_with():
+    from adapterhub.manifest import Base, File, Made, Manifest
+
+    file = File(digest="sha256:" + "0" * 64, size=1)
+    manifest = Manifest(
+        name="me/x",
+        version="0.1.0",
+        base=Base(name="b", architecture="llama", structure=file.digest, sketch=file),
+        method=Made(name="warp", distribution="adapterhub-warp 1.2.0"),
+        forms={"a": ["warp"]},
+    )
+    with pytest.raises(PluginError, match="me/x 0.1.0 needs the form 'warp'") as caught:
+        modifications_of({"a.warp.0.k": torch.ones(2)}, manifest)
+    assert "adapterhub-warp 1.2.0" in caught.value.hint

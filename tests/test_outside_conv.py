@@ -21,9 +21,12 @@ def run(*command, path, cwd):
     """The standard output of a command that sees the packages installed in `path`."""
     uv = ["uv"] if shutil.which("uv") else [sys.executable, "-m", "uv"]
     command = [*uv, *command[1:]] if command[0] == "uv" else [sys.executable, *command]
-    done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**os.environ, "PYTHONPATH": str(path)}, capture_output=True, text=True
-    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(path),
+        "OMP_NUM_THREADS": "1",
+    }  # threads only slow tensors this small
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -33,7 +33,7 @@ RECIPE = 1
 ROWS = 4
 WIDTH = 4096
 """Values of a row at most."""
-BUDGET = 1 << 23
+BUDGET = 1 << 21
 """Of a model with many tensors less of each row is kept: about this many values times ROWS in all."""
 STRUCTURE = "__structure__"
 BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")

@@ -80,7 +80,9 @@ def options(config: type, given: dict[str, Any]) -> Any:
             f"unknown option {unknown[0]!r}",
             f"did you mean {near[0]!r}?" if near else f"options: {', '.join(fields) or 'none'}",
         )
-    values = {name: _parsed(value) if isinstance(value, str) else value for name, value in given.items()}
+    values = {
+        name: _parsed(value, fields[name].type) if isinstance(value, str) else value for name, value in given.items()
+    }
     try:
         return msgspec.convert(values, config, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
@@ -89,11 +91,14 @@ def options(config: type, given: dict[str, Any]) -> Any:
         ) from None
 
 
-def _parsed(text: str) -> Any:
-    """`q_proj,v_proj` and JSON become what they say; anything else stays text."""
+def _parsed(text: str, wanted: msgspec.inspect.Type) -> Any:
+    """`q_proj,v_proj` and JSON become what they say, a lone value becomes a list of one where only a list fits."""
     if text[:1] in "[{":
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:
             raise UsageError(f"{text!r} is not JSON: {error}", 'write a list as [1,2] and a table as {"a":1}') from None
-    return text.split(",") if "," in text else text
+    kinds = wanted.types if isinstance(wanted, msgspec.inspect.UnionType) else (wanted,)
+    lists = any(isinstance(kind, msgspec.inspect.VarTupleType | msgspec.inspect.ListType) for kind in kinds)
+    texts = any(isinstance(kind, msgspec.inspect.StrType) for kind in kinds)
+    return text.split(",") if "," in text or (lists and not texts and text) else text

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from adapterhub import plugins
 from adapterhub.adapter import Adapter, Modifications, as_parameters, fit
 from adapterhub.attach import Attachment, Plan
 from adapterhub.compose import expand, pin
@@ -245,9 +246,15 @@ class Model:
         """What `attach_new` put there."""
         return self._new
 
-    def trainable_modifications(self, text: str) -> Modifications:
-        """The parts of one trainable adapter."""
-        return self._trainable[self._trainable_key(text)]
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """In a loop of your own, after each optimiser step: what the adapters' methods keep true (LoReFT's R stays
+        orthonormal). Nothing for most methods."""
+        for key, parts in self._trainable.items():
+            made = self.hub.resolve(key).manifest.method
+            if made is not None and made.name in plugins.names("methods"):
+                method = plugins.load("methods", made.name)()
+                method.after_step({path: part for path, [part] in parts.items()})
 
     def _trainable_key(self, text: str) -> str:
         wanted = Reference.parse(text)

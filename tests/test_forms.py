@@ -93,6 +93,8 @@ def test_options_from_the_command_line():
     )
     assert (config.r, config.lora_alpha, config.target_modules) == (8, 32.0, ("q_proj", "v_proj"))
     assert config.use_rslora is True and config.rank_pattern == {"a": 2}
+    assert plugins.options(LoRA.Config, {"layers_to_transform": "3"}).layers_to_transform == (3,)
+    assert plugins.options(LoRA.Config, {"target_modules": "q_proj"}).target_modules == "q_proj"
 
 
 @pytest.mark.parametrize(

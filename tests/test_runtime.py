@@ -217,6 +217,7 @@ def test_anyones_own_loop(hub, load, ids):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
+        model.after_step()
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1

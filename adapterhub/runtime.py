@@ -215,10 +215,6 @@ class Model:
         """Texts in, their continuations out (greedy unless sampling options of `generate` are given)."""
         if self.tokenizer is None:
             raise UsageError("this base has no tokenizer", "tokenise yourself and call generate(input_ids=...)")
-        if adapters is not None and not isinstance(adapters, str) and len(adapters) != len(texts):
-            raise BatchError(
-                f"{len(adapters)} adapters for {len(texts)} texts", "give one expression (or None) per text"
-            )
         batch = self.tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left").to(self.device)
         batch.pop("token_type_ids", None)
         kwargs = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **kwargs}

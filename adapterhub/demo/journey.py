@@ -37,6 +37,9 @@ JOBS = (
     # A bottleneck is no change of a weight, so nothing merges with it: this one is there to be merged.
     Job("demo/department-lora", "department", "lora", {"r": 8}, 60),
 )
+SHARE = 0.5
+"""Of the bottleneck in the stack. It changes every token's hidden states by much more than the LoRA does: at its full
+weight the LoRA's skill is lost (docs/demo.md). Chosen on training rows."""
 DENSITY = 0.5
 """ComPEFT keeps this share of the entries: 1.5 bits for each of all."""
 
@@ -90,7 +93,7 @@ class Journey:
 
         self._say("merge the two loras, stack lora and bottleneck, install both into a second hub")
         self.merged = self.hub.merge([str(sentiment), str(mergeable)], merger="linear", name="demo/both-merged")
-        self.stacked = self.hub.compose(f"{sentiment} + {department}", name="demo/both-stacked")
+        self.stacked = self.hub.compose(f"{sentiment} + {SHARE}*{department}", name="demo/both-stacked")
         second = self._install(self.merged, self.stacked)
 
         self._say("measure the merge and the stack on both tasks, in the second hub")

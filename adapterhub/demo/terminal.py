@@ -27,11 +27,11 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 def _table(results: Mapping[str, Any]) -> Table:
-    table = Table()
+    table = Table(title="Label accuracy on held-out rows [95 % interval]", title_justify="left")
     for head in ("release", "kind", "bytes"):
-        table.add_column(head, justify="right" if head == "bytes" else "left")
+        table.add_column(head, justify="right" if head == "bytes" else "left", no_wrap=head == "release")
     for task, facts in results["tasks"].items():
-        table.add_column(f"{task}, label accuracy\nof {facts['rows']} rows [95 % interval]")
+        table.add_column(f"{task}, {facts['rows']} rows")
     for model in results["models"]:
         size = "" if model["bytes"] is None else f"{model['bytes']:,}"
         cells = [_cell(model["scores"].get(task)) for task in results["tasks"]]

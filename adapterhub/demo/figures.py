@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from adapterhub.demo.journey import BARE, DENSITY, JOBS, TASKS, Journey
+from adapterhub.demo.journey import BARE, DENSITY, JOBS, SHARE, TASKS, Journey
 from adapterhub.evaluate import paired
 from adapterhub.manifest import Release
 
@@ -29,7 +29,14 @@ def results_of(journey: Journey) -> dict[str, Any]:
     models += [
         _model(journey, journey.small, f"compeft, density {DENSITY}", _bytes(journey.small), f"of {sentiment}"),
         _model(journey, journey.merged, "linear merge", _bytes(journey.merged), f"{sentiment}, {mergeable}", mergeable),
-        _model(journey, journey.stacked, "stack", None, journey.stacked.manifest.compose, department),
+        _model(
+            journey,
+            journey.stacked,
+            f"stack, {SHARE} of the bottleneck",
+            None,
+            journey.stacked.manifest.compose,
+            department,
+        ),
     ]
     releases = [*journey.trained.values(), journey.small, journey.stacked, journey.merged]
     return {

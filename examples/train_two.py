@@ -1,6 +1,6 @@
 """Two skills for one base model: train two adapters of different kinds, measure each, stack them, measure the stack.
 
-uv run python examples/train_two.py            # about five minutes on two cores
+uv run python examples/train_two.py    # some minutes on two cores
 """
 
 import argparse

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from adapterhub import durable
+from adapterhub.compose import check_composition
 from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile, UsageError
 from adapterhub.manifest import File, Manifest, Parent, Release, digest_of
 from adapterhub.store import DATABASE
@@ -120,11 +121,13 @@ def source(text: str) -> Source:
 
 
 def closure(source: Source, root: Release) -> list[Release]:
-    """The release and everything it was made from, itself first."""
+    """The release and everything it was made from, itself first. Raises ManifestError for a composition of other things."""
     found = {root.digest: root}
     waiting = [root]
     while waiting:
-        for parent in waiting.pop().manifest.parents:
+        manifest = waiting.pop().manifest
+        check_composition(manifest)
+        for parent in manifest.parents:
             if parent.digest in found:
                 continue
             release = source.parent(parent)

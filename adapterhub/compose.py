@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterhub.errors import IncompatibleBase
+from adapterhub.errors import ExpressionError, IncompatibleBase, ManifestError
 from adapterhub.expression import Node, Ref, parse, references, substitute
 from adapterhub.manifest import Base, Manifest, Parent, Reference, Release, check_name
 
@@ -49,11 +49,30 @@ def expand(hub: Hub, node: Node) -> Node:
         release = hub.resolve(reference)
         if release.manifest.compose is None:
             return Ref(Reference(release.name, release.version))
+        check_composition(release.manifest)
         for parent in release.manifest.parents:
             hub.exact(parent)
         return expand(hub, parse(release.manifest.compose))
 
     return substitute(node, inner)
+
+
+def check_composition(manifest: Manifest) -> None:
+    """Hold a composition's text to its parents: it names exactly them, each at its version, and brings nothing else. So
+    what runs is what their digests say, and nothing is made of itself. Raises ManifestError."""
+    if manifest.compose is None:
+        return
+    who, hint = f"{manifest.name}@{manifest.version}", "make it again: adapterhub compose"
+    try:
+        named = {str(reference) for reference in references(parse(manifest.compose))}
+    except (ExpressionError, RecursionError) as error:
+        raise ManifestError(f"{who} is no composition: {str(error).splitlines()[0]}", hint) from None
+    parents = {f"{p.name}@{p.version}" for p in manifest.parents if p.relation == "compose"}
+    if named != parents:
+        differ = ", ".join(sorted(named ^ parents))
+        raise ManifestError(f"the composition {who} does not name its parents at their versions: {differ}", hint)
+    if manifest.files or manifest.forms or manifest.codecs:
+        raise ManifestError(f"the composition {who} holds tensors of its own", hint)
 
 
 def common_base(hub: Hub, releases: list[Release]) -> Base:

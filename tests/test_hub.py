@@ -182,6 +182,7 @@ def test_parents_must_be_here_with_that_digest(hub, put):
         (draft(metrics={"loss": float("nan")}), ManifestError),
         (draft(recipe={"path": Path("x")}), ManifestError),
         (draft(licence="\x1b[31m"), ManifestError),
+        (draft(compose="0.5*me/x"), ManifestError),
     ],
 )
 def test_a_manifest_that_cannot_be_read_again_is_not_stored(hub, manifest, error):

@@ -6,11 +6,12 @@ import random
 import shutil
 import struct
 
+import msgspec
 import pytest
 
 import adapterhub
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UnsafeFile, UsageError
-from adapterhub.manifest import Base, File, Made, Manifest, Parent, digest_of
+from adapterhub.manifest import Base, File, Made, Manifest, Parent, Release, digest_of
 
 
 def safetensors(*values, name="a.low_rank.0.up"):
@@ -22,7 +23,8 @@ def safetensors(*values, name="a.low_rank.0.up"):
 
 def publish(hub, name, tensors, parents=(), **changes):
     base = Base(name="tiny", architecture="llama", structure=digest_of(b"shapes"), sketch=File(digest="", size=0))
-    parents = [Parent(name=p.name, version=p.version, digest=p.digest, relation="on") for p in parents]
+    relation = "compose" if "compose" in changes else "on"
+    parents = [Parent(name=p.name, version=p.version, digest=p.digest, relation=relation) for p in parents]
     manifest = Manifest(name=name, version="0.0.0", base=base, method=Made(name="lora"), parents=parents, **changes)
     return hub.publish(manifest, {"tensors": tensors} if tensors else {}, b"rows")[0]
 
@@ -223,8 +225,39 @@ def test_a_parents_manifest_changed(family, bundle, target):
 
 def test_a_parent_called_by_another_name(bundle, target):
     path = bundle / "manifest.json"
-    path.write_bytes(path.read_bytes().replace(b'"name":"me/a"', b'"name":"me/z"'))
+    path.write_bytes(path.read_bytes().replace(b"me/a", b"me/z"))
     refused(target, bundle, ManifestError, "me/z@0.1.0")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        (b'"compose":"me/a@0.1.0 + me/b@0.1.0"', b'"compose":"me/a@0.1.0 + me/stack@0.1.0"', "me/stack@0.1.0"),
+        (b'"compose":"me/a@0.1.0 + me/b@0.1.0"', b'"compose":"me/a@0.1.0"', "me/b@0.1.0"),
+        (b'"compose":"me/a@0.1.0', b'"compose":"me/a', "me/a"),
+        (b'"compose":"me/a@0.1.0', b'"compose":"me/a@stable', "me/a@stable"),
+        (b'"compose":"me/a@0.1.0 +', b'"compose":"me/a@0.1.0 +++', "no composition"),
+        (b'"compose":"me/a', b'"compose":"\\u001b[2Jme/a', "no"),
+        (b'"compose":"', b'"compose":"' + b"(" * 100_000, "no composition"),
+        (b'"relation":"compose"', b'"relation":"merge"', "me/a@0.1.0, me/b@0.1.0"),
+        (b'"licence"', b'"forms":{"a":["low_rank"]},"licence"', "tensors of its own"),
+    ],
+    ids=["unlisted", "left out", "unpinned", "tag", "syntax", "control", "deep", "relation", "forms"],
+)
+def test_a_composition_of_other_things_than_its_parents(bundle, target, before, after, says):
+    path = bundle / "manifest.json"
+    data = path.read_bytes()
+    assert before in data
+    path.write_bytes(data.replace(before, after))
+    refused(target, bundle, ManifestError, says)
+
+
+def test_a_composition_of_other_things_in_another_hub(family, target):
+    """A row that was changed, with its digest."""
+    release = family.resolve("me/stack")
+    changed = msgspec.structs.replace(release.manifest, compose="me/stack@0.2.0", version="0.2.0")
+    family.index.add([Release(changed, digest_of(changed.encode()))])
+    refused(target, f"{family.root}:me/stack", ManifestError, "me/stack@0.2.0")
 
 
 @pytest.mark.parametrize("at", range(0, 200, 20))

@@ -101,7 +101,7 @@ def forms_of(modifications: Mapping[str, Sequence[Modification]]) -> dict[str, l
     return {path: [m.form for m in parts] for path, parts in sorted(modifications.items())}
 
 
-def fit(modifications: Mapping[str, Sequence[Modification]], sites: Sequence[Site], name: str) -> None:
+def check_fit(modifications: Mapping[str, Sequence[Modification]], sites: Sequence[Site], name: str) -> None:
     """Raise IncompatibleBase unless every modification has its site and the right widths; all faults in one error."""
     by_path = {site.path: site for site in sites}
     faults = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import plugins
-from adapterhub.adapter import Adapter, Modifications, as_parameters, fit
+from adapterhub.adapter import Adapter, Modifications, as_parameters, check_fit
 from adapterhub.attach import Attachment, Plan
 from adapterhub.compose import expand, pin
 from adapterhub.errors import BatchError, UsageError
@@ -110,7 +110,7 @@ class Model:
     def attach_new(self, modifications: Mapping[str, Modification | Sequence[Modification]]) -> None:
         """Put fresh modifications, to be trained, on top of what runs by default."""
         parts = {path: [part] if isinstance(part, Modification) else list(part) for path, part in modifications.items()}
-        fit(parts, self.sites, "the new adapter")
+        check_fit(parts, self.sites, "the new adapter")
         self._bind(parts)
         self._new = as_parameters(parts, self._device_at)
         self._plans.clear()
@@ -133,7 +133,7 @@ class Model:
             record = release.manifest.base
             check_base(record, self.hub.store.read(record.sketch.digest), self.fingerprint, force=self._force)
             parts = Adapter.load(self.hub, release).modifications()
-            fit(parts, self.sites, key)
+            check_fit(parts, self.sites, key)
             parts = {
                 path: [part.to(self._device_at(path), self.base.dtype) for part in here] for path, here in parts.items()
             }

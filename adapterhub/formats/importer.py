@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterhub import bases
-from adapterhub.adapter import fit, modifications_of, require_effect
+from adapterhub.adapter import check_fit, modifications_of, require_effect
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
 from adapterhub.formats import peft
@@ -50,7 +50,7 @@ def import_adapter(
     here = sites(model)
     adapter = peft.read(folder, config, here)
     parts = modifications_of(adapter.tensors)
-    fit(parts, here, folder.name)
+    check_fit(parts, here, folder.name)
     require_effect(parts, here, model, folder.name)
     current = fingerprint(resolved)
     if base is not None:

@@ -81,3 +81,7 @@ class BatchError(HubError):
 
 class DataError(HubError):
     """Training or evaluation data that is malformed; names the file and line."""
+
+
+class ParentsWarning(UserWarning):
+    """An adapter that was trained over others is used without them."""

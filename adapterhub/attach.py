@@ -25,6 +25,8 @@ class Plan:
 
     sites: Mapping[str, Modification] = field(default_factory=dict)
     rows: int | None = None
+    key: object = field(default_factory=object)
+    """What it was made from: plans of one key do the same."""
     checked: bool = False
     """Every site of it has run once."""
 
@@ -43,39 +45,51 @@ class _Sequences:
     """By site; None where gradients are on: a layer that a checkpoint runs again must start as it did the first time."""
 
 
+@dataclass
+class _Forward:
+    """One forward pass: what its hooks need. A checkpointed layer that runs again during backward gets the same one."""
+
+    plan: Plan
+    mask: Tensor | None
+    sequences: _Sequences
+    training: bool
+    running: dict[str, list[tuple[Modification, Step]]] = field(default_factory=dict)
+    """By site: modifications whose input has gone in and whose output has not come out yet."""
+    ran: set[str] = field(default_factory=set)
+
+
 class Attachment:
-    """The hooks on one base model."""
+    """The hooks on one base model; get it with `Attachment.of(base)`: there is one, whoever uses the base."""
+
+    @classmethod
+    def of(cls, base: nn.Module) -> Attachment:
+        return base.__dict__.get("_adapterhub") or cls(base)
 
     def __init__(self, base: nn.Module):
         self.base = base
-        self.training = False
-        self._plan = Plan()
-        self._mask: Tensor | None = None
-        self._sequences: _Sequences | None = None
+        self._plan: Plan | None = None
+        self._training = False
+        self._forward: _Forward | None = None
         self._by_cache: WeakKeyDictionary = WeakKeyDictionary()
-        self._steps: dict[str, list[tuple[Modification, Step]]] = {}
-        self._ran: set[str] = set()
-        parameters = inspect.signature(base.forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        self._hooks = {
-            "": [
-                base.register_forward_pre_hook(self._before_model, with_kwargs=True),
-                base.register_forward_hook(self._after_model, with_kwargs=True),
-            ]
-        }
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        self._hooks: dict[str, list] = {}
+        base.__dict__["_adapterhub"] = self
 
     @contextmanager
-    def running(self, plan: Plan) -> Iterator[None]:
-        """Forward passes inside run this plan. It stays in force afterwards when gradients are on: checkpointed
-        layers run again during backward."""
+    def running(self, plan: Plan, training: bool = False) -> Iterator[None]:
+        """Forward passes inside run this plan (training: with dropout); those outside run the bare base."""
+        if not self._hooks:
+            self._hooks[""] = [
+                self.base.register_forward_pre_hook(self._before_model, with_kwargs=True),
+                self.base.register_forward_hook(self._after_model, with_kwargs=True),
+            ]
         for path in plan.sites.keys() - self._hooks.keys():
             self._hooks[path] = self._hook(path)
-        previous, self._plan = self._plan, plan
+        previous, self._plan, self._training = (self._plan, self._training), plan, training
         try:
             yield
         finally:
-            if not torch.is_grad_enabled():
-                self._plan = previous
+            (self._plan, self._training), self._forward = previous, None
 
     def detach(self) -> None:
         """Remove every hook: the base is as it was."""
@@ -87,14 +101,16 @@ class Attachment:
     # --- the model's hooks -------------------------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict):
-        self._ran.clear()
-        self._steps.clear()
+        self._forward = None
+        plan = self._plan
+        if plan is None:
+            return None
         given = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs.get("inputs_embeds") if given is None else given
         rows, tokens = given.shape[:2]
-        if self._plan.rows not in (None, rows):
+        if plan.rows not in (None, rows):
             raise BatchError(
-                f"adapters were given for {self._plan.rows} rows, the batch has {rows}",
+                f"adapters were given for {plan.rows} rows, the batch has {rows}",
                 "give one adapter expression (or None) for each row; beams are not supported",
             )
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -108,44 +124,71 @@ class Attachment:
             if self._takes_positions and kwargs.get("position_ids") is None and mask.shape[1] == seen + tokens:
                 positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
                 kwargs["position_ids"] = positions[:, -tokens:]
-            self._mask = mask[:, -tokens:].bool()
-        elif mask is not None and self._plan.stateful:
+            mask = mask[:, -tokens:].bool()
+        elif mask is not None and plan.stateful:
             raise BatchError(
                 "a form with streaming state needs a two-dimensional attention mask", "give (rows, tokens)"
             )
         else:
-            self._mask = None
-        self._sequences = self._continued(cache, seen) if seen else None
-        if self._sequences is None:
-            self._sequences = _Sequences(self._plan, states=None if torch.is_grad_enabled() else {})
-        self._sequences.seen = seen + tokens
+            mask = None
+        sequences = self._continued(plan, cache, seen) if seen else None
+        if sequences is None:
+            sequences = _Sequences(plan, states=None if torch.is_grad_enabled() else {})
+        sequences.seen = seen + tokens
+        self._forward = _Forward(plan, mask, sequences, self._training)
+        if torch.is_grad_enabled():
+            self._follow_checkpoints()
         return args, kwargs
 
-    def _continued(self, cache: object, seen: int) -> _Sequences | None:
+    def _continued(self, plan: Plan, cache: object, seen: int) -> _Sequences | None:
         """The state left with this cache; None if no form here keeps any."""
-        if not self._plan.stateful:
+        if not plan.stateful:
             return None
         known = self._by_cache.get(cache)
-        if known is None or known.plan is not self._plan or known.seen != seen or known.states is None:
+        if known is None or known.plan.key != plan.key or known.seen != seen or known.states is None:
             raise BatchError(
                 "this key-value cache was not filled by these adapters up to here, and one of them keeps streaming state",
                 "start again from the whole text under torch.no_grad(); decoding that cuts the cache is not supported",
             )
         return known
 
+    def _follow_checkpoints(self) -> None:
+        """Let a layer that a checkpoint runs again during backward find the forward pass it belongs to."""
+        for layer in self.base.modules():
+            checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
+            if checkpoint is not None and not hasattr(checkpoint, "followed"):
+
+                def followed(function, *args, _checkpoint=checkpoint, **kwargs):
+                    forward = self._forward
+
+                    def again(*args, **kwargs):
+                        previous, self._forward = self._forward, forward
+                        try:
+                            return function(*args, **kwargs)
+                        finally:
+                            self._forward = previous
+
+                    return _checkpoint(again, *args, **kwargs)
+
+                followed.followed = True
+                layer._gradient_checkpointing_func = followed
+
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output):
-        missed = self._plan.sites.keys() - self._ran
-        if missed and not self._plan.checked:
+        forward, self._forward = self._forward, None
+        if forward is None:
+            return None
+        missed = forward.plan.sites.keys() - forward.ran
+        if missed and not forward.plan.checked:
             raise BatchError(
                 "the model read these modules' weights without calling them, so their adapters never ran:\n  "
                 + "\n  ".join(sorted(missed)),
                 "leave these sites out (target_modules)",
             )
-        self._plan.checked = True
+        forward.plan.checked = True
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
-            self._by_cache[cache] = self._sequences
-        return output
+            self._by_cache[cache] = forward.sequences
+        return None
 
     # --- a site's hooks ----------------------------------------------------------------------------------------
 
@@ -153,18 +196,20 @@ class Attachment:
         module = self.base.get_submodule(path)
 
         def before(module: nn.Module, args: tuple, kwargs: dict):
-            modification = self._plan.sites.get(path)
+            forward = self._forward
+            modification = forward and forward.plan.sites.get(path)
             if modification is None:
                 return None
             x = args[0] if args else kwargs["hidden_states"]
-            if self._plan.rows not in (None, x.shape[0]):
+            if forward.plan.rows not in (None, x.shape[0]):
                 raise BatchError(
-                    f"{path} sees {x.shape[0]} rows where adapters were given for {self._plan.rows}",
+                    f"{path} sees {x.shape[0]} rows where adapters were given for {forward.plan.rows}",
                     "give one adapter expression (or None) for each row; beams are not supported",
                 )
             modification = modification.to(x.device, x.dtype)
-            step = Step(self._mask, self._state(path, modification), self.training)
-            self._steps.setdefault(path, []).append((modification, step))
+            keeps = modification.stateful and forward.sequences.states is not None
+            step = Step(forward.mask, forward.sequences.states.setdefault(path, {}) if keeps else {}, forward.training)
+            forward.running.setdefault(path, []).append((modification, step))
             if not modification.changes_input:
                 return None
             change = modification.delta_in(x, step)
@@ -174,13 +219,14 @@ class Attachment:
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
         def after(module: nn.Module, args: tuple, kwargs: dict, output):
-            if self._plan.sites.get(path) is None:
+            forward = self._forward
+            if forward is None or path not in forward.plan.sites:
                 return None
-            modification, step = self._steps[path].pop()
+            modification, step = forward.running[path].pop()
             x = args[0] if args else kwargs["hidden_states"]
             y = output[0] if isinstance(output, tuple) else output
             change = modification.delta_out(x, y, step)
-            self._ran.add(path)
+            forward.ran.add(path)
             if change is None:
                 return None
             y = y + change.to(y.dtype)
@@ -190,8 +236,3 @@ class Attachment:
             module.register_forward_pre_hook(before, with_kwargs=True),
             module.register_forward_hook(after, with_kwargs=True),
         ]
-
-    def _state(self, path: str, modification: Modification) -> dict:
-        if not modification.stateful or self._sequences.states is None:
-            return {}
-        return self._sequences.states.setdefault(path, {})

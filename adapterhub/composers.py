@@ -37,8 +37,11 @@ class Composite(Modification):
             part.bind(module)
 
     def to(self, device=None, dtype=None) -> Modification:
+        parts = [part.to(device, dtype) for part in self.parts]
+        if all(new is old for new, old in zip(parts, self.parts, strict=True)):
+            return self
         copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__, parts=[part.to(device, dtype) for part in self.parts])
+        copy.__dict__.update(self.__dict__, parts=parts)
         return copy
 
 
@@ -68,19 +71,20 @@ class Stack(Composite):
     comes first, its output change last. Stack([]) is the base."""
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        total, inputs = None, []
+        total, after = None, {}
         for i in reversed(range(len(self.parts))):
-            change = self.parts[i].delta_in(x, step.child(i))
-            x, total = _plus(x, change), _plus(total, change)
-            inputs.append(x)
-        step.kept["inputs"] = inputs[::-1]
+            total = _plus(total, self.parts[i].delta_in(_plus(x, total), step.child(i)))
+            after[i] = total
+        # What the parts inside of each one add to the input: the one itself has not seen that.
+        step.kept["inner"] = {i: _plus(total, _times(t, -1)) for i, t in after.items() if t is not total}
         return total
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
-        inputs = step.kept.get("inputs") or [x] * len(self.parts)
+        inner = step.kept.get("inner", {})
         total = None
         for i, part in enumerate(self.parts):
-            change = part.delta_out(inputs[i], y, step.child(i))
+            seen = x - inner[i] if i in inner else x
+            change = part.delta_out(seen, y, step.child(i))
             y, total = _plus(y, change), _plus(total, change)
         return total
 
@@ -115,7 +119,7 @@ class Route(Composite):
     def __init__(self, rows: Sequence[Modification | None]):
         distinct = {id(part): part for part in rows if part is not None}
         super().__init__(list(distinct.values()))
-        self.members = [[i for i, part in enumerate(rows) if id(part) == key] for key in distinct]
+        self.members = [torch.tensor([i for i, part in enumerate(rows) if id(part) == key]) for key in distinct]
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
         return self._scatter(x, lambda part, rows, step: part.delta_in(x[rows], step), step)
@@ -125,8 +129,8 @@ class Route(Composite):
 
     def _scatter(self, like: Tensor, change, step: Step) -> Tensor | None:
         total = None
-        for i, (part, members) in enumerate(zip(self.parts, self.members, strict=True)):
-            rows = torch.tensor(members, device=like.device)
+        self.members = [rows.to(like.device) for rows in self.members]  # once: nothing to move after the first time
+        for i, (part, rows) in enumerate(zip(self.parts, self.members, strict=True)):
             value = change(part, rows, step.child(i, rows))
             if value is not None:
                 total = torch.zeros_like(like) if total is None else total

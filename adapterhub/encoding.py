@@ -78,15 +78,15 @@ def tokens(data: Data, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[li
         prompt, completion = _rendered(data, row, tokenizer)
         return _ids(tokenizer, prompt), _ids(tokenizer, completion) + end
     if data.kind == "text":
-        return [], _opened(tokenizer, row.completion) + end
-    return _opened(tokenizer, row.prompt), _ids(tokenizer, row.completion) + end
+        return [], opened(tokenizer, row.completion) + end
+    return opened(tokenizer, row.prompt), _ids(tokenizer, row.completion) + end
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _opened(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def opened(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """With what the tokenizer puts before a text (a begin token), without what it may put after it."""
     ids = tokenizer(text)["input_ids"]
     plain = _ids(tokenizer, text)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import isfinite
 
 from adapterhub.errors import ExpressionError, UsageError
 from adapterhub.manifest import PART, Reference
@@ -113,6 +114,8 @@ class _Parser:
     def term(self) -> Node:
         self.skip()
         if number := _NUMBER.match(self.text, self.at):
+            if not isfinite(float(number[0])):
+                self.fail("a weight must be a finite number", "for example 0.5*name")
             self.at = number.end()
             self.take("*")
             return Scale(float(number[0]), self.term())
@@ -161,6 +164,18 @@ def references(node: Node) -> Iterator[Reference]:
         case Stack(nodes) | Mix(nodes):
             for inner in nodes:
                 yield from references(inner)
+
+
+def beneath(node: Node, name: str) -> str | None:
+    """What stands under the last of a stack, if that is `name` as it is; None if the expression has another shape."""
+    if isinstance(node, Stack) and str(node.nodes[-1]) == name and name not in map(str, _leaves(node.nodes[:-1])):
+        return " + ".join(map(str, node.nodes[:-1]))
+    return None
+
+
+def _leaves(nodes: tuple[Node, ...]) -> Iterator[Reference]:
+    for node in nodes:
+        yield from references(node)
 
 
 def substitute(node: Node, change: Callable[[Reference], Node]) -> Node:

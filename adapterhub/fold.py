@@ -15,7 +15,8 @@ def fold(base: nn.Module, parts: Modifications) -> None:
     """Change the base's weights so that it does without the modifications what it does with them.
 
     Raises NotFoldable before anything is changed: for a form that is no change of a weight, a shift without a bias to
-    hold it, or a weight that another module shares. Computed in float32, rounded once to the weight's dtype."""
+    hold it, or a weight that another module shares. Computed in float32 (float64 for a float64 weight), rounded once to
+    the weight's dtype. Needs memory for a second copy of the weights it changes."""
     owners: dict[int, list[str]] = {}
     for path, parameter in base.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(path)
@@ -26,13 +27,14 @@ def fold(base: nn.Module, parts: Modifications) -> None:
             raise NotFoldable(f"{path} is not one weight", "run the adapter attached")
         if len(owners[id(module.weight)]) > 1:
             raise NotFoldable(f"{path} shares its weight with another module", "run the adapter attached")
-        weight, bias = module.weight.float(), None if module.bias is None else module.bias.float()
-        weight_change, bias_change = Stack(here).to(dtype=torch.float32).delta_weight(weight, bias)
+        wide = torch.promote_types(module.weight.dtype, torch.float32)
+        weight, bias = module.weight.to(wide), None if module.bias is None else module.bias.to(wide)
+        weight_change, bias_change = Stack(here).to(dtype=wide).delta_weight(weight, bias)
         if weight_change is not None:
-            folded.append((module.weight, weight + weight_change))
+            folded.append((module.weight, (weight + weight_change).to(module.weight.dtype)))
         if bias_change is not None:
             if bias is None:
                 raise NotFoldable(f"{path} has no bias to hold the adapter's shift", "run the adapter attached")
-            folded.append((module.bias, bias + bias_change))
+            folded.append((module.bias, (bias + bias_change).to(module.bias.dtype)))
     for parameter, value in folded:
         parameter.copy_(value)

@@ -64,7 +64,7 @@ class Modification:
 
     Light on purpose: named tensors that live elsewhere (a file, a pool, the trainer), not an nn.Module, so that
     loading the thousandth adapter costs what the first did. `self.up` reads the tensor `up`.
-    Tensors arrive in the dtype and on the device of the hidden states.
+    Tensors arrive in the dtype and on the device of the hidden states; scalar constants are never narrowed (use `times`).
     """
 
     form: ClassVar[str]
@@ -145,22 +145,27 @@ class Modification:
         return type(self).delta_in is not Modification.delta_in
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Modification:
-        """A copy whose floating tensors have this dtype and device; gradients flow through. Itself if nothing changes."""
-        moved = {
-            name: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
-            for name, t in self.tensors.items()
-        }
+        """A copy whose floating tensors have this dtype and device (scalar constants are never narrowed: see `times`);
+        gradients flow through. Itself if nothing changes."""
+        moved = {name: t.to(device, self._dtype(name, dtype)) for name, t in self.tensors.items()}
         if all(moved[name] is self.tensors[name] for name in moved):
             return self
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__, tensors=moved)
         return copy
 
+    def _dtype(self, name: str, wanted: torch.dtype | None) -> torch.dtype:
+        own = self.tensors[name].dtype
+        if wanted is None or not own.is_floating_point:
+            return own
+        scalar = name in self.constants and not self.tensors[name].ndim
+        return torch.promote_types(own, wanted) if scalar else wanted
 
-def split_name(name: str) -> tuple[str, str, int, str]:
-    """`model.layers.0.mlp.low_rank.0.up` -> (site path, form, n, tensor). Raises ValueError for any other shape."""
-    path, form, n, tensor = name.rsplit(".", 3)
-    return path, form, int(n), tensor
+
+def times(scale: Tensor, values: Tensor) -> Tensor:
+    """scale () times values in the wider of their dtypes, rounded once to the dtype of values: a scale held in float32
+    does not become another one on a bfloat16 base."""
+    return (scale.reshape(1) * values).to(values.dtype)
 
 
 def named_tensors(modifications: Mapping[str, Sequence[Modification]]) -> dict[str, Tensor]:

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import plugins
-from adapterhub.adapter import Adapter, Modifications, as_parameters, check_fit
+from adapterhub.adapter import Modifications, as_parameters, check_fit
 from adapterhub.attach import Attachment, Plan
-from adapterhub.compose import expand, pin
+from adapterhub.compose import pin
+from adapterhub.device import precision
+from adapterhub.encoding import opened, pad_left, pad_token
 from adapterhub.errors import BatchError, UsageError
-from adapterhub.expression import Node, Ref, parse, references
+from adapterhub.expression import Ref, beneath, references
 from adapterhub.fold import fold
 from adapterhub.manifest import Parent, Reference, Release, check_name, check_version
 from adapterhub.modification import Modification, named_tensors
 from adapterhub.plan import assemble, batched, stacked
+from adapterhub.residents import Residents
 from adapterhub.sites import sites
 
 if TYPE_CHECKING:
@@ -38,13 +41,14 @@ def load(
     base: object,
     expression: str | None = None,
     *,
-    dtype: str = "float32",
+    dtype: str = "auto",
     device: str = "auto",
     trainable: Sequence[str] = (),
     force: bool = False,
 ) -> Model:
-    """A base with an expression's adapters on it. base: known name, folder, repo id, or a loaded transformers model
-    (then dtype and device are its own). force loads adapters that were made for another base.
+    """A base with an expression's adapters on it. base: known name, folder, repo id, or a loaded transformers model,
+    which is frozen (then dtype and device are its own). dtype: float32, bfloat16, float16, "stored", or "auto" (see
+    adapterhub.device). force loads adapters that were made for another base.
 
     Raises NotFound, IncompatibleBase, ExpressionError, PluginError; UsageError for a trainable that is not in it."""
     from adapterhub import bases
@@ -56,7 +60,7 @@ def load(
         tokenizer = bases.load_tokenizer(bases.ResolvedBase(origin, Path(origin))) if origin else None
     else:
         resolved = bases.resolve(base)
-        model = bases.load_model(resolved, dtype, device)
+        model = bases.load_model(resolved, "auto" if dtype == "stored" else precision(dtype, device), device)
         tokenizer, print_of_base = bases.load_tokenizer(resolved), fingerprint(resolved)
     loaded = Model(model, tokenizer, hub=hub, fingerprint=print_of_base, force=force)
     loaded.use(expression, trainable)
@@ -75,17 +79,17 @@ class Model:
         fingerprint: Fingerprint | None = None,
         force: bool = False,
     ):
-        self.base, self.tokenizer, self.hub = base, tokenizer, hub
-        self.fingerprint, self._force = fingerprint, force
+        self.base, self.tokenizer, self.hub, self.fingerprint = base, tokenizer, hub, fingerprint
         self.sites = sites(base)
-        self._attachment = Attachment(base)
-        self._by_release: dict[str, Modifications] = {}
-        """Adapters in memory, by "name@version"; the trainable ones hold nn.Parameters."""
-        self._trainable: dict[str, Modifications] = {}
-        self._nodes: dict[str, Node] = {}
-        self._plans: dict[tuple, Plan] = {}
+        self._residents = Residents(base, self.sites, hub, fingerprint, force)
+        self._attachment = Attachment.of(base)
+        self._attached = True
+        self._training_mode = False
         self._default: str | None = None
+        self._trainable: dict[str, Modifications] = {}
+        """By "name@version"; they hold nn.Parameters."""
         self._new: Modifications = {}
+        self._plans: dict[tuple, Plan] = {}
 
     @property
     def device(self) -> torch.device:
@@ -94,90 +98,70 @@ class Model:
     # --- what runs ---------------------------------------------------------------------------------------------
 
     def use(self, expression: str | None, trainable: Sequence[str] = ()) -> None:
-        """What runs where a call names no adapters; tensors of the trainable ones become float32 parameters."""
-        node = self._node(expression)
+        """What runs where a call names no adapters. Tensors of the trainable ones become float32 parameters (those that
+        train already stay the same parameters). Names are looked up again. Refused, it changes nothing."""
+        self._residents.forget()
+        node = self._residents.node(expression)
         leaves = {str(ref) for ref in references(node)} if node else set()
+        chosen: dict[str, Modifications] = {}
         for text in trainable:
-            chosen = str(pin(self.hub, Ref(Reference.parse(text))))
-            if chosen not in leaves:
+            key = str(pin(self.hub, Ref(Reference.parse(text))))
+            if key not in leaves:
                 raise UsageError(f"{text!r} is not in {expression!r}, so it cannot be trained there", "add it: 'a + b'")
-            self._trainable[chosen] = as_parameters(self._adapter(chosen), self._device_at)
-            self._by_release[chosen] = self._trainable[chosen]
-        self._default = expression
-        self._plans.clear()
-        self._plan(expression, None)  # what does not fit is refused here, not at the first call
+            chosen[key] = self._trainable.get(key) or self._as_parameters(self._residents.load(key))
+        before = self._default, self._trainable, self._plans
+        self._default, self._trainable, self._plans = expression, chosen, {}
+        try:
+            self._plan(expression, None)  # what does not fit is refused here, not at the first call
+        except BaseException:
+            self._default, self._trainable, self._plans = before
+            raise
 
     def attach_new(self, modifications: Mapping[str, Modification | Sequence[Modification]]) -> None:
         """Put fresh modifications, to be trained, on top of what runs by default."""
         parts = {path: [part] if isinstance(part, Modification) else list(part) for path, part in modifications.items()}
         check_fit(parts, self.sites, "the new adapter")
-        self._bind(parts)
-        self._new = as_parameters(parts, self._device_at)
+        self._new = self._as_parameters(parts)
         self._plans.clear()
 
-    def _node(self, expression: str | None) -> Node | None:
-        if expression is None:
-            return None
-        if expression not in self._nodes:
-            if self.hub is None:
-                raise UsageError("this model has no hub to find adapters in", "load it with hub.load(...)")
-            self._nodes[expression] = expand(self.hub, parse(expression))
-        return self._nodes[expression]
+    def _as_parameters(self, parts: Modifications) -> Modifications:
+        parts = as_parameters(parts, self._residents.device_at)
+        self._residents.bind(parts)
+        return parts
 
-    def _adapter(self, key: str) -> Modifications:
-        """One adapter, checked against this base, on its device."""
-        if key not in self._by_release:
-            from adapterhub.bases.fingerprint import check_base
+    def _parts(self, expression: str | None) -> Modifications:
+        def adapter(key: str) -> Modifications:
+            return self._trainable.get(key) or self._residents.get(key)
 
-            release = self.hub.resolve(key)
-            record = release.manifest.base
-            check_base(record, self.hub.store.read(record.sketch.digest), self.fingerprint, force=self._force)
-            parts = Adapter.load(self.hub, release).modifications()
-            check_fit(parts, self.sites, key)
-            parts = {
-                path: [part.to(self._device_at(path), self.base.dtype) for part in here] for path, here in parts.items()
-            }
-            self._bind(parts)
-            self._by_release[key] = parts
-        return self._by_release[key]
-
-    def _bind(self, parts: Modifications) -> None:
-        for path, here in parts.items():
-            for part in here:
-                part.bind(self.base.get_submodule(path))
-
-    def _device_at(self, path: str) -> torch.device:
-        return next(self.base.get_submodule(path).parameters()).device
-
-    def _parts(self, node: Node | None) -> Modifications:
-        return assemble(node, self._adapter, join=not self._training)
+        return assemble(self._residents.node(expression), adapter, join=not self._trains)
 
     @property
-    def _training(self) -> bool:
+    def _trains(self) -> bool:
         return bool(self._trainable or self._new)
 
     def _plan(self, adapters: Adapters, rows: int | None) -> Plan:
-        key = (adapters, rows) if isinstance(adapters, str | None) else (tuple(adapters), rows)
+        key = (adapters if isinstance(adapters, str | None) else tuple(adapters), rows)
         if key not in self._plans:
             expressions = [adapters] if isinstance(adapters, str | None) else list(adapters)
             distinct = {
-                expression: stacked([self._parts(self._node(expression)), self._new])
-                for expression in dict.fromkeys(expressions)
+                expression: stacked([self._parts(expression), self._new]) for expression in dict.fromkeys(expressions)
             }
-            whole = batched([distinct[expression] for expression in expressions], join=not self._training)
+            whole = batched([distinct[expression] for expression in expressions], join=not self._trains)
             while len(self._plans) >= 16:  # plans hold gathered tensors
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = Plan(whole, rows)
+            self._plans[key] = Plan(whole, rows, key)
         return self._plans[key]
 
     @contextmanager
     def running(self, adapters: Adapters = None, rows: int | None = None):
         """Calls of `self.base` inside run these adapters (`rows`: how many rows a single expression is for)."""
+        if not self._attached:
+            raise UsageError("this model is detached or folded", "use the transformers model you got, or load it again")
         if adapters is None:
             adapters = self._default
         if not isinstance(adapters, str | None):
             rows = len(adapters)
-        with self._attachment.running(self._plan(adapters, rows)):
+        with self._attachment.running(self._plan(adapters, rows), self._training_mode):
             yield
 
     def keeps_state(self, adapters: Adapters = None) -> bool:
@@ -193,7 +177,7 @@ class Model:
 
     def generate(self, *args, adapters: Adapters = None, **kwargs) -> Tensor:
         """transformers' generate. num_return_sequences repeats each row's adapters with it; beams are refused."""
-        config = kwargs.get("generation_config") or self.base.generation_config
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.base.generation_config
         beams = kwargs.get("num_beams") or config.num_beams or 1
         if beams > 1:
             raise BatchError(
@@ -215,17 +199,20 @@ class Model:
         """Texts in, their continuations out (greedy unless sampling options of `generate` are given)."""
         if self.tokenizer is None:
             raise UsageError("this base has no tokenizer", "tokenise yourself and call generate(input_ids=...)")
-        batch = self.tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left").to(self.device)
-        batch.pop("token_type_ids", None)
-        kwargs = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **kwargs}
-        out = self.generate(**batch, adapters=adapters, max_new_tokens=max_new_tokens, **kwargs)
-        return self.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = [opened(self.tokenizer, text) for text in texts]
+        if not all(ids):
+            raise UsageError("an empty text gives the model nothing to go on from", "give at least one token each")
+        pad = pad_token(self.tokenizer)
+        batch, mask = (tensor.to(self.device) for tensor in pad_left(ids, pad))
+        kwargs = {"do_sample": False, "pad_token_id": pad, "max_new_tokens": max_new_tokens, **kwargs}
+        out = self.generate(input_ids=batch, attention_mask=mask, adapters=adapters, **kwargs)
+        return self.tokenizer.batch_decode(out[:, batch.shape[1] :], skip_special_tokens=True)
 
     # --- training ----------------------------------------------------------------------------------------------
 
     def training_mode(self, on: bool) -> None:
         """Dropout in the adapters and in the base."""
-        self._attachment.training = on
+        self._training_mode = on
         self.base.train(on)
 
     def trainable_tensors(self) -> dict[str, nn.Parameter]:
@@ -268,8 +255,8 @@ class Model:
         if version is not None:
             check_version(version)
         key = self._trainable_key(check_name(name))
-        before = self.hub.resolve(key)
-        others = [self.hub.resolve(r) for r in dict.fromkeys(references(self._node(self._default))) if str(r) != key]
+        before, node = self.hub.resolve(key), self._residents.node(self._default)
+        others = [self.hub.resolve(r) for r in dict.fromkeys(references(node)) if str(r) != key]
         parents = [Parent(name=before.name, version=before.version, digest=before.digest, relation="continue")]
         parents += [Parent(name=r.name, version=r.version, digest=r.digest, relation="on") for r in others]
         return publish_tensors(
@@ -281,6 +268,7 @@ class Model:
             sketch=self.fingerprint.sketch,
             method=before.manifest.method,
             parents=parents,
+            recipe={"trained_in": str(node), "beneath": beneath(node, key)} if others else {},
             licence=before.manifest.licence,
         )
 
@@ -288,11 +276,11 @@ class Model:
 
     def fold(self) -> PreTrainedModel:
         """The default expression folded into the base's weights, for good; returns the plain model. See adapterhub.fold."""
-        fold(self.base, self._parts(self._node(self._default)))
+        fold(self.base, self._parts(self._default))
         return self.detach()
 
     def detach(self) -> PreTrainedModel:
-        """Take everything off again; returns the plain transformers model."""
+        """Take everything off again; returns the plain transformers model. This Model takes no more calls."""
         self._attachment.detach()
-        self._plans.clear()
+        self._attached = False
         return self.base

@@ -66,7 +66,7 @@ def main() -> None:
     base = bases.load_model(bases.resolve(args.base), "float32", args.device)
     peft, ours = with_peft(base, args.rank)
     ids = torch.randint(3, 1000, (ROWS, 8 + args.steps), device=base.device)
-    attachment = Attachment(base)
+    attachment = Attachment.of(base)
     gathered = Plan(batched(ours, join=True), ROWS)
     looped = Plan({path: Route([adapter[path][0] for adapter in ours]) for path in ours[0]}, ROWS)
     shared = Plan(batched([ours[0]] * ROWS, join=True), ROWS)

@@ -52,6 +52,7 @@ def test_parses(text, tree):
         ("base", 0),
         ("a@0.1.0rc1", 0),
         ("a )", 2),
+        ("a + 1e999*b", 4),
     ],
 )
 def test_a_caret_under_the_place(text, place):

@@ -68,7 +68,7 @@ def programs(model, strength=1.0):
 
 
 def hold(model, tolerance, strength=1.0, seed=0, vocabulary=93):
-    bed = Attachment(model)
+    bed = Attachment.of(model)
     rows = programs(model, strength)
     generator = torch.Generator().manual_seed(seed)
     sequences = [

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, gelu, linear, relu, silu, tanh
 
 from adapterhub.errors import IncompatibleBase
-from adapterhub.modification import Modification, Step
+from adapterhub.modification import Modification, Step, times
 from adapterhub.sites import Site
 
 ACTIVATIONS = {"relu": relu, "gelu": gelu, "silu": silu, "tanh": tanh}
@@ -63,4 +63,4 @@ class Bottleneck(Modification):
         hidden = self._activation(linear(x if self.additive else y, self.down, self.down_bias))
         if self.dropout and step.training:
             hidden = dropout(hidden, self.dropout)
-        return linear(hidden, self.up, self.up_bias) * self.scale
+        return times(self.scale, linear(hidden, self.up, self.up_bias))

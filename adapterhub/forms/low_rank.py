@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 
 from adapterhub.errors import IncompatibleBase
-from adapterhub.modification import Modification, Step
+from adapterhub.modification import Modification, Step, times
 from adapterhub.sites import Site
 
 
@@ -41,10 +41,10 @@ class LowRank(Modification):
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor:
         if self.dropout and step.training:
             x = dropout(x, self.dropout)
-        return linear(linear(x, self.down) * self.scale, self.up)
+        return linear(times(self.scale, linear(x, self.down)), self.up)
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
-        return (self.scale * self.up) @ self.down, None
+        return times(self.scale, self.up) @ self.down, None
 
     def scaled(self, weight: float) -> LowRank:
         return LowRank(down=self.down, up=self.up, scale=self.scale * weight)
@@ -59,7 +59,7 @@ class LowRank(Modification):
     @classmethod
     def join(cls, parts: Sequence[Modification]) -> LowRank:
         down = torch.cat([part.down for part in parts])
-        up = torch.cat([part.up * part.scale for part in parts], dim=1)
+        up = torch.cat([times(part.scale, part.up) for part in parts], dim=1)
         return cls(down=down, up=up, scale=torch.ones_like(parts[0].scale))
 
     @classmethod
@@ -84,7 +84,7 @@ class _LowRankRows(Modification):
         for row, part in enumerate(parts):
             if part is not None:
                 down[row, : part.down.shape[0]] = part.down
-                up[row, :, : part.up.shape[1]] = part.up * part.scale
+                up[row, :, : part.up.shape[1]] = times(part.scale, part.up)
         super().__init__(down=down, up=up)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor:

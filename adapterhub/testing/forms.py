@@ -24,7 +24,7 @@ class Declined(Exception):
 
 
 def _bed(device: str, dtype: torch.dtype = torch.float64) -> Attachment:
-    return Attachment(tiny_llama().to(device, dtype))
+    return Attachment.of(tiny_llama().to(device, dtype))
 
 
 def _sequences(device: str, lengths: tuple[int, ...]) -> list[torch.Tensor]:

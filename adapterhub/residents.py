@@ -1,0 +1,88 @@
+"""The adapters in memory on one base: found in the hub, checked against the base, cast and bound to it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from adapterhub.adapter import Adapter, Modifications, check_fit
+from adapterhub.compose import expand, missing_parents
+from adapterhub.errors import ParentsWarning, UsageError
+from adapterhub.expression import Node, parse, references
+from adapterhub.sites import Site
+
+if TYPE_CHECKING:
+    from adapterhub.bases.fingerprint import Fingerprint
+    from adapterhub.hub import Hub
+
+
+class Residents:
+    """Adapters by "name@version", and expressions resolved once: a model is a snapshot until `forget`."""
+
+    def __init__(
+        self, base: nn.Module, sites: Sequence[Site], hub: Hub | None, fingerprint: Fingerprint | None, force: bool
+    ):
+        self.base, self.sites, self.hub = base, sites, hub
+        self.fingerprint, self.force = fingerprint, force
+        self._nodes: dict[str, Node] = {}
+        self._by_release: dict[str, Modifications] = {}
+
+    def forget(self) -> None:
+        """Look names up again; adapters stay, since a release never changes."""
+        self._nodes.clear()
+
+    def node(self, expression: str | None) -> Node | None:
+        """The expression with names exact and saved compositions expanded. Warns (ParentsWarning) of an adapter that
+        was trained over another one which is not there."""
+        if expression is None:
+            return None
+        if expression not in self._nodes:
+            if self.hub is None:
+                raise UsageError("this model has no hub to find adapters in", "load it with hub.load(...)")
+            node = expand(self.hub, parse(expression))
+            releases = [self.hub.resolve(reference) for reference in dict.fromkeys(references(node))]
+            there = {release.digest for release in releases}
+            for release in releases:
+                if missing := missing_parents(release, there):
+                    names = " + ".join(f"{parent.name}@{parent.version}" for parent in missing)
+                    warnings.warn(
+                        f"{release} was trained over {names}, which is not in {expression!r}: stack them, "
+                        f"'{names} + {release}'",
+                        ParentsWarning,
+                        stacklevel=2,
+                    )
+            self._nodes[expression] = node
+        return self._nodes[expression]
+
+    def get(self, key: str) -> Modifications:
+        """One adapter in the base's dtype."""
+        if key not in self._by_release:
+            parts = self.load(key)
+            self._by_release[key] = {
+                path: [part.to(self.device_at(path), self.base.dtype) for part in here] for path, here in parts.items()
+            }
+            self.bind(self._by_release[key])
+        return self._by_release[key]
+
+    def load(self, key: str) -> Modifications:
+        """One adapter as it is stored, checked against the base. Raises IncompatibleBase."""
+        from adapterhub.bases.fingerprint import check_base
+
+        release = self.hub.resolve(key)
+        record = release.manifest.base
+        check_base(record, self.hub.store.read(record.sketch.digest), self.fingerprint, force=self.force)
+        parts = Adapter.load(self.hub, release).modifications()
+        check_fit(parts, self.sites, key)
+        return parts
+
+    def bind(self, parts: Modifications) -> None:
+        for path, here in parts.items():
+            for part in here:
+                part.bind(self.base.get_submodule(path))
+
+    def device_at(self, path: str) -> torch.device:
+        return next(self.base.get_submodule(path).parameters()).device

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -78,14 +78,13 @@ def of_folder(folder: Path) -> bytes:
 
 
 def take(rows: Mapping[str, Rows]) -> bytes:
-    """The sketch of named tensors. Names lose the prefix that all share ("model." in one file, nothing in another),
+    """The sketch of named tensors. Names lose what stands before the layers ("model." in one file, nothing in another),
     and matrices that are tied count once."""
     kept = _untied({name: tensor for name, tensor in rows.items() if not BUFFERS.fullmatch(name)})
     if not kept:
         raise IntegrityError("a model without tensors has no fingerprint", "give the folder of a transformers model")
-    parts = [name.split(".") for name in kept]
-    shared = min(len(os.path.commonprefix(parts)), min(map(len, parts)) - 1)  # noqa: RUF071 (of lists, not of text)
-    named = {".".join(part[shared:]): tensor for part, tensor in zip(parts, kept.values(), strict=True)}
+    prefix = _prefix(kept)
+    named = {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
     width = max(128, min(WIDTH, BUDGET // len(named) // 128 * 128))
     sketch = {
         name: _narrowest(tensor.read(_pick(name, tensor.shape), ROWS * width if len(tensor.shape) < 2 else width))
@@ -117,6 +116,12 @@ def _pick(name: str, shape: tuple[int, ...]) -> list[int]:
     digest = hashlib.sha256(name.encode()).digest()
     numbers = [int.from_bytes(digest[8 * i : 8 * i + 8], "big") for i in range(ROWS)]
     return [low + n % (high - low) for n, low, high in zip(numbers, bounds, bounds[1:], strict=False)]
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """What stands before the layers' own folder in all their names: "model." of "model.layers.0.mlp.up_proj.weight"."""
+    layers = {match[1] for name in names if (match := re.match(r"((?:[^.]*\.)*?)[^.]*\.\d+\.", name))}
+    return layers.pop() if len(layers) == 1 else ""
 
 
 def _untied(rows: dict[str, Rows]) -> dict[str, Rows]:

@@ -1,5 +1,7 @@
 """Models with adapters on them: what runs where, what is refused, and anyone's own training loop."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -8,7 +10,7 @@ import adapterhub
 from adapterhub import plugins
 from adapterhub.bases import resolve
 from adapterhub.bases.fingerprint import BaseWarning, fingerprint
-from adapterhub.errors import BatchError, IncompatibleBase, NotFoldable, NotFound, UsageError
+from adapterhub.errors import BatchError, IncompatibleBase, NotFoldable, NotFound, ParentsWarning, UsageError
 from adapterhub.manifest import Made
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
@@ -254,3 +256,39 @@ def test_reading_a_weight_without_calling_its_module_is_noticed(hub, tiny_folder
     layer.forward = lambda x: x @ layer.gate_proj.weight.T @ layer.down_proj.weight.T
     with pytest.raises(BatchError, match=r"model.layers.0.mlp.down_proj"):
         hub.load(own, "me/a")(input_ids=ids)
+
+
+def test_use_again(hub, load, ids):
+    model = load("me/a + me/b@0.1.0", trainable=["me/b@0.1.0"])
+    first = model.trainable_parameters()
+    model.use("me/b@0.1.0", trainable=["me/b@0.1.0"])
+    assert all(a is b for a, b in zip(first, model.trainable_parameters(), strict=True))
+    with pytest.raises(NotFound):
+        model.use("me/nothing")
+    assert model.trainable_parameters()  # refused, it changed nothing
+    model.use("me/a")
+    assert not model.trainable_parameters()
+    assert torch.equal(model(input_ids=ids).logits, load("me/a")(input_ids=ids).logits)
+
+
+def test_an_adapter_trained_over_another_says_so_when_alone(hub, load):
+    model = load("me/a + 0.5*me/c", trainable=["me/c"])
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter += 0.01
+    release = model.save("me/c", version="0.9.0")
+    assert release.manifest.recipe == {"trained_in": "me/a@0.1.0 + 0.5*me/c@0.1.0", "beneath": None}
+    with pytest.warns(ParentsWarning, match=r"me/c@0\.9\.0 was trained over me/a@0\.1\.0"):
+        load("me/c@0.9.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load("me/a + me/c@0.9.0")
+
+
+def test_texts_without_a_pad_token(hub, tiny_folder):
+    model = hub.load(str(tiny_folder), device="cpu")
+    want = model.complete(["Hello", "a"], max_new_tokens=5)
+    model.tokenizer.pad_token = None
+    assert model.complete(["Hello", "a"], max_new_tokens=5) == want
+    with pytest.raises(UsageError, match="empty text"):
+        model.complete([""])

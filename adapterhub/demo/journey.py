@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import adapterhub
-from adapterhub.device import precision
 from adapterhub.hub import Hub
 from adapterhub.manifest import Release
 from adapterhub.runtime import Model
@@ -127,7 +126,7 @@ class Journey:
         return second
 
     def _load(self, hub: Hub) -> Model:
-        model = hub.load(self.base, dtype=precision("auto", self.device), device=self.device)
+        model = hub.load(self.base, device=self.device)
         self.ran_on = str(model.device)
         return model
 

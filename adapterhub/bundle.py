@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from adapterhub import durable
-from adapterhub.compose import check_composition
+from adapterhub.compose import check_expressions
 from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile, UsageError
 from adapterhub.manifest import File, Manifest, Parent, Release, digest_of
 from adapterhub.store import DATABASE
@@ -126,7 +126,7 @@ def closure(source: Source, root: Release) -> list[Release]:
     waiting = [root]
     while waiting:
         manifest = waiting.pop().manifest
-        check_composition(manifest)
+        check_expressions(manifest)
         for parent in manifest.parents:
             if parent.digest in found:
                 continue

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from adapterhub.errors import ExpressionError, IncompatibleBase, ManifestError
+from adapterhub.errors import ExpressionError, IncompatibleBase, ManifestError, ParentsWarning
 from adapterhub.expression import Node, Ref, parse, references, substitute
 from adapterhub.manifest import Base, Manifest, Parent, Reference, Release, check_name
 
@@ -49,7 +51,7 @@ def expand(hub: Hub, node: Node) -> Node:
         release = hub.resolve(reference)
         if release.manifest.compose is None:
             return Ref(Reference(release.name, release.version))
-        check_composition(release.manifest)
+        check_expressions(release.manifest)
         for parent in release.manifest.parents:
             hub.exact(parent)
         return expand(hub, parse(release.manifest.compose))
@@ -57,22 +59,51 @@ def expand(hub: Hub, node: Node) -> Node:
     return substitute(node, inner)
 
 
-def check_composition(manifest: Manifest) -> None:
-    """Hold a composition's text to its parents: it names exactly them, each at its version, and brings nothing else. So
-    what runs is what their digests say, and nothing is made of itself. Raises ManifestError."""
-    if manifest.compose is None:
-        return
-    who, hint = f"{manifest.name}@{manifest.version}", "make it again: adapterhub compose"
+def check_expressions(manifest: Manifest) -> None:
+    """Hold what runs by its text to the parents, which are known by their digests: a composition names exactly them,
+    each at its version, and brings nothing else (so nothing is made of itself); what a training puts beneath is among
+    them. Raises ManifestError."""
+    who = f"{manifest.name}@{manifest.version}"
+    hint = "make it again, or get it from another source"
+    parents = {
+        relation: {f"{p.name}@{p.version}" for p in manifest.parents if p.relation == relation}
+        for relation in ("compose", "on")
+    }
+    if manifest.compose is not None:
+        if differ := _named(manifest.compose, who) ^ parents["compose"]:
+            differ = ", ".join(sorted(differ))
+            raise ManifestError(f"the composition {who} does not name its parents at their versions: {differ}", hint)
+        if manifest.files or manifest.forms or manifest.codecs:
+            raise ManifestError(f"the composition {who} holds tensors of its own", hint)
+    if (beneath := manifest.recipe.get("beneath")) is not None:
+        if others := _named(beneath, who) - parents["on"]:
+            raise ManifestError(f"beneath {who} are others than its parents: {', '.join(sorted(others))}", hint)
+
+
+def _named(text: object, who: str) -> set[str]:
     try:
-        named = {str(reference) for reference in references(parse(manifest.compose))}
+        return {str(reference) for reference in references(parse(text if isinstance(text, str) else ""))}
     except (ExpressionError, RecursionError) as error:
-        raise ManifestError(f"{who} is no composition: {str(error).splitlines()[0]}", hint) from None
-    parents = {f"{p.name}@{p.version}" for p in manifest.parents if p.relation == "compose"}
-    if named != parents:
-        differ = ", ".join(sorted(named ^ parents))
-        raise ManifestError(f"the composition {who} does not name its parents at their versions: {differ}", hint)
-    if manifest.files or manifest.forms or manifest.codecs:
-        raise ManifestError(f"the composition {who} holds tensors of its own", hint)
+        problem = str(error).splitlines()[0]
+        raise ManifestError(f"an expression of {who} does not parse: {problem}", "make it again") from None
+
+
+def missing_parents(release: Release, digests: Collection[str]) -> list[Parent]:
+    """Those it was trained over that are not among the releases with these digests."""
+    return [p for p in release.manifest.parents if p.relation == "on" and p.digest not in digests]
+
+
+def warn_missing_parents(releases: Collection[Release]) -> None:
+    """A ParentsWarning for each that was trained over others which are not with it."""
+    there = {release.digest for release in releases}
+    for release in releases:
+        if missing := missing_parents(release, there):
+            names = " + ".join(f"{parent.name}@{parent.version}" for parent in missing)
+            warnings.warn(
+                f"{release} was trained over {names} and does its work only with that beneath",
+                ParentsWarning,
+                stacklevel=3,
+            )
 
 
 def common_base(hub: Hub, releases: list[Release]) -> Base:

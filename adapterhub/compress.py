@@ -67,7 +67,11 @@ def compress(
         method=parent.method,
         forms=forms_of(modifications),
         codecs=[Made(name=codec, options=asdict(config), distribution=plugins.distribution("codecs", codec))],
-        parents=[Parent(name=release.name, version=release.version, digest=release.digest, relation="compress")],
+        parents=[
+            Parent(name=release.name, version=release.version, digest=release.digest, relation="compress"),
+            *(p for p in parent.parents if p.relation == "on"),
+        ],
+        recipe={"beneath": parent.recipe["beneath"]} if "beneath" in parent.recipe else {},
         metrics={
             "compress": {
                 "bytes_before": before,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapterhub import plugins
 from adapterhub.adapter import Adapter, Modifications
-from adapterhub.compose import common_base, joined_licences
+from adapterhub.compose import common_base, joined_licences, warn_missing_parents
 from adapterhub.errors import NoEffect, NotFoldable, NotMergeable, PluginError, UsageError
 from adapterhub.factors import balanced, numerical_rank, product_norm, product_svd
 from adapterhub.forms.low_rank import LowRank
@@ -42,7 +42,7 @@ def merge(
 
     The recipe records merger, options and weights; the metrics say how far the stored factors are from the exact result.
     Raises UsageError, PluginError (no such merger), IncompatibleBase, NotMergeable (a form that is no change of a weight;
-    a saved composition), NoEffect (the changes cancel)."""
+    a saved composition), NoEffect (the changes cancel). Warns (ParentsWarning) of one trained over another that is not merged."""
     rule = plugins.load("mergers", merger)
     config = plugins.options(rule.Config, dict(options or {}))
     weights = [1.0] * len(refs) if weights is None else [float(weight) for weight in weights]
@@ -60,6 +60,7 @@ def merge(
                 "merge the adapters it is made of",
             )
     base = common_base(hub, releases)
+    warn_missing_parents(releases)
     merged = merge_modifications(
         [Adapter.load(hub, release).modifications() for release in releases],
         weights,

@@ -13,7 +13,7 @@ import msgspec
 from packaging.version import Version
 
 from adapterhub import bundle, durable
-from adapterhub.compose import check_composition
+from adapterhub.compose import check_expressions
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NotFound, UsageError
 from adapterhub.index import Index, Row
 from adapterhub.manifest import TAG, File, Manifest, Parent, Reference, Release, check_version, digest_of
@@ -220,7 +220,7 @@ def _release(manifest: Manifest, version: str) -> Release:
             f"the manifest of {manifest.name} cannot be stored: {error}",
             "it may hold finite numbers, text, lists and tables",
         ) from None
-    check_composition(manifest)
+    check_expressions(manifest)
     return Release(Manifest.decode(data), digest_of(data))
 
 

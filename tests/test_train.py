@@ -12,7 +12,17 @@ import adapterhub
 from adapterhub.adapter import Adapter
 from adapterhub.data import read
 from adapterhub.encoding import encode
-from adapterhub.errors import DataError, HubError, IncompatibleBase, NameInUse, NoEffect, NotFound, UsageError
+from adapterhub.errors import (
+    DataError,
+    HubError,
+    IncompatibleBase,
+    ManifestError,
+    NameInUse,
+    NoEffect,
+    NotFound,
+    ParentsWarning,
+    UsageError,
+)
 from adapterhub.methods.lora import LoRA
 from adapterhub.modification import named_tensors
 from adapterhub.runtime import Model
@@ -156,6 +166,7 @@ def test_a_new_adapter_over_frozen_ones(hub, train, tiny_folder, path):
     assert [(p.name, p.version, p.digest, p.relation) for p in release.manifest.parents] == [
         (p.name, p.version, p.digest, "on") for p in parents
     ]
+    assert release.manifest.recipe["beneath"] == "me/p@0.1.0 + me/q@0.1.0"
     assert {name.split(".")[-3] for name in tensors_of(hub, release)} == {"low_rank"}  # its own tensors only
     beneath, on_top = (
         hub.evaluate(expression, str(tiny_folder), path)["loss"]
@@ -187,6 +198,52 @@ def test_an_adapter_goes_on(hub, train, tiny_folder, path):
     # Its dropout is on: the loss is near what the adapter had, not equal.
     assert log_of(hub, whole)[0]["loss"] == pytest.approx(loss, rel=0.3)
     assert log_of(hub, whole)[0]["loss"] != pytest.approx(loss, rel=1e-6)
+
+
+def test_over_a_composition_and_on_from_there(hub, train, tiny_folder, path):
+    """What was beneath is there again with its weight: the loss before the first step says so."""
+    train(name="me/p", lr=3e-2, steps=30)
+    hub.compose("0.5*me/p", name="me/half")
+    first = train(name="me/a", on=["me/half"], batch_size=16, steps=4)
+    assert first.manifest.recipe["beneath"] == "0.5*me/p@0.1.0"
+    assert [(p.name, p.relation) for p in first.manifest.parents] == [("me/p", "on")]
+    loss = hub.evaluate("0.5*me/p + me/a", str(tiny_folder), path, metrics=["loss"])["loss"]
+    whole = hub.evaluate("me/p + me/a", str(tiny_folder), path, metrics=["loss"])["loss"]
+    second = hub.train(str(tiny_folder), data=path, continue_from="me/a", batch_size=16, steps=1, lr=1e-2)
+    assert second.manifest.recipe["beneath"] == "0.5*me/p@0.1.0"
+    assert [(p.name, p.relation) for p in second.manifest.parents] == [("me/a", "continue"), ("me/p", "on")]
+    assert log_of(hub, second)[0]["loss"] == pytest.approx(loss, rel=1e-5) != pytest.approx(whole, rel=1e-5)
+    small = hub.compress("me/a", "svd", {"rank": 4}, name="me/small").manifest
+    assert small.recipe["beneath"] == "0.5*me/p@0.1.0" and ("me/p", "on") in [
+        (p.name, p.relation) for p in small.parents
+    ]
+    among = msgspec.structs.replace(first.manifest, name="me/among", recipe={"beneath": None})
+    hub.publish(among, {"tensors": hub.store.read(first.manifest.files["tensors"].digest)})
+    with pytest.raises(UsageError, match="among others") as caught:
+        hub.train(str(tiny_folder), data=path, continue_from="me/among", steps=1)
+    assert caught.value.hint
+    for recipe in ({"beneath": "me/half@0.1.0"}, {"beneath": "me/p"}, {"beneath": 1}, {"beneath": "me/p@0.1.0 +"}):
+        wrong = msgspec.structs.replace(first.manifest, name="me/wrong", recipe=recipe)
+        with pytest.raises(ManifestError, match="me/wrong"):
+            hub.publish(wrong, {"tensors": hub.store.read(first.manifest.files["tensors"].digest)})
+
+
+def test_it_is_said_when_what_was_beneath_is_left_out(hub, train, tmp_path, recwarn):
+    train(name="me/p")
+    train(name="me/a", on=["me/p"])
+    hub.compose("me/p + me/a", name="me/both")
+    hub.merge(["me/p", "me/a"], name="me/m")
+    hub.export("me/both", tmp_path / "both")
+    assert not [w for w in recwarn if issubclass(w.category, ParentsWarning)]
+    hub.compose("2*me/a", name="me/twice")
+    for alone in (
+        lambda: hub.merge(["me/a"], name="me/m"),
+        lambda: hub.export("me/a", tmp_path / "a"),
+        lambda: hub.export("me/twice", tmp_path / "twice"),
+    ):
+        with pytest.warns(ParentsWarning, match=r"^me/a@0\.1\.0 was trained over me/p@0\.1\.0 ") as caught:
+            alone()
+        assert len(caught) == 1
 
 
 def test_after_step_runs_after_each_step_and_only_adapter_tensors_are_saved(path, tiny_folder, tmp_path, device):

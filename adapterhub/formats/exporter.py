@@ -13,9 +13,9 @@ import torch
 
 from adapterhub import durable
 from adapterhub.adapter import Adapter, Modifications
-from adapterhub.compose import expand
+from adapterhub.compose import expand, warn_missing_parents
 from adapterhub.errors import UsageError
-from adapterhub.expression import Ref
+from adapterhub.expression import Ref, references
 from adapterhub.formats.peft import PREFIX, TENSORS
 from adapterhub.formats.peft_config import CONFIG
 from adapterhub.forms.low_rank import LowRank
@@ -33,12 +33,14 @@ def export(hub: Hub, reference: str | Reference, folder: str | Path, format: str
     """Write a release into a new folder: adapter_config.json, adapter_model.safetensors and a card, which plain PEFT loads
     with the same logits. A composition of low-rank adapters becomes one. Returns the folder.
 
-    Raises UsageError for an unknown format, and when a form is not low rank; NameInUse when the folder is there already."""
+    Raises UsageError for an unknown format, and when a form is not low rank; NameInUse when the folder is there already.
+    Warns (ParentsWarning) of an adapter trained over another that is not in it: PEFT has no word for that."""
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}", f"formats: {', '.join(FORMATS)}; or bundle, for another hub")
     release = hub.resolve(reference)
-    program = assemble(expand(hub, Ref(Reference(release.name, release.version))), _loader(hub), join=True)
-    parts = _low_rank(release, program)
+    node = expand(hub, Ref(Reference(release.name, release.version)))
+    warn_missing_parents([hub.resolve(reference) for reference in dict.fromkeys(references(node))])
+    parts = _low_rank(release, assemble(node, _loader(hub), join=True))
     folder = Path(folder).expanduser()
     with durable.new_folder(folder) as out:
         tensors = {}

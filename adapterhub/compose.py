@@ -75,9 +75,9 @@ def check_expressions(manifest: Manifest) -> None:
             raise ManifestError(f"the composition {who} does not name its parents at their versions: {differ}", hint)
         if manifest.files or manifest.forms or manifest.codecs:
             raise ManifestError(f"the composition {who} holds tensors of its own", hint)
-    if (beneath := manifest.recipe.get("beneath")) is not None:
-        if others := _named(beneath, who) - parents["on"]:
-            raise ManifestError(f"beneath {who} are others than its parents: {', '.join(sorted(others))}", hint)
+    beneath = manifest.recipe.get("beneath")
+    if beneath is not None and (others := _named(beneath, who) - parents["on"]):
+        raise ManifestError(f"beneath {who} are others than its parents: {', '.join(sorted(others))}", hint)
 
 
 def _named(text: object, who: str) -> set[str]:

@@ -20,7 +20,7 @@ from adapterhub.device import memory_told, precision
 from adapterhub.encoding import Example, check_vocabulary, encode, pad_token
 from adapterhub.errors import NameInUse, UsageError
 from adapterhub.evaluate import evaluate
-from adapterhub.manifest import Release, canonical, check_name, check_version, digest_of
+from adapterhub.manifest import Reference, Release, canonical, check_name, check_version, digest_of
 from adapterhub.modification import named_tensors
 from adapterhub.publish import publish_tensors
 from adapterhub.runtime import Model, load
@@ -79,14 +79,15 @@ def train(
     dtype: of the base; auto is what was measured to be fastest (adapterhub.device); the adapter trains in float32
     save_every: steps between checkpoints (a tenth of all, at most 100). They lie in the hub's folder `training`, named
         by everything that decides the result: the same call again goes on from the last (unless resume is False), and
-        ends with the same bytes as if it had never stopped.
+        ends with the same bytes as if it had never stopped. A run that is published under the name (and version, if one
+        is given) is not trained again: its bytes are known, and its release is returned.
 
     Raises UsageError, NotFound, NameInUse, DataError, PluginError and IncompatibleBase before training begins; HubError
     when it diverges or memory runs out and NoEffect if nothing was learned: then nothing is published."""
     begin = start(hub, method, options, on, continue_from)
     name = check_name(name or (begin.goes_on.name if begin.goes_on else ""))
-    if version is not None and hub.index.get(name, check_version(version)) is not None:
-        raise NameInUse(f"{name}@{version} exists", "give another version, or none for the next")
+    if version is not None:
+        check_version(version)
     if base is None:
         if begin.goes_on is None:
             raise UsageError("no base to train on", "give a known name (smollm2), a folder or a repo id")
@@ -108,8 +109,18 @@ def train(
         recipe = _recipe(rows, schedule, max_length, model)
         if begin.beneath is not None:
             recipe["beneath"] = begin.beneath
-        print_of = {"base": model.fingerprint.base, "method": begin.made, "parents": begin.parents, "recipe": recipe}
-        folder = hub.root / "training" / digest_of(canonical(msgspec.to_builtins(print_of))).removeprefix("sha256:")
+        run = {
+            "name": name,
+            "base": model.fingerprint.base,
+            "method": begin.made,
+            "parents": begin.parents,
+            "recipe": recipe,
+        }
+        folder = hub.root / "training" / digest_of(_bytes(run)).removeprefix("sha256:")
+        told = {"licence": licence, "eval": held_out and held_out.digest}
+        if (release := _published(hub, version, run | told)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)  # it was killed after it was published
+            return release
         durable.make_folder(folder)
         with durable.lock(folder / "lock"):
             if not resume:
@@ -149,6 +160,27 @@ def train(
     finally:
         if not isinstance(base, str | Path):
             model.detach()
+
+
+def _published(hub: Hub, version: str | None, run: Mapping[str, Any]) -> Release | None:
+    """The release that this very run made already. Raises NameInUse for a version that another one made."""
+    for row in hub.releases(run["name"]):
+        if version not in (None, row.version):
+            continue
+        release = hub.resolve(Reference(row.name, row.version))
+        found = msgspec.structs.asdict(release.manifest)
+        found["eval"] = release.manifest.metrics.get("eval", {}).get("data")
+        if _bytes({key: found[key] for key in run}) == _bytes(run):
+            return release
+        if version is not None:
+            raise NameInUse(
+                f"{release} exists, and was made in another way", "give another version, or none for the next"
+            )
+    return None
+
+
+def _bytes(run: Mapping[str, Any]) -> bytes:
+    return canonical(msgspec.to_builtins(run))
 
 
 def _check(*, epochs, steps, lr, batch_size, warmup, save_every) -> None:

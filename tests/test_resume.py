@@ -104,6 +104,22 @@ def test_a_run_killed_while_it_was_published_is_published(run, stop_at, monkeypa
     assert not steps
 
 
+@pytest.mark.parametrize("version", [None, "0.1.0"])
+def test_a_run_killed_after_it_was_published_ends_well(run, stop_at, monkeypatch, tmp_path, version):
+    def killed(*args, **kwargs):
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr("adapterhub.train.shutil.rmtree", killed)
+        with pytest.raises(Stopped):
+            run(version=version, save_every=STEPS)
+    (row,) = adapterhub.open(tmp_path / "hub").releases()
+    assert list((tmp_path / "hub/training").rglob("checkpoint-*"))
+    steps = stop_at(None)
+    assert run(version=version).digest == row.digest
+    assert not steps and not list((tmp_path / "hub/training").iterdir())
+
+
 @pytest.mark.parametrize("harm", ["cut", "no mark", "lost", "bit"])
 def test_a_broken_checkpoint_is_none(run, stop_at, tmp_path, harm):
     whole = run("whole")

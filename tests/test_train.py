@@ -140,8 +140,6 @@ def test_it_learns_and_says_how_it_was_made(hub, train, path, tiny_folder, metho
 
 def test_the_same_call_gives_the_same_bytes_and_another_seed_others(hub, train):
     first = train(options={"lora_dropout": 0.3})
-    again = train(options={"lora_dropout": 0.3})
-    assert str(again) == "me/a@0.1.0" and again.digest == first.digest
     other = train(options={"lora_dropout": 0.3}, name="me/b")
     assert other.manifest.files == first.manifest.files
     assert train(options={"lora_dropout": 0.3}, seed=1).manifest.files != first.manifest.files
@@ -288,7 +286,6 @@ def test_mistakes_are_found_before_the_base_is_touched(hub, train, path, tmp_pat
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a"}')
     for wrong, error in [
-        ({"version": "0.1.0"}, NameInUse),
         ({"version": "1"}, UsageError),
         ({"name": "Me/A"}, UsageError),
         ({"method": "lorra"}, HubError),
@@ -316,6 +313,29 @@ def test_mistakes_are_found_before_the_base_is_touched(hub, train, path, tmp_pat
     with pytest.raises(UsageError, match="no base"):
         hub.train(method="lora", data=path, name="me/b")
     assert [row.version for row in hub.releases()] == ["0.1.0"]
+
+
+def test_a_run_that_is_published_is_not_trained_again(hub, train, path, monkeypatch):
+    first, second = train(), train(seed=1, licence="MIT", eval_data=path)
+    assert (first.version, second.version) == ("0.1.0", "0.2.0")
+    with monkeypatch.context() as patched:
+        patched.delattr("adapterhub.train.fit")
+        assert train() == train(version="0.1.0") == first
+        assert train(seed=1, licence="MIT", eval_data=path, save_every=1) == second
+        for version, other in [
+            ("0.1.0", {"seed": 1}),
+            ("0.1.0", {"method": "bottleneck"}),
+            ("0.1.0", {"on": ["me/a@0.2.0"]}),
+            ("0.1.0", {"licence": "MIT"}),
+            ("0.2.0", {}),
+            ("0.2.0", {"seed": 1, "licence": "MIT"}),
+        ]:
+            with pytest.raises(NameInUse, match=f"me/a@{version}") as caught:
+                train(version=version, **other)
+            assert caught.value.hint
+    assert not list((hub.root / "training").iterdir())
+    assert train(version="1.0.0").manifest.files == first.manifest.files
+    assert train(seed=1).version == "1.1.0"  # without the licence it is another release
 
 
 def test_a_run_that_diverges_publishes_nothing(hub, train):

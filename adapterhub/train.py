@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,11 @@ def train(
 
     Raises UsageError, NotFound, NameInUse, DataError, PluginError and IncompatibleBase before training begins; HubError
     when it diverges or memory runs out and NoEffect if nothing was learned: then nothing is published."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(
+            "training in several processes is not supported yet (WORLD_SIZE is set)",
+            "start it as one process, without torchrun",
+        )
     begin = start(hub, method, options, on, continue_from)
     name = check_name(name or (begin.goes_on.name if begin.goes_on else ""))
     if version is not None:

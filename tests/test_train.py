@@ -315,6 +315,16 @@ def test_mistakes_are_found_before_the_base_is_touched(hub, train, path, tmp_pat
     assert [row.version for row in hub.releases()] == ["0.1.0"]
 
 
+def test_several_processes_are_refused(train, monkeypatch):
+    """What torchrun sets: each process would train, and publish, by itself."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="several processes") as caught:
+        train()
+    assert "torchrun" in caught.value.hint
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert train(steps=2).version == "0.1.0"
+
+
 def test_a_run_that_is_published_is_not_trained_again(hub, train, path, monkeypatch):
     first, second = train(), train(seed=1, licence="MIT", eval_data=path)
     assert (first.version, second.version) == ("0.1.0", "0.2.0")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from adapterhub import durable
+from adapterhub import durable, plugins
 from adapterhub.adapter import require_effect
 from adapterhub.data import Data, read
 from adapterhub.device import memory_told, precision
@@ -68,7 +68,7 @@ def train(
 ) -> Release:
     """Train an adapter and publish it.
 
-    base: a known name, a folder, a repo id or a loaded transformers model; None with continue_from: the name it records
+    base: a known name, a folder, a repo id or a loaded transformers model; None with continue_from: the known name it records
     method, options: how (`adapterhub plugins list`); left out with continue_from, which brings its own
     data, eval_data: files as in adapterhub.data; eval_data is measured at the end, into the release's metrics
     on: frozen adapters beneath the new one, in order (a composition: what it is made of); recorded as its parents, and
@@ -95,9 +95,12 @@ def train(
     if version is not None:
         check_version(version)
     if base is None:
-        if begin.goes_on is None:
-            raise UsageError("no base to train on", "give a known name (smollm2), a folder or a repo id")
-        base = begin.goes_on.manifest.base.name
+        base = begin.goes_on.manifest.base.name if begin.goes_on else ""
+        if base not in plugins.names("bases"):  # what a manifest says is no path and no repo id to follow
+            known = f"; {begin.goes_on} only says that it was made for {base!r}" if base else ""
+            raise UsageError(
+                "no base to train on" + known, "give a known name (smollm2), a folder or a repo id: --base"
+            )
     if data is None:
         raise UsageError("no data to train on", "give a JSON Lines file")
     _check(epochs=epochs, steps=steps, lr=lr, batch_size=batch_size, warmup=warmup, save_every=save_every)

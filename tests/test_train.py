@@ -363,12 +363,33 @@ def test_an_adapter_that_learned_nothing_is_refused(hub, train):
 def test_another_base_is_refused(hub, train, tiny_model, tiny_saved, tmp_path, path):
     train()
     other = tiny_saved(tmp_path / "other", tiny_model(seed=5))
-    with pytest.raises(IncompatibleBase):
+    with pytest.raises(IncompatibleBase) as caught:
         hub.train(str(other), data=path, continue_from="me/a", steps=2)
+    assert "--base" not in caught.value.hint and "the base it was made for" in caught.value.hint
     with pytest.raises(IncompatibleBase):
         train(name="me/b", base=other, on=["me/a"])
     with pytest.warns(UserWarning, match="forced"):
         assert hub.train(str(other), data=path, continue_from="me/a", steps=2, force=True).version == "0.2.0"
+
+
+def test_a_recorded_base_is_used_only_if_its_name_is_known(hub, train, tiny_folder, tiny_model, path, monkeypatch):
+    """Any other name may be a folder here by chance, or a repo id that someone else wrote into the manifest."""
+    train()
+    monkeypatch.chdir(tiny_folder.parent)
+    with pytest.raises(UsageError, match=f"{tiny_folder.name}") as caught:
+        hub.train(data=path, continue_from="me/a", steps=2)
+    assert "--base" in caught.value.hint
+    seen = []
+    monkeypatch.setattr("adapterhub.train.load", lambda hub, base, *_, **__: seen.append(base) or 1 / 0)
+    known = msgspec.structs.replace(hub.resolve("me/a").manifest, name="me/known")
+    known = msgspec.structs.replace(known, base=msgspec.structs.replace(known.base, name="smollm2"))
+    hub.publish(known, {"tensors": hub.store.read(known.files["tensors"].digest)})
+    with pytest.raises(ZeroDivisionError):
+        hub.train(data=path, continue_from="me/known", steps=2)
+    assert seen == ["smollm2"]
+    with pytest.raises(IncompatibleBase) as caught:
+        hub.load(tiny_model(seed=5), "me/known")
+    assert "use --base smollm2" in caught.value.hint
 
 
 def test_a_composition_has_nothing_to_train(hub, train, tiny_folder, path):

@@ -12,6 +12,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from adapterhub import plugins
 from adapterhub.bases import ResolvedBase, sketch
 from adapterhub.bases.compare import Verdict, compare_sketches
 from adapterhub.errors import IncompatibleBase, IntegrityError
@@ -90,7 +91,7 @@ def check_base(
         if not force:
             raise IncompatibleBase(
                 f"the adapter was {told}, which is another model: {verdict.reason}",
-                f"use --base {recorded.name}, or --force to try it all the same",
+                f"{_wanted(recorded)}, or --force to try it all the same",
             )
         warnings.warn(f"{told}, another model ({verdict.reason}); forced", BaseWarning, stacklevel=2)
     elif verdict.kind == "copy":
@@ -98,6 +99,12 @@ def check_base(
             f"{told}: {verdict.reason}, {verdict.distance:.2g} apart (relative rms)", BaseWarning, stacklevel=2
         )
     return verdict
+
+
+def _wanted(base: Base) -> str:
+    """What to give instead. A name that we do not know is a folder's last part or a repo id, on another machine perhaps."""
+    known = base.name in plugins.names("bases")
+    return f"use --base {base.name}" if known else f"give the base it was made for ({base.name})"
 
 
 def _named(base: Base) -> str:

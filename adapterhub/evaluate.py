@@ -13,7 +13,7 @@ import torch
 
 from adapterhub.data import Data, Row
 from adapterhub.data import read as read_rows
-from adapterhub.device import memory_told, precision
+from adapterhub.device import memory_told
 from adapterhub.encoding import Example, check_vocabulary, collate, encode, pad_left, pad_token, tokens
 from adapterhub.errors import DataError, UsageError
 from adapterhub.scoring import label_scores, token_losses
@@ -41,12 +41,14 @@ def evaluate(
     batch_size: int = 16,
     max_length: int = 1024,
     limit: int | None = None,
+    force: bool = False,
     model: Model | None = None,
 ) -> dict[str, Any]:
     """Measure an expression (None: the bare base) on the first `limit` rows of a file.
 
-    model: one that is loaded already; then base, device and dtype are not used, and the expression None means what
-    that model runs by default.
+    dtype: float32, bfloat16, float16, "stored" or "auto" (adapterhub.device). force: measure adapters that were made for
+    another base. model: one that is loaded already; then base, device, dtype and force are not used, and the expression
+    None means what that model runs by default.
 
     metrics, all that the data allow unless named:
 
@@ -68,7 +70,7 @@ def evaluate(
     if model is None:
         from adapterhub.runtime import load
 
-        model, expression = load(hub, base, expression, dtype=precision(dtype, device), device=device), None
+        model, expression = load(hub, base, expression, dtype=dtype, device=device, force=force), None
     examples, cut = encode(read, model.tokenizer, max_length)
     check_vocabulary(examples, model.base)
     result: dict[str, Any] = {"data": read.digest, "n": len(examples), "truncated": cut}

@@ -145,7 +145,7 @@ class Hub(Packages):
         self,
         base: object,
         expression: str | None = None,
-        dtype: str = "float32",
+        dtype: str = "auto",
         device: str = "auto",
         trainable: Sequence[str] = (),
         force: bool = False,

@@ -17,7 +17,7 @@ import torch
 from adapterhub import durable, plugins
 from adapterhub.adapter import require_effect
 from adapterhub.data import Data, read
-from adapterhub.device import memory_told, precision
+from adapterhub.device import memory_told
 from adapterhub.encoding import Example, check_vocabulary, encode, pad_token
 from adapterhub.errors import NameInUse, UsageError
 from adapterhub.evaluate import evaluate
@@ -77,7 +77,8 @@ def train(
     epochs (3) or steps: how long; lr rises over `warmup` steps (a tenth of all) and falls linearly to 0; AdamW without
         weight decay, gradients clipped at norm 1
     max_length: tokens of a row; longer ones are cut, with a warning
-    dtype: of the base; auto is what was measured to be fastest (adapterhub.device); the adapter trains in float32
+    dtype: of the base: float32, bfloat16, float16, "stored", or "auto", what was measured to be fastest
+        (adapterhub.device); the adapter trains in float32
     save_every: steps between checkpoints (a tenth of all, at most 100). They lie in the hub's folder `training`, named
         by everything that decides the result: the same call again goes on from the last (unless resume is False), and
         ends with the same bytes as if it had never stopped. A run that is published under the name (and version, if one
@@ -106,7 +107,7 @@ def train(
     _check(epochs=epochs, steps=steps, lr=lr, batch_size=batch_size, warmup=warmup, save_every=save_every)
     rows, held_out = read(data), read(eval_data) if eval_data is not None else None
 
-    model = load(hub, base, begin.beneath, dtype=precision(dtype, device), device=device, force=force)
+    model = load(hub, base, begin.beneath, dtype=dtype, device=device, force=force)
     try:
         begin.attach(hub, model, seed, force)
         examples = _examples(rows, model, max_length)

@@ -451,6 +451,27 @@ def test_train_and_go_on(run, hub, rows, tiny_folder):
     assert [(p.name, p.version, p.relation) for p in hub.resolve("me/b").manifest.parents] == [("me/a", "0.2.0", "on")]
 
 
+def test_eval_of_another_base_only_by_force(run, hub, lora, rows, tiny_folder, tiny_saved, tiny_model, tmp_path):
+    other = tiny_saved(tmp_path / "other", tiny_model(seed=3))
+    assert run(f"import {lora(1)} --name me/a --base", tiny_folder)[0] == 0
+    line = f"eval me/a --base {other} --data {rows}"
+    status, _, err = run(line)
+    assert status == 1 and "--force" in err
+    with pytest.warns(UserWarning, match="forced"):
+        assert run(f"{line} --force")[0] == 0
+
+
+def test_dtype_of_the_base(run, hub, tiny_saved, tiny_model, tmp_path, device):
+    import torch
+
+    base = tiny_saved(tmp_path / "half", tiny_model().to(torch.float16))
+    fastest = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    for dtype, there in (("auto", fastest), ("stored", "float16"), ("bfloat16", "bfloat16")):
+        assert hub.load(base, dtype=dtype, device=device).base.dtype == getattr(torch, there)
+    status, _, err = run(f"run --base {base} --prompt x --dtype half")
+    assert status == 2 and "stored" in err
+
+
 def test_warnings_are_one_line_each(hub, lora, tiny_saved, tiny_model, tmp_path, monkeypatch, capsys):
     """A float16 copy of the base is accepted, with a warning that shows no line of Python."""
     import torch

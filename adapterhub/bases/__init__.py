@@ -146,7 +146,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype not in ("float32", "bfloat16", "float16", "auto"):
-        raise UsageError(f"unknown dtype {dtype!r}", "use float32, bfloat16, float16 or auto")
+        raise UsageError(f"unknown dtype {dtype!r}", "use float32, bfloat16, float16, auto or stored")
     device = default_device(device)
     for file in weight_files(resolved.folder):
         read_header(file)

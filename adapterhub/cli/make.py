@@ -14,7 +14,10 @@ from adapterhub.errors import UsageError
 
 BASE = typer.Option(help="Base model: a known name (smollm2), a folder or a Hugging Face repo id.")
 DEVICE = typer.Option(help="auto, cpu, cuda or cuda:N.")
-DTYPE = typer.Option(help="Of the base: float32, bfloat16, float16 or auto.")
+DTYPE = typer.Option(
+    help="Of the base: float32, bfloat16, float16, stored (as its files are) or auto (bfloat16 on a GPU that has it, "
+    "else float32)."
+)
 Set = Annotated[
     list[str] | None,
     typer.Option(

@@ -139,6 +139,7 @@ def eval_(
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row; longer ones are cut.")] = 1024,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Measure adapters on held-out data.
@@ -160,6 +161,7 @@ def eval_(
         max_length=max_length,
         device=device,
         dtype=dtype,
+        force=force,
     )
     if as_json:
         return json_out({"base": base, "adapters": expression, **result})

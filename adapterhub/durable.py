@@ -103,14 +103,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def lock(path: Path, shared: bool = False) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Hold the operating system's lock on a file (made when missing); waits for other processes and threads.
 
     It ends with the process, however that ends."""
     with _told(path, 0):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

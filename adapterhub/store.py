@@ -42,9 +42,6 @@ class Store:
         hex_digits = check_digest(digest).removeprefix("sha256:")
         return self.folder / hex_digits[:2] / hex_digits
 
-    def has(self, digest: str) -> bool:
-        return self.path(digest).is_file()
-
     def put(self, content: bytes | Path, expected: File | None = None) -> File:
         """Keep these bytes, or a copy of this file. A blob that is there already and sound is not written again.
 

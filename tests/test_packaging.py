@@ -1,5 +1,6 @@
 """The packaging files agree with one another. `python tests/test_packaging.py` rewrites constraints.txt."""
 
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -72,3 +73,30 @@ def test_no_tracked_file_is_over_five_megabytes():
 
 if __name__ == "__main__":
     CONSTRAINTS.write_text(constraints())
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_ci_gets_uv_also_where_the_system_python_refuses_packages(tmp_path, refuses):
+    """PEP 668: then uv comes into an environment of its own, which is taken away again."""
+    tools, calls = tmp_path / "bin", tmp_path / "calls"
+    tools.mkdir()
+    for tool in ("bash", "env", "dirname", "mktemp", "rm", "mkdir", "cp"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    (tools / "python3").write_text(
+        f"""#!/usr/bin/env bash
+echo "$0 $*" >> {calls}
+case "$0 $*" in
+    */bin/python3\\ -m\\ pip*) exit {int(refuses)} ;;
+    *-m\\ venv*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+esac
+"""
+    )
+    (tools / "python3").chmod(0o755)
+    environment = {"PATH": str(tools), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = calls.read_text().splitlines()
+    python = next(line.split()[0] for line in said if " -m uv sync" in line)
+    assert (python == str(tools / "python3")) != refuses
+    assert f"{python} -m pip install --quiet uv" in said and f"{python} -m uv run pytest" in said
+    assert sorted(tmp_path.iterdir()) == [tools, calls]

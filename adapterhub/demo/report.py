@@ -18,12 +18,15 @@ The results, as `adapterhub.demo.run` returns them:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 Results = Mapping[str, Any]
 COLOURS = ("#1d5fd1", "#c2500a", "#0b7a55", "#7a3fb0")
+LEAST_LOSS = 1e-3
+"""The loss axis is logarithmic and ends here."""
 BASE_COLOUR = "#64707d"
 
 STYLE = """
@@ -68,7 +71,11 @@ def page(results: Results) -> str:
             _checks(results["checks"]) + _table(results),
             "The mark on each bar is where the bare base stands.",
         ),
-        ("How they learned", _curves(results["curves"]), "Loss of each step, and its mean over the last ten."),
+        (
+            "How they learned",
+            _curves(results["curves"]),
+            "Loss of each step, and its mean over the last ten; the axis is logarithmic.",
+        ),
         ("What they weigh", _sizes(results["sizes"]) + _compression(results["compression"]), "Bytes of each file."),
         (
             "Where each comes from",
@@ -153,20 +160,21 @@ def _score(score: Results | None, base: float) -> str:
 def _curves(curves: Mapping[str, Sequence[float]]) -> str:
     width, height, left, bottom, right = 960, 300, 48, 34, 210
     steps = max(map(len, curves.values()))
-    top = max(max(losses) for losses in curves.values()) * 1.05 or 1.0
+    low, high = (pick(max(loss, LEAST_LOSS) for losses in curves.values() for loss in losses) for pick in (min, max))
+    bottom_power, top_power = math.floor(math.log10(low)), math.log10(high) + 0.05
 
     def x(step: float) -> float:
         return left + (width - left - right) * step / max(steps - 1, 1)
 
     def y(loss: float) -> float:
-        return 10 + (height - 10 - bottom) * (1 - loss / top)
+        share = (math.log10(max(loss, LEAST_LOSS)) - bottom_power) / (top_power - bottom_power)
+        return 10 + (height - 10 - bottom) * (1 - share)
 
     parts = []
-    apart = next(gap for gap in (0.1, 0.25, 0.5, 1, 2, 5, 10, 1e9) if top / gap <= 6)
-    for i in range(int(top / apart) + 1):
-        at = y(apart * i)
+    for power in range(bottom_power, math.floor(top_power) + 1):
+        at = y(10.0**power)
         parts.append(f"<line x1='{left}' x2='{width - right}' y1='{at:.1f}' y2='{at:.1f}' stroke='#e3e7eb'/>")
-        parts.append(f"<text class='soft' x='{left - 8}' y='{at + 4:.1f}' text-anchor='end'>{apart * i:g}</text>")
+        parts.append(f"<text class='soft' x='{left - 8}' y='{at + 4:.1f}' text-anchor='end'>{10.0**power:g}</text>")
     for step in sorted({round((steps - 1) * i / 4) for i in range(5)}):
         parts.append(
             f"<text class='soft' x='{x(step):.1f}' y='{height - 14}' text-anchor='middle'>step {step + 1}</text>"

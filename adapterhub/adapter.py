@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import plugins
-from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError
+from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError, UnsafeFile
 from adapterhub.manifest import Made, Manifest, Release
 from adapterhub.modification import Modification, Step
 from adapterhub.sites import Site
@@ -117,23 +117,39 @@ def check_fit(modifications: Mapping[str, Sequence[Modification]], sites: Sequen
     if faults:
         raise IncompatibleBase(
             f"{name} does not fit this base ({len(faults)} of {len(modifications)} sites):\n  " + "\n  ".join(faults),
-            "load it on the base it was made for: adapterhub show NAME",
+            "use the base it was made for",
         )
 
 
+def check_range(parts: Modifications, name: str, dtype: torch.dtype) -> None:
+    """Raise UnsafeFile if a tensor is no longer finite: too large for the dtype it was cast to, or scaled too far."""
+    for path, here in parts.items():
+        for modification in here:
+            for key, tensor in modification.tensors.items():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise UnsafeFile(
+                        f"{name} is too large for {str(dtype).removeprefix('torch.')}: {key} at {path} overflows",
+                        "load the base in float32 or bfloat16, or give a smaller weight",
+                    )
+
+
 def require_effect(modifications: Modifications, sites: Sequence[Site], model: torch.nn.Module, name: str) -> None:
-    """Raise NoEffect if every modification leaves random hidden states exactly as they are."""
+    """Raise NoEffect if every modification leaves random hidden states exactly as they are, UnsafeFile if one overflows."""
     random = torch.Generator().manual_seed(0)
     by_path = {site.path: site for site in sites}
+    effect = False
     for path, parts in modifications.items():
         x = torch.randn(1, 4, by_path[path].inputs, generator=random)
         y = torch.randn(1, 4, by_path[path].outputs, generator=random)
         for modification in parts:
             modification.bind(model.get_submodule(path))
             local = modification.to("cpu", torch.float32)
-            changes = (local.delta_in(x, Step()), local.delta_out(x, y, Step()))
-            if any(change is not None and change.count_nonzero() for change in changes):
-                return
+            changes = [c for c in (local.delta_in(x, Step()), local.delta_out(x, y, Step())) if c is not None]
+            if not all(change.isfinite().all() for change in changes):
+                raise UnsafeFile(f"{name} is too large: at {path} it overflows float32", "train or scale it again")
+            effect |= any(change.count_nonzero() for change in changes)
+    if effect:
+        return
     raise NoEffect(
         f"{name} changes nothing: its modifications are zero at every site",
         "check that it was trained and saved whole (a LoRA whose B is zero has never learned)",

@@ -73,6 +73,8 @@ class Attachment:
         self._by_cache: WeakKeyDictionary = WeakKeyDictionary()
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self._hooks: dict[str, list] = {}
+        self.closed = False
+        """The base's weights are others now (folded): whoever holds this attachment must load again."""
         base.__dict__["_adapterhub"] = self
 
     @contextmanager
@@ -97,6 +99,12 @@ class Attachment:
             for hook in pair:
                 hook.remove()
         self._hooks.clear()
+
+    def close(self) -> None:
+        """Detach for good: the base has been changed."""
+        self.detach()
+        self.closed = True
+        self.base.__dict__.pop("_adapterhub", None)
 
     # --- the model's hooks -------------------------------------------------------------------------------------
 

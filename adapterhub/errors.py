@@ -54,6 +54,8 @@ class NoEffect(HubError):
 class PluginError(HubError):
     """A form, method, merger or codec that is not installed, or that does not load."""
 
+    code = 3
+
 
 class NotFoldable(HubError):
     """The modification is no change of a weight (it is not linear in the module's input)."""
@@ -69,6 +71,8 @@ class CodecError(HubError):
 
 class ExpressionError(HubError):
     """A composition that does not parse, with a caret under the place."""
+
+    code = 2
 
     def __init__(self, text: str, position: int, problem: str, hint: str = ""):
         super().__init__(f"{problem}\n  {text}\n  {' ' * position}^", hint)

@@ -81,6 +81,8 @@ class Base(Struct):
     """Digest of the sorted (name, shape) of all tensors."""
     sketch: File
     """The blob with whole rows of each tensor."""
+    computes: dict[str, Any] = {}
+    """What the configuration says beyond shapes of how the weights are used: heads, layers, activation, rope, norms."""
     note: str = ""
     """What else is known, e.g. "Q4_1 copy, widened"."""
 

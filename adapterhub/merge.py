@@ -159,6 +159,8 @@ def _at_useful_rank(joined: LowRank, weighted: Sequence[tuple[float, LowRank]]) 
         u, s, vh = product_svd(joined.up * joined.scale, joined.down)
         joined = _low_rank(u, s, vh)
     stored = joined.scale.double() * joined.up.double()
+    if not product_norm(stored, joined.down.double()):  # its weights are too small for float32
+        return None, 0.0
     distance = product_norm(torch.cat([stored, *(-up for up in ups)], 1), torch.cat([joined.down.double(), *downs]))
     return joined, distance / size
 

@@ -175,6 +175,10 @@ class Packages:
                 raise HubError(
                     f"{wanted} is needed by {', '.join(sorted(needed))}", "remove those first, or use --force"
                 )
+            if faults := self.index.check():  # what the index says of others decides which bytes go
+                raise IntegrityError(
+                    f"{self.root / DATABASE} is damaged: {faults[0]}", "restore it from a copy; nothing was removed"
+                )
             self.index.remove([row.digest for row in rows])
             self.store.sweep(self._needed())
         return going

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from adapterhub.adapter import Modifications
+import torch
+
+from adapterhub.adapter import Modifications, check_range
 from adapterhub.composers import Mix, Route, Scaled, Stack
 from adapterhub.expression import Mix as MixNode
 from adapterhub.expression import Node, Ref, Scale
@@ -22,7 +24,9 @@ def assemble(node: Node | None, adapter: Callable[[str], Modifications], join: b
         case Ref(reference):
             return adapter(str(reference))
         case Scale(weight, inner):
-            return {path: _scaled(parts, weight, join) for path, parts in assemble(inner, adapter, join).items()}
+            scaled = {path: _scaled(parts, weight, join) for path, parts in assemble(inner, adapter, join).items()}
+            check_range(scaled, f"{weight:g}*({inner})", torch.float32)
+            return scaled
         case StackNode(nodes):
             many = [assemble(inner, adapter, join) for inner in nodes]
             return {path: _joined(parts, join) for path, parts in stacked(many).items()}

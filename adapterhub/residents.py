@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from adapterhub.adapter import Adapter, Modifications, check_fit
+from adapterhub.adapter import Adapter, Modifications, check_fit, check_range
 from adapterhub.compose import expand, missing_parents
 from adapterhub.errors import ParentsWarning, UsageError
 from adapterhub.expression import Node, parse, references
@@ -65,6 +65,7 @@ class Residents:
             self._by_release[key] = {
                 path: [part.to(self.device_at(path), self.base.dtype) for part in here] for path, here in parts.items()
             }
+            check_range(self._by_release[key], key, self.base.dtype)
             self.bind(self._by_release[key])
         return self._by_release[key]
 

@@ -100,6 +100,7 @@ class Model:
     def use(self, expression: str | None, trainable: Sequence[str] = ()) -> None:
         """What runs where a call names no adapters. Tensors of the trainable ones become float32 parameters (those that
         train already stay the same parameters). Names are looked up again. Refused, it changes nothing."""
+        self._require_attached()
         self._residents.forget()
         node = self._residents.node(expression)
         leaves = {str(ref) for ref in references(node)} if node else set()
@@ -155,14 +156,21 @@ class Model:
     @contextmanager
     def running(self, adapters: Adapters = None, rows: int | None = None):
         """Calls of `self.base` inside run these adapters (`rows`: how many rows a single expression is for)."""
-        if not self._attached:
-            raise UsageError("this model is detached or folded", "use the transformers model you got, or load it again")
+        self._require_attached()
         if adapters is None:
             adapters = self._default
         if not isinstance(adapters, str | None):
+            if not isinstance(adapters, list | tuple) or not all(isinstance(row, str | None) for row in adapters):
+                raise UsageError(
+                    f"adapters is {adapters!r}", "give an expression, or a list with one (or None) per row"
+                )
             rows = len(adapters)
         with self._attachment.running(self._plan(adapters, rows), self._training_mode):
             yield
+
+    def _require_attached(self) -> None:
+        if not self._attached or self._attachment.closed:
+            raise UsageError("this model is detached or folded", "use the transformers model you got, or load it again")
 
     def keeps_state(self, adapters: Adapters = None) -> bool:
         """Whether a form among these adapters carries state along a sequence: then no cache can be repeated or cut."""
@@ -199,6 +207,8 @@ class Model:
         """Texts in, their continuations out (greedy unless sampling options of `generate` are given)."""
         if self.tokenizer is None:
             raise UsageError("this base has no tokenizer", "tokenise yourself and call generate(input_ids=...)")
+        if isinstance(texts, str) or not texts:
+            raise UsageError(f"texts is {texts!r}", "give a list of at least one text")
         ids = [opened(self.tokenizer, text) for text in texts]
         if not all(ids):
             raise UsageError("an empty text gives the model nothing to go on from", "give at least one token each")
@@ -276,8 +286,10 @@ class Model:
 
     def fold(self) -> PreTrainedModel:
         """The default expression folded into the base's weights, for good; returns the plain model. See adapterhub.fold."""
+        self._require_attached()
         fold(self.base, self._parts(self._default))
-        return self.detach()
+        self._attachment.close()
+        return self.base
 
     def detach(self) -> PreTrainedModel:
         """Take everything off again; returns the plain transformers model. This Model takes no more calls."""

@@ -122,8 +122,14 @@ def test_the_table_of_exit_statuses_is_whole(run):
 
 def test_1_failed(run, put):
     put("me/a")
-    assert run("compose 'me/a +me/a' --name me/b")[0] == 1
-    assert "^" in run("compose 'me/a +me/a' --name me/b")[2]
+    assert run("rm me/a")[0] == 0
+    assert run("init /dev/null/hub")[0] == 1
+
+
+def test_2_an_expression_that_does_not_parse(run, put):
+    put("me/a")
+    status, _, err = run("compose 'me/a +me/a' --name me/b")
+    assert status == 2 and "^" in err
 
 
 @pytest.mark.parametrize(
@@ -370,7 +376,7 @@ def test_plugins_list_and_show(run):
     assert {"group": "forms", "name": "subspace", "distribution": "adapterhub-loreft 0.1.0"} in listed
     out = run("plugins show lora")[1]
     assert re.search(r"^lora_alpha +float +16$", out, re.M) and "adapterhub" in out
-    assert run("plugins show nothing")[0] == 1
+    assert run("plugins show nothing")[0] == 3
 
 
 # --- a tiny base ----------------------------------------------------------------------------------------------------

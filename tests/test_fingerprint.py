@@ -2,12 +2,15 @@
 definitions (GGML's Q8_0, Q4_0 and Q4_1 with float16 scales; int8 with a float32 scale per row), not from our code."""
 
 import json
+import shutil
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from adapterhub.bases import ResolvedBase, load_model, resolve
 from adapterhub.bases.compare import compare_sketches, one_thread
@@ -391,3 +394,29 @@ def test_smollm2():
         assert kind(itself, changed(tuned, stored)) == "another"
         floating_tuned = {n: floating[n] + tuned[n] - itself[n] for n in itself}
         assert kind(floating, changed(floating_tuned, stored)) == "another"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"rms_norm_eps": 0.5}, "rms_norm_eps"),
+        ({"num_attention_heads": 8, "head_dim": 4, "num_key_value_heads": 4}, "head_dim"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "rope_scaling"),
+    ],
+)
+def test_the_same_weights_used_otherwise_are_another_model(tmp_path, tiny_folder, change, named):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    recorded, other = fingerprint(Path(tiny_folder)), fingerprint(copy)
+    verdict = compare(recorded, other)
+    assert verdict.kind == "another" and named in verdict.reason
+
+
+def test_a_folder_and_its_loaded_model_state_the_same(tiny_folder):
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert fingerprint(loaded).base.computes == fingerprint(Path(tiny_folder)).base.computes
+    assert compare(fingerprint(Path(tiny_folder)), fingerprint(loaded)).kind == "same"

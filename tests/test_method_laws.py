@@ -38,14 +38,16 @@ class Unused(LoRA):
         return parts
 
 
+class Bound(LowRank):
+    def bind(self, module):
+        self.module = module
+
+
 class Vandal(LoRA):
     """It trains the base too."""
 
     def build(self, sites, config):
-        self.parts = super().build(sites, config)
-        for part in self.parts.values():
-            part.bind = lambda module, part=part: part.__dict__.update(module=module)
-        return self.parts
+        return {path: Bound(**part.tensors) for path, part in super().build(sites, config).items()}
 
     def after_step(self, modifications):
         for part in modifications.values():

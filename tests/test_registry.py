@@ -120,10 +120,16 @@ def test_the_migrations_make_the_tables(database):
             assert repr(ours) == repr(theirs), (inspect, table)
 
 
-def test_an_empty_file_becomes_a_database(tmp_path):
-    """What a process killed while it made a hub leaves behind."""
-    (tmp_path / "hub.db").touch()
-    assert Database(tmp_path / "hub.db").releases() == []
+def test_an_empty_file_becomes_a_database_only_when_one_is_made(tmp_path):
+    """It is what a process killed while it made a hub leaves behind, and what is left of a hub that was emptied."""
+    path = tmp_path / "hub.db"
+    path.touch()
+    with pytest.raises(IntegrityError, match="empty") as caught:
+        Database(path)
+    assert str(path) in str(caught.value) and "init" in caught.value.hint
+    assert path.read_bytes() == b""
+    assert Database(path, create=True).releases() == []
+    assert Database(path).releases() == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import json
 import warnings
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterhub import plugins
 from adapterhub.bases import ResolvedBase, sketch
@@ -20,6 +20,13 @@ from adapterhub.manifest import Base, File, digest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+COMPUTES = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation"),
+    *("activation_function", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_scaling"),
+)
+"""Fields of a configuration that decide what the same weights compute. Those that both sides state are compared."""
 
 
 class BaseWarning(UserWarning):
@@ -43,12 +50,13 @@ def fingerprint(source: ResolvedBase | Path | PreTrainedModel, name: str = "", n
     if isinstance(source, Path):
         blob = sketch.of_folder(source)
         try:
-            architecture = json.loads((source / "config.json").read_bytes()).get("model_type", "")
+            config = json.loads((source / "config.json").read_bytes())
+            architecture = config.get("model_type", "")
         except (OSError, ValueError, AttributeError):
             raise IntegrityError(f"{source} has no readable config.json", "get the base model again") from None
         name = name or source.name
     else:
-        blob, architecture = sketch.of_model(source), source.config.model_type
+        blob, architecture, config = sketch.of_model(source), source.config.model_type, source.config.to_dict()
         path = source.config.name_or_path
         name = name or (Path(path).name if Path(path).is_dir() else path) or architecture
     structure, _ = sketch.unpack(blob)
@@ -57,6 +65,7 @@ def fingerprint(source: ResolvedBase | Path | PreTrainedModel, name: str = "", n
         architecture=architecture,
         structure=digest_of(structure),
         sketch=File(digest=digest_of(blob), size=len(blob)),
+        computes=_computes(config),
         note=note,
     )
     return Fingerprint(base, blob)
@@ -67,6 +76,10 @@ def compare(recorded: Fingerprint, current: Fingerprint) -> Verdict:
     if recorded.base.architecture != current.base.architecture:
         reason = f"its architecture is {current.base.architecture}, the recorded base's {recorded.base.architecture}"
         return Verdict("another", inf, reason)
+    for key in sorted(recorded.base.computes.keys() & current.base.computes.keys()):
+        one, other = recorded.base.computes[key], current.base.computes[key]
+        if one != other:
+            return Verdict("another", inf, f"its configuration has {key} {other}, the recorded base's {one}")
     if recorded.sketch != current.sketch:
         for base, blob in (recorded, current):
             if digest_of(sketch.unpack(blob)[0]) != base.structure:
@@ -105,6 +118,23 @@ def _wanted(base: Base) -> str:
     """What to give instead. A name that we do not know is a folder's last part or a repo id, on another machine perhaps."""
     known = base.name in plugins.names("bases")
     return f"use --base {base.name}" if known else f"give the base it was made for ({base.name})"
+
+
+def _computes(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a configuration as JSON, the fields in COMPUTES that it states; rope's wherever its version keeps them."""
+    inner = config.get("text_config")
+    config = {**config, **inner} if isinstance(inner, dict) else config
+    rope = config.get("rope_parameters")
+    rope = (
+        rope
+        if isinstance(rope, dict)
+        else {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta")}
+    )
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if scaling.get("rope_type", "default") == "default":
+        scaling = {"rope_type": "default"}
+    config = {**config, "rope_theta": rope.get("rope_theta"), "rope_scaling": scaling}
+    return {key: config[key] for key in COMPUTES if config.get(key) is not None}
 
 
 def _named(base: Base) -> str:

@@ -128,16 +128,25 @@ def execute(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "adapterhub"
         return failed("UsageError", error.format_message(), f"see {path} --help", error.exit_code)
-    except BrokenPipeError:  # whoever read our output has gone; let the interpreter's last flush go nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
+        _drop_output()
         return 1
     except KeyboardInterrupt:
         return 130
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
+        _drop_output()
         where = f": {error.filename}" if error.filename else ""
         return failed("OSError", f"{error.strerror}{where}", _REFUSALS[error.errno], 1)
     except Exception as error:
         error.add_note("This is a bug in adapterhub, not a mistake of yours: please report it with the lines above.")
         raise
+
+
+def _drop_output() -> None:
+    """What stdout could not take goes nowhere: the interpreter's last flush would fail on it again, and say so."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from adapterhub.index import kind
-from adapterhub.manifest import Release
+from adapterhub.manifest import Manifest, Release
 
 SCHEMA_VERSION = 1
 """Of every JSON document; it changes when a field goes or changes its meaning, not when one is added."""
@@ -80,4 +80,16 @@ def releases_out(releases: Sequence[Release], as_json: bool) -> None:
     if as_json:
         return json_out({"releases": [record(release) for release in releases]})
     for release in releases:
-        out(f"{release}  {kind(release.manifest)}  {size(stored(release))}  {release.digest}")
+        out(f"{release}  {kind(release.manifest)}  {size(stored(release))}  {release.digest}{_told(release.manifest)}")
+
+
+def _told(manifest: Manifest) -> str:
+    """What the verb measured, in a few words."""
+    metrics = manifest.metrics
+    if "compress" in metrics:
+        lost = metrics["compress"]
+        times = lost["bytes_bf16"] / lost["bytes_after"]
+        return f"\n  {times:.1f} times smaller than in bf16; relative error of a site: median {lost['median_error']:.3f}, worst {lost['worst_error']:.3f}"
+    if "merge" in metrics:
+        return f"\n  relative error {metrics['merge']['relative_error']:.1e}, largest rank {metrics['merge']['largest_rank']}"
+    return f"\n  loss at the end {metrics['train_loss']:.3f}" if "train_loss" in metrics else ""

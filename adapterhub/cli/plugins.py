@@ -111,10 +111,10 @@ def new(
 
     \b
     Example:
-      adapterhub plugins new shift && pip install ./adapterhub-shift && adapterhub plugins check shift
+      adapterhub plugins new shift && uv pip install ./adapterhub-shift && adapterhub plugins check shift
     """
     from adapterhub.scaffold import make
 
     folder = make(name, Path.cwd())
     out(folder)
-    note(f"next: pip install {folder.name}/, then adapterhub plugins check {name.replace('-', '_')}")
+    note(f"next: uv pip install ./{folder.name} (or pip), then adapterhub plugins check {name.replace('-', '_')}")

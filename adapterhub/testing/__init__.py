@@ -30,7 +30,9 @@ def check(name: str, device: str = "cpu") -> list[Result]:
     Raises PluginError if nothing is installed under the name."""
     groups = [group for group in ("forms", "methods", "mergers", "codecs") if name in plugins.names(group)]
     if not groups:
-        raise PluginError(f"no form, method, merger or codec named {name!r} is installed", "see: adapterhub plugins list")
+        raise PluginError(
+            f"no form, method, merger or codec named {name!r} is installed", "see: adapterhub plugins list"
+        )
     return [result for group in groups for result in check_part(group, name, device)]
 
 

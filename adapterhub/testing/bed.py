@@ -57,7 +57,9 @@ def padded(sequences: Sequence[Tensor], side: str, width: int = 0) -> tuple[Tens
 
 
 @torch.no_grad()
-def logits(attachment: Attachment, rows: Sequence[Modifications], sequences: Sequence[Tensor], side: str) -> list[Tensor]:
+def logits(
+    attachment: Attachment, rows: Sequence[Modifications], sequences: Sequence[Tensor], side: str
+) -> list[Tensor]:
     """One padded batch, row i running rows[i]: the logits of each row's real tokens, (tokens, vocabulary)."""
     ids, mask = padded(sequences, side)
     with attachment.running(Plan(batched(rows, join=True), len(rows))):

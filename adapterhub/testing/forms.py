@@ -117,7 +117,9 @@ def save(form: type[Modification], device: str) -> None:
 def dtype_and_device(form: type[Modification], device: str) -> None:
     """A float32 adapter on a bfloat16 base works in the base's dtype, on its device."""
     bed = _bed(device, torch.bfloat16)
-    exact = alone(_bed(device, torch.float32), random_adapter(form, tiny_llama().to(device), 1), _sequences(device, (9,))[0])
+    exact = alone(
+        _bed(device, torch.float32), random_adapter(form, tiny_llama().to(device), 1), _sequences(device, (9,))[0]
+    )
     got = alone(bed, random_adapter(form, tiny_llama().to(device), 1), _sequences(device, (9,))[0])
     assert got.dtype == torch.bfloat16 and got.device.type == device
     assert distance(got.float(), exact) < 0.15, f"off by {distance(got.float(), exact):.2f} in bfloat16"
@@ -166,7 +168,12 @@ def composers(form: type[Modification], device: str) -> None:
 
     assert torch.equal(as_(lambda m: Stack([])), base)
     assert distance(as_(lambda m: Mix([Scaled(m, 0.0)])), base) <= EXACT
-    for same in (lambda m: Stack([m]), lambda m: Mix([m]), lambda m: Scaled(m, 1.0), lambda m: Stack([Stack([m]), Mix([])])):
+    for same in (
+        lambda m: Stack([m]),
+        lambda m: Mix([m]),
+        lambda m: Scaled(m, 1.0),
+        lambda m: Stack([Stack([m]), Mix([])]),
+    ):
         assert distance(as_(same), own) <= EXACT
 
 

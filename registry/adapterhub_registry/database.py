@@ -27,7 +27,9 @@ PATIENCE = 60
 class Database:
     """An `adapterhub.index.Index` over the SQLite file at `path`, which is made when `create` says so.
 
-    An older schema is brought up to date. Raises HubError for a file that is no such database, or a newer one."""
+    An older schema is brought up to date. An empty file is what a process killed while it made the hub leaves: with
+    `create` it is filled, without it the hub's contents are lost. Raises IntegrityError for that, HubError for a file
+    that is no such database, or a newer one."""
 
     def __init__(self, path: Path, create: bool = False):
         self.path = Path(path)
@@ -40,6 +42,11 @@ class Database:
         event.listen(self._engine, "begin", _begin)
         self._writer = self._engine.execution_options(writes=True)
         version = self._version()
+        if version is None and not create:
+            raise IntegrityError(
+                f"{self.path} is empty: it lists nothing",
+                "restore it from a copy, or begin anew with adapterhub init",
+            )
         if version != tables.HEAD:
             from adapterhub_registry.migrate import upgrade
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adapterhub import bases
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
@@ -102,13 +103,53 @@ def test_a_repo_from_the_cache(copy, tmp_path, monkeypatch):
 
 
 def test_missing_weights_are_not_made_up(copy):
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(copy / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(IntegrityError, match="up_proj"):
         bases.load_model(bases.resolve(copy))
+
+
+BAD_CONFIGS = [
+    None,
+    {"hidden_size": -1},
+    {"hidden_size": "x"},
+    {"num_attention_heads": 0},
+    {"num_attention_heads": 3},
+    {"rope_scaling": "x"},
+    {"pad_token_id": 10**9},
+    {"dtype": "nosuch"},
+    {"num_hidden_layers": -5},
+]
+
+
+@pytest.mark.parametrize("changes", BAD_CONFIGS, ids=str)
+def test_a_config_that_transformers_rejects_in_its_own_way(changes, copy):
+    config = copy / "config.json"
+    config.write_text(json.dumps(changes and json.loads(config.read_text()) | changes))
+    with pytest.raises((IncompatibleBase, IntegrityError), match="mine") as caught:
+        bases.load_model(bases.resolve(copy), "auto")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_that_says_nothing_has_a_first_line():
+    assert bases.first_line(AssertionError()) == "AssertionError"
+    assert bases.first_line(ValueError("\n this \nthat")) == "this "
+
+
+def test_weights_that_the_config_does_not_use_are_told(copy):
+    config = copy / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
+    with pytest.raises(IntegrityError, match=r"model\.layers\.1\."):
+        bases.load_model(bases.resolve(copy))
+
+
+def test_a_tied_head_that_is_stored_too_is_no_stranger(tiny_model, tiny_saved, tmp_path):
+    folder = tiny_saved(tmp_path / "tied", tiny_model(tie_word_embeddings=True))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    bases.load_model(bases.resolve(folder))
 
 
 def test_truncated_weights(copy):

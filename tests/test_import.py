@@ -1,6 +1,8 @@
 """The import verb: a PEFT folder as a release, its base, its licence, and what is refused on the way."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +229,18 @@ def test_a_base_of_no_known_architecture(hub, folder, tiny_folder, tmp_path):
     with pytest.raises(HubError, match="odd") as caught:
         hub.import_adapter(folder, name="me/x", base=tmp_path / "odd")
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [None, {"hidden_size": "x"}, {"hidden_size": -1}, {"num_attention_heads": 0}, {"rope_scaling": "x"},
+     {"pad_token_id": 10**9}, {"dtype": "nosuch"}, {"num_hidden_layers": -5}],
+    ids=str,
+)  # fmt: skip
+def test_a_base_whose_config_transformers_rejects(changes, hub, folder, tiny_folder, tmp_path):
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "mine"))
+    config = base / "config.json"
+    config.write_text(json.dumps(changes and json.loads(config.read_text()) | changes))
+    with pytest.raises(HubError):
+        hub.import_adapter(folder, name="me/x", base=base)
+    assert not hub.releases()

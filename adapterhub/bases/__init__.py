@@ -107,9 +107,7 @@ def _download(repo: str) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         problem = f"the base model {repo!r} is not on this machine, and the Hub cannot be reached"
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        problem = (
-            f"no base model {repo!r}: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
-        )
+        problem = f"no base model {repo!r}: {first_line(error)}"
     near = get_close_matches(repo, plugins.names("bases"), 1)
     raise NotFound(
         problem,
@@ -140,8 +138,8 @@ def load_model(
     resolved: ResolvedBase, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
     """The causal language model, in eval mode and frozen. dtype: "float32", "bfloat16", "float16", "auto" (as stored)
-    or torch's. No code from the folder ever runs. Raises IntegrityError if a weight is missing, IncompatibleBase if it
-    is no causal language model that transformers knows."""
+    or torch's. No code from the folder ever runs. Raises IntegrityError if a weight is missing or left
+    over, IncompatibleBase if it is no causal language model that transformers knows."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -160,9 +158,9 @@ def load_model(
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-        except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+        except Exception as error:  # a damaged config.json makes transformers raise anything, AssertionError included
             raise IncompatibleBase(
-                f"{resolved.name} does not load as a causal language model: {str(error).strip().splitlines()[0]}",
+                f"{resolved.name} does not load as a causal language model: {first_line(error)}",
                 "give another base model; models that bring their own code are not run",
             ) from error
     if info["missing_keys"]:
@@ -170,6 +168,13 @@ def load_model(
         raise IntegrityError(
             f"{resolved.name} lacks weights of its own architecture: {', '.join(sorted(info['missing_keys'])[:3])}",
             "get the base model again",
+        )
+    if info["unexpected_keys"]:
+        # transformers has taken out what the architecture declares as needless; without the rest it is another model.
+        raise IntegrityError(
+            f"{resolved.name} has weights that its config.json does not use: "
+            f"{', '.join(sorted(info['unexpected_keys'])[:3])} ({len(info['unexpected_keys'])} in all)",
+            "get the base model again, config.json and weights from one place",
         )
     return model.to(device).eval().requires_grad_(False)
 
@@ -185,9 +190,14 @@ def load_tokenizer(resolved: ResolvedBase) -> PreTrainedTokenizerBase | None:
             return AutoTokenizer.from_pretrained(resolved.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raise bare Exceptions on damaged files
             raise HubError(
-                f"the tokenizer of {resolved.name} does not load: {str(error).strip().splitlines()[0]}",
+                f"the tokenizer of {resolved.name} does not load: {first_line(error)}",
                 "get the base model again",
             ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library says is wrong, or the error's kind when it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

@@ -109,9 +109,9 @@ def _skeleton(resolved: bases.ResolvedBase) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(resolved.folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged config.json makes transformers raise anything, AssertionError included
         raise IncompatibleBase(
-            f"{resolved.name} is no causal language model that transformers knows: {str(error).strip().splitlines()[0]}",
+            f"{resolved.name} is no causal language model that transformers knows: {bases.first_line(error)}",
             "give another base model; models that bring their own code are not run",
         ) from None
 

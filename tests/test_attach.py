@@ -126,3 +126,17 @@ def test_fold_is_exact_in_float64_and_needs_no_hooks():
         fold(folded, adapter)
         got = folded(input_ids=IDS).logits
     assert (got - want).abs().max() <= 1e-9 * want.abs().max()
+
+
+def test_a_folded_base_is_folded_once_and_its_other_models_refuse():
+    base = tiny_llama()
+    one, other = Model(base), Model(base)
+    one.fold()
+    for model in (one, other):
+        with pytest.raises(UsageError, match="folded"):
+            model(input_ids=IDS)
+        with pytest.raises(UsageError, match="folded"):
+            model.fold()
+        with pytest.raises(UsageError, match="folded"):
+            model.use(None)
+    assert Model(base)(input_ids=IDS).logits.isfinite().all()  # a new one takes the base as it is now

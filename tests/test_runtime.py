@@ -10,7 +10,15 @@ import adapterhub
 from adapterhub import plugins
 from adapterhub.bases import resolve
 from adapterhub.bases.fingerprint import BaseWarning, fingerprint
-from adapterhub.errors import BatchError, IncompatibleBase, NotFoldable, NotFound, ParentsWarning, UsageError
+from adapterhub.errors import (
+    BatchError,
+    IncompatibleBase,
+    NotFoldable,
+    NotFound,
+    ParentsWarning,
+    UnsafeFile,
+    UsageError,
+)
 from adapterhub.manifest import Made
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
@@ -292,3 +300,24 @@ def test_texts_without_a_pad_token(hub, tiny_folder):
     assert model.complete(["Hello", "a"], max_new_tokens=5) == want
     with pytest.raises(UsageError, match="empty text"):
         model.complete([""])
+
+
+@pytest.mark.parametrize(
+    "adapters", [5, {"me/a", "me/c"}, {"me/a": 1}, ["me/a", 5, None], (row for row in ["me/a"] * 3)]
+)
+def test_adapters_of_no_known_kind(load, ids, adapters):
+    with pytest.raises(UsageError, match="adapters is"):
+        load()(input_ids=ids, adapters=adapters)
+
+
+def test_texts_of_no_known_kind(load):
+    for texts in ("hello", []):
+        with pytest.raises(UsageError, match="texts is"):
+            load().complete(texts)
+
+
+def test_overflow_is_told(load):
+    with pytest.raises(UnsafeFile, match="overflows"):
+        load("1e39*me/a")
+    with pytest.raises(UnsafeFile, match="overflows"):
+        load("1e6*(1e35*me/a)")

@@ -138,7 +138,7 @@ class Packages:
             except BaseException:
                 with suppress(HubError):  # the first error is the one to tell
                     needed = self._needed()
-                    for file in put:
+                    for file in put if not self.index.check() else ():
                         if file.digest not in needed:
                             self.store.remove(file.digest)
                 raise
@@ -163,6 +163,7 @@ class Packages:
     def remove(self, reference: str | Reference, force: bool = False) -> list[str]:
         """Remove one version (`name@version`, `name@tag`) or all (`name`), then the blobs that nothing else needs.
 
+        While the index is damaged (`verify` says how) blobs stay; the next removal after its repair takes them.
         Returns what went. Raises HubError when something that stays was made from it, unless forced."""
         wanted = Reference.parse(reference) if isinstance(reference, str) else reference
         with self._locked():
@@ -175,12 +176,9 @@ class Packages:
                 raise HubError(
                     f"{wanted} is needed by {', '.join(sorted(needed))}", "remove those first, or use --force"
                 )
-            if faults := self.index.check():  # what the index says of others decides which bytes go
-                raise IntegrityError(
-                    f"{self.root / DATABASE} is damaged: {faults[0]}", "restore it from a copy; nothing was removed"
-                )
             self.index.remove([row.digest for row in rows])
-            self.store.sweep(self._needed())
+            if not self.index.check():  # a damaged index does not know which bytes others need: then all of them stay
+                self.store.sweep(self._needed())
         return going
 
     def verify(self) -> list[Problem]:

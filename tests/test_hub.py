@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 from contextlib import suppress
@@ -254,6 +255,20 @@ def test_remove_keeps_the_blobs_of_others(hub, put):
     assert hub.remove("me/same") == ["me/same@0.1.0"] and blobs(hub) == set()
     with pytest.raises(NotFound):
         hub.remove("me/same")
+
+
+def test_a_damaged_index_takes_no_bytes_from_others(hub, put):
+    put(tensors=b"1")
+    put("me/other", b"2")
+    with sqlite3.connect(hub.root / "hub.db") as connection:
+        connection.execute("DELETE FROM blobs")
+    connection.close()
+    there = blobs(hub)
+    with pytest.raises(NotFound):  # what a failed publish put, it may not take away either
+        gone = Parent(name="me/none", version="0.1.0", digest=digest_of(b""), relation="on")
+        put("me/third", b"2", parents=[gone])
+    assert hub.remove("me/x") == ["me/x@0.1.0"] and blobs(hub) == there
+    assert hub.remove("me/other") == ["me/other@0.1.0"] and blobs(hub) == set()  # nothing is damaged any more
 
 
 def test_remove_all_versions_of_a_name_and_by_tag(hub, put):

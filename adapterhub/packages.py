@@ -14,9 +14,9 @@ from packaging.version import Version
 
 from adapterhub import bundle, durable
 from adapterhub.compose import check_expressions
-from adapterhub.errors import HubError, IntegrityError, ManifestError, NotFound, UsageError
+from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UsageError
 from adapterhub.index import Index, Row
-from adapterhub.manifest import TAG, File, Manifest, Parent, Reference, Release, check_version, digest_of
+from adapterhub.manifest import TAG, VERSION, File, Manifest, Parent, Reference, Release, check_version, digest_of
 from adapterhub.store import DATABASE, Problem, Store, identify
 
 
@@ -231,7 +231,10 @@ def _next(rows: Sequence[Row]) -> str:
     if not rows:
         return "0.1.0"
     newest = Version(rows[0].version)
-    return f"{newest.major}.{newest.minor + 1}.0"
+    following = f"{newest.major}.{newest.minor + 1}.0"
+    if not VERSION.fullmatch(following):
+        raise NameInUse(f"after {rows[0]} there is no next minor version", "give a version, or take another name")
+    return following
 
 
 def _progress(title: str, files: Collection[File]) -> Iterator[File]:

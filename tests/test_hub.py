@@ -122,6 +122,14 @@ def test_versions_go_on_by_the_minor(hub, put):
     assert hub.resolve("me/x").version == "2.5.0"
 
 
+def test_after_the_last_minor_a_version_must_be_given(hub, put):
+    put(version="0.999999999.0")
+    with pytest.raises(NameInUse, match=r"me/x@0\.999999999\.0") as caught:
+        put(tensors=b"other")
+    assert "give a version" in caught.value.hint and len(hub.releases()) == 1
+    assert put(tensors=b"other", version="1.0.0").version == "1.0.0"
+
+
 def test_the_same_content_again_is_no_new_release(hub, put):
     first, second = put(tensors=b"1"), put(tensors=b"2")
     for tensors, version, expected in [(b"2", None, second), (b"1", None, first), (b"1", "0.1.0", first)]:

@@ -36,7 +36,7 @@ class Scale:
     node: Node
 
     def __str__(self) -> str:
-        inner = f"({self.node})" if isinstance(self.node, Stack | Scale) else str(self.node)
+        inner = f"({self.node})" if isinstance(self.node, Stack) else str(self.node)
         return f"{self.weight!r}*{inner}"
 
 
@@ -62,6 +62,8 @@ class Mix:
 
 Node = Ref | Scale | Stack | Mix
 
+DEEPEST = 100
+"""Parentheses, mixes and factors inside one another; whoever walks the tree calls itself as often."""
 _NUMBER = re.compile(r"-?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?(?=\s*\*)")
 _NAME = re.compile(rf"(?:{PART}/)?{PART}(?:@[A-Za-z0-9._-]+)?")
 
@@ -81,7 +83,7 @@ def parse(text: str) -> Node:
 
 class _Parser:
     def __init__(self, text: str):
-        self.text, self.at = text, 0
+        self.text, self.at, self.depth = text, 0, 0
 
     def fail(self, problem: str, hint: str):
         raise ExpressionError(self.text, self.at, problem, hint)
@@ -107,12 +109,22 @@ class _Parser:
             if self.text[self.at - 1] != " " or self.text[self.at + 1 : self.at + 2] not in (" ", ""):
                 self.fail(f"a {sign} between adapters needs a space on both sides", f"write: a {sign} b")
             self.at += 1
-            node = self.term()
-            nodes.append(node if sign == "+" else negated(node))
+            self.depth += sign == "-"  # a factor -1, which is printed as one
+            nodes.append(self.term() if sign == "+" else negated(self.term()))
+            self.depth -= sign == "-"
         return nodes[0] if len(nodes) == 1 else Stack(tuple(nodes))
 
     def term(self) -> Node:
+        """Every nesting goes through here."""
         self.skip()
+        if self.depth > DEEPEST:
+            self.fail(f"this is nested more than {DEEPEST} deep", "save a part of it with adapterhub compose")
+        self.depth += 1
+        node = self.factors()
+        self.depth -= 1
+        return node
+
+    def factors(self) -> Node:
         if number := _NUMBER.match(self.text, self.at):
             if not isfinite(float(number[0])):
                 self.fail("a weight must be a finite number", "for example 0.5*name")

@@ -63,5 +63,18 @@ def test_a_caret_under_the_place(text, place):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "levels"),
+    [("(", ")", 100), ("mix(", ")", 100), ("1*", "", 100), ("1*(", ")", 50), ("b + (", ")", 100), ("b - (", ")", 50)],
+)
+def test_how_deep(before, after, levels):
+    tree = parse(before * levels + "a" + after * levels)
+    assert [str(r) for r in references(tree)][-1] == "a" and parse(str(tree)) == tree
+    for many in (levels + 1, 50_000):
+        with pytest.raises(ExpressionError, match="100 deep") as caught:
+            parse(before * many + "a" + after * many)
+        assert 0 < caught.value.position <= 101 * len(before) and caught.value.hint
+
+
 def test_references_in_order():
     assert [str(r) for r in references(parse("mix(0.3*a@0.1.0, b) + a"))] == ["a@0.1.0", "b", "a"]

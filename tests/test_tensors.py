@@ -1,6 +1,7 @@
 """Safetensors: what the library accepts and we do not, what neither may accept, and the bytes we write."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -158,6 +159,13 @@ def test_no_file(tmp_path):
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(NotFound):
             read_header(path)
+
+
+def test_a_pipe_is_refused_unopened(tmp_path):
+    """To open one waits for whoever writes to it: forever."""
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UnsafeFile, match="no plain file"):
+        read_header(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

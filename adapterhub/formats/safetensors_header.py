@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -55,6 +56,9 @@ def read_layout(source: str | Path | bytes) -> dict[str, Entry]:
     if isinstance(source, bytes):
         return _read(BytesIO(source), len(source), "the tensors")
     try:
+        mode = os.stat(source).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe would wait for its writer
+            raise UnsafeFile(f"{source} is no plain file", SUSPECT)
         with open(source, "rb") as file:
             return _read(file, os.fstat(file.fileno()).st_size, Path(source).name)
     except (FileNotFoundError, IsADirectoryError):

@@ -151,11 +151,12 @@ class Manifest(Struct):
         again = "get the adapter again from its source"
         try:
             found = json.loads(data, object_pairs_hook=_no_duplicates)
-            if isinstance(found, dict) and found.get("format", 1) != 1:
-                raise ManifestError(
-                    f"manifest format {found['format']} is newer than this adapterhub", "update adapterhub"
-                )
+            format = found.get("format", 1) if isinstance(found, dict) else 1
+            if type(format) is int and format > 1:
+                raise ManifestError(f"manifest format {format} is newer than this adapterhub", "update adapterhub")
             manifest = msgspec.convert(found, cls)
+            if manifest.format != 1:
+                raise ValueError(f"there is no format {manifest.format}")
             same = manifest.encode() == data
         except (ValueError, msgspec.ValidationError, RecursionError) as error:
             raise ManifestError(f"not a manifest of an adapter: {error}", again) from None

@@ -132,6 +132,12 @@ def test_a_newer_format_says_update_before_it_says_unknown():
     assert "update" in caught.value.hint
 
 
+@pytest.mark.parametrize("format", ["1", "2", 2.5, 0, -1, True, None, [2]])
+def test_a_format_that_is_none_is_not_newer(format):
+    with pytest.raises(ManifestError, match="not a manifest"):
+        Manifest.decode(canonical(format=format))
+
+
 @pytest.mark.parametrize("name", ["x", "me/x", "a.b/c-d_e", "0x"])
 def test_names(name):
     assert check_name(name) == name

@@ -38,6 +38,13 @@ def check_version(text: str) -> str:
     return text
 
 
+def check_seed(seed: int) -> int:
+    """The seed itself. Raises UsageError for what is none of torch's and NumPy's."""
+    if not 0 <= seed < 1 << 32:
+        raise UsageError(f"the seed is {seed}", "give a number from 0 to 4294967295")
+    return seed
+
+
 @dataclass(frozen=True)
 class Reference:
     """`me/x`, `me/x@0.1.0` or `me/x@stable`: a name and, perhaps, an exact version or a tag."""

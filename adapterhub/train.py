@@ -21,7 +21,7 @@ from adapterhub.device import memory_told
 from adapterhub.encoding import Example, check_vocabulary, encode, pad_token
 from adapterhub.errors import NameInUse, UsageError
 from adapterhub.evaluate import evaluate
-from adapterhub.manifest import Reference, Release, canonical, check_name, check_version, digest_of
+from adapterhub.manifest import Reference, Release, canonical, check_name, check_seed, check_version, digest_of
 from adapterhub.modification import named_tensors
 from adapterhub.publish import publish_tensors
 from adapterhub.runtime import Model, load
@@ -105,6 +105,9 @@ def train(
     if data is None:
         raise UsageError("no data to train on", "give a JSON Lines file")
     _check(epochs=epochs, steps=steps, lr=lr, batch_size=batch_size, warmup=warmup, save_every=save_every)
+    check_seed(seed)
+    if not (licence or "").isprintable():  # as Manifest.decode, but before anything is trained
+        raise UsageError(f"the licence {licence!r} holds control characters", "for example licence Apache-2.0")
     rows, held_out = read(data), read(eval_data) if eval_data is not None else None
 
     model = load(hub, base, begin.beneath, dtype=dtype, device=device, force=force)
@@ -197,7 +200,7 @@ def _check(*, epochs, steps, lr, batch_size, warmup, save_every) -> None:
     if epochs is not None and steps is not None:
         raise UsageError("both epochs and steps are given", "give one of them")
     for name, value in {"epochs": epochs, "steps": steps, "save_every": save_every}.items():
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise UsageError(f"{name} is {value}", "give at least 1")
     if batch_size < 1 or not 0 < lr < math.inf or (warmup or 0) < 0:
         raise UsageError(

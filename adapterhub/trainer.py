@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -83,8 +84,9 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train what is trainable in the model, in place; returns the loss curve: step, loss, gradient norm, rate of each step.
 
-    pad: the token that fills up short rows. Checkpoints lie in folder; the newest whole one there is where it goes on, so that a run killed anywhere ends with
-    the bits of one that was not. Raises HubError when loss or gradient is no number."""
+    pad: the token that fills up short rows. Checkpoints lie in folder; the newest whole one there is where it goes on, so
+    that a run killed anywhere ends with the bits of one that was not. Raises HubError when loss or gradient is no number,
+    or a checkpoint cannot be written."""
     module = Trained(model)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None and checkpoint.name == f"checkpoint-{schedule.steps}":  # killed while it was published
@@ -108,6 +110,15 @@ def fit(
             model.base.activation_checkpointing_enable({"use_reentrant": False})
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer says no more than RuntimeError
+            partial = folder / f"checkpoint-{trainer.state.global_step}"
+            if isinstance(error, torch.OutOfMemoryError) or not partial.is_dir() or (partial / COMPLETE).exists():
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            raise HubError(
+                f"cannot write {partial}: no space left, or the disk is broken",
+                "free some space and run it again: it goes on from the checkpoint before",
+            ) from error
         finally:
             if schedule.gradient_checkpointing:
                 model.base.activation_checkpointing_disable()

@@ -146,6 +146,11 @@ def test_2_an_expression_that_does_not_parse(run, put):
         "train --data d.jsonl --method lora --name me/b",
         "run me/a --base b --prompt p --max-new-tokens 0",
         "plugins new Shouting",
+        "run me/a --base b --prompt p --temperature 1 --seed 1180591620717411303424",
+        "run me/a --base b --prompt p --temperature 1e-50",
+        "run me/a --base b --prompt p --temperature nan",
+        "chat me/a --base b --temperature inf",
+        "run me/a --base b --prompt p\udcff",
     ],
 )
 def test_2_wrong_use(line, run, put):
@@ -221,6 +226,28 @@ def test_what_the_machine_refuses_is_no_bug(run, tmp_path, hub):
         result = subprocess.run([*ADAPTERHUB, "plugins", "list"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr.count("\n")) == (1, 2)
     assert result.stderr.startswith("error: No space left on device")
+
+
+def test_a_name_too_long_for_the_machine(run, hub):
+    status, _, err = run("init", "x" * 300)
+    assert status == 1 and err.startswith("error: ")
+
+
+def test_a_closed_stdout_is_quiet(hub):
+    result = subprocess.run(["sh", "-c", f"{shlex.join(ADAPTERHUB)} list >&-"], stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr.count("\n")) == (0, 1) and "Traceback" not in result.stderr
+
+
+def test_a_prompt_that_is_not_utf8(run, hub, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"))
+    status, _, err = run("run --base b --prompt -")
+    assert status == 2 and "UTF-8" in err
+
+
+def test_a_minus_at_the_start_is_explained(run, hub):
+    assert "parentheses" in run("run -1*me/a --base b --prompt p")[2]
+    assert "No such option" not in run("run (-1*me/a) --base b --prompt p")[2]
+    assert "No such option" not in run("run --base b --prompt p -- -1*me/a")[2]
 
 
 def test_a_reader_that_goes_away_is_quiet(hub):
@@ -299,6 +326,13 @@ def test_show_tells_what_the_manifest_says(run, put):
     assert document["digest"] == digest_of(
         json.dumps(document["manifest"], sort_keys=True, separators=(",", ":")).encode()
     )
+
+
+def test_show_prints_no_line_that_a_manifest_forged(run, put):
+    put("me/a", recipe={"seed\nlicence:    ": "MIT\u2028digest: x"})
+    out = run("show me/a")[1]
+    assert re.findall("^licence:.*", out, re.M) == ["licence:    not stated"]
+    assert "\u2028" not in out
 
 
 def test_tag_rm_install(run, put, hub, tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import resource
+import shutil
 
 import msgspec
 import pytest
@@ -304,6 +306,14 @@ def test_mistakes_are_found_before_the_base_is_touched(hub, train, path, tmp_pat
         ({"lr": math.nan}, UsageError),
         ({"batch_size": 0}, UsageError),
         ({"save_every": 0}, UsageError),
+        ({"epochs": math.nan, "steps": None}, UsageError),
+        ({"epochs": math.inf, "steps": None}, UsageError),
+        ({"seed": -1}, UsageError),
+        ({"seed": 2**32}, UsageError),
+        ({"options": {"lora_alpha": "nan"}}, UsageError),
+        ({"options": {"lora_alpha": math.inf}}, UsageError),
+        ({"method": "bottleneck", "options": {"scale": "inf"}}, UsageError),
+        ({"licence": "MIT\x1b[2J"}, UsageError),
     ]:
         with pytest.raises(error) as caught:
             train(base=nowhere, **wrong)
@@ -313,6 +323,25 @@ def test_mistakes_are_found_before_the_base_is_touched(hub, train, path, tmp_pat
     with pytest.raises(UsageError, match="no base"):
         hub.train(method="lora", data=path, name="me/b")
     assert [row.version for row in hub.releases()] == ["0.1.0"]
+
+
+def test_a_base_folder_that_no_release_could_name(train, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "a\nb")
+    with pytest.raises(UsageError, match="control characters"):
+        train(base=tmp_path / "a\nb")
+
+
+@pytest.mark.parametrize("limit", [4096, 36_000])  # below the tensors; between them and the optimiser's state
+def test_a_full_disk_leaves_no_half_checkpoint(limit, hub, train):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(HubError, match="no space left") as caught:
+            train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.hint and not list((hub.root / "training").glob("*/checkpoint-*"))
+    assert train().version == "0.1.0"
 
 
 def test_several_processes_are_refused(train, monkeypatch):

@@ -56,6 +56,8 @@ def resolve(base: str | Path) -> ResolvedBase:
     folder = Path(base).expanduser()
     if folder.is_dir():
         check_folder(folder)
+        if not folder.resolve().name.isprintable():  # no release could record it
+            raise UsageError(f"the folder's name {folder.resolve().name!r} holds control characters", "rename it")
         return ResolvedBase(folder.resolve().name, folder.resolve())
     if isinstance(base, Path) or folder.exists() or not REPO_ID.fullmatch(text):
         raise NotFound(f"there is no base model at {text}", "give a folder with config.json and *.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ _REFUSALS = {
     errno.EROFS: "use a folder that can be written to",
     errno.EACCES: "check the permissions",
     errno.EPERM: "check the permissions",
+    errno.ENAMETOOLONG: "give a shorter name",
 }
 
 
@@ -101,6 +103,9 @@ def start(
 
 def main() -> NoReturn:
     """Run the command of `sys.argv` and exit with its status."""
+    for name in ("stdout", "stderr"):  # Python has None for one that was closed (`>&-`)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
     sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no reason to fail
     warnings.simplefilter("ignore", FutureWarning)  # of a library to its callers, not of ours to a user
     warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
@@ -127,7 +132,10 @@ def execute(arguments: Sequence[str]) -> int:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "adapterhub"
-        return failed("UsageError", error.format_message(), f"see {path} --help", error.exit_code)
+        message, hint = error.format_message(), f"see {path} --help"
+        if re.match(r"No such option: -[\d.]", message):
+            hint = "an expression that begins with a minus goes in parentheses, or after -- at the end"
+        return failed("UsageError", message, hint, error.exit_code)
     except BrokenPipeError:  # whoever read our output has gone
         _drop_output()
         return 1

@@ -27,6 +27,11 @@ def clean(text: object) -> str:
     return _CONTROL.sub("", str(text))
 
 
+def one_line(text: object) -> str:
+    """Clean, and without line breaks, so that foreign text cannot look like a line of ours."""
+    return re.sub(r"\s+", " ", clean(text))
+
+
 def out(text: object = "") -> None:
     print(clean(text))
 
@@ -42,7 +47,7 @@ def json_out(document: Mapping[str, Any]) -> None:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Aligned columns, nothing cut off, so that it can be read and piped."""
-    cells = [[re.sub(r"\s+", " ", clean(cell)) for cell in row] for row in [headers, *rows]]
+    cells = [[one_line(cell) for cell in row] for row in [headers, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 import adapterhub
-from adapterhub.cli.output import Json, json_out, note, out, record, releases_out, size, table
+from adapterhub.cli.output import Json, json_out, note, one_line, out, record, releases_out, size, table
 from adapterhub.index import kind
 
 Ref = Annotated[
@@ -98,7 +98,7 @@ def show(ref: Ref, as_json: Json = False) -> None:
     facts += [("metric", f"{key} = {value}") for key, value in manifest.metrics.items()]
     facts += [("licence", manifest.licence or "not stated")]
     for key, value in facts:
-        out(f"{key + ':':<12}{value}")
+        out(f"{key + ':':<12}{one_line(value)}")
 
 
 def _made(made) -> str:

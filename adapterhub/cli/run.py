@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,7 @@ from adapterhub.cli.make import BASE, DEVICE, DTYPE
 from adapterhub.cli.output import Json, clean, json_out, note, out, table
 from adapterhub.cli.packages import Force
 from adapterhub.errors import UsageError
+from adapterhub.manifest import check_seed
 
 if TYPE_CHECKING:
     from adapterhub.runtime import Model
@@ -46,7 +49,8 @@ def run(
     Example:
       adapterhub run "me/sentiment + 0.5*me/topic" --base smollm2 --prompt "Review: ..."
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    _check_sampling(temperature, seed)
+    text = _utf8(sys.stdin.read) if prompt == "-" else _utf8(lambda: prompt)
     model = adapterhub.open().load(base, expression, dtype=dtype, device=device, force=force)
     sampling = _sampling(temperature, seed)
     (completion,) = model.complete([text], max_new_tokens=max_new_tokens, **sampling)
@@ -73,6 +77,7 @@ def chat(
     Example:
       adapterhub chat "me/sentiment" --base smollm2
     """
+    _check_sampling(temperature, seed)
     model = adapterhub.open().load(base, expression, dtype=dtype, device=device, force=force)
     if model.tokenizer is None or model.tokenizer.chat_template is None:
         raise UsageError(f"{base} has no chat template", "use adapterhub run with a prompt of your own")
@@ -87,8 +92,18 @@ def chat(
 def _asked() -> str | None:
     """The next line of the user without its ends; None when they have finished. The prompt mark is no data."""
     print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    line = _utf8(sys.stdin.readline)
     return None if not line or line.strip() == "/exit" else line.strip()
+
+
+def _utf8(read: Callable[[], str]) -> str:
+    """What is read. Raises UsageError unless it came as UTF-8 (Python passes other bytes on as surrogates)."""
+    try:
+        text = read()
+        text.encode()
+    except UnicodeError:
+        raise UsageError("the prompt is not UTF-8", "convert it first, for example with iconv") from None
+    return text
 
 
 def _answer(model: Model, messages: list[dict[str, str]], max_new_tokens: int, sampling: dict[str, Any]) -> str:
@@ -111,6 +126,13 @@ def _answer(model: Model, messages: list[dict[str, str]], max_new_tokens: int, s
     except KeyboardInterrupt:
         printer.end()
     return "".join(said)
+
+
+def _check_sampling(temperature: float | None, seed: int) -> None:
+    """Raises UsageError for what would end as inf or nan in float32, or is no seed of torch's."""
+    if temperature and not 1e-3 <= temperature < math.inf:
+        raise UsageError(f"the temperature is {temperature}", "give one from 0.001 on, or 0 for greedy")
+    check_seed(seed)
 
 
 def _sampling(temperature: float | None, seed: int) -> dict[str, Any]:

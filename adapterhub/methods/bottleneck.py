@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,10 @@ class BottleneckAdapter(Method):
         scale: float = 1.0
         dropout: float = 0.0
         """Probability that a bottleneck value is dropped while training."""
+
+        def __post_init__(self) -> None:
+            if not math.isfinite(self.scale):
+                raise UsageError(f"scale is {self.scale}", "give a number, for example --set scale=1")
 
     def build(self, sites: Sequence[Site], config: Config) -> Mapping[str, Bottleneck]:
         if config.activation not in ACTIVATIONS:

@@ -36,6 +36,11 @@ class LoRA(Method):
         layers_to_transform: tuple[int, ...] | None = None
         """Only in these layers."""
 
+        def __post_init__(self) -> None:
+            for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+                if not math.isfinite(alpha):
+                    raise UsageError(f"lora_alpha is {alpha}", "give a number, for example --set lora_alpha=16")
+
     def build(self, sites: Sequence[Site], config: Config) -> Mapping[str, LowRank]:
         if not 0 <= config.lora_dropout < 1:
             raise UsageError(f"lora_dropout is {config.lora_dropout}", "give a probability from 0 to below 1")

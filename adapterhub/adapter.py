@@ -32,6 +32,8 @@ class Adapter:
     def load(cls, hub: Hub, release: Release) -> Adapter:
         """From the hub's blobs: hash and header checked, codecs undone. Not for compositions, which have no tensors."""
         manifest = release.manifest
+        if "tensors" not in manifest.files:
+            raise IntegrityError(f"{release} holds no tensors", "get it again from its source")
         from adapterhub.tensors import load as load_tensors
 
         tensors = load_tensors(hub.store.checked(manifest.files["tensors"]))

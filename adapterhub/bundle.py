@@ -103,7 +103,7 @@ class Other:
 
 def source(text: str) -> Source:
     """What `install` is told: a bundle's folder, or HUB:name[@version], HUB a folder with a hub.db. Raises NotFound."""
-    folder = Path(text).expanduser()
+    folder = durable.user_path(text)
     if folder.is_dir():
         if (folder / "manifest.json").is_file():
             return Bundle(folder)

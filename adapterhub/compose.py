@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from adapterhub.errors import ExpressionError, IncompatibleBase, ManifestError, ParentsWarning
-from adapterhub.expression import Node, Ref, parse, references, substitute
+from adapterhub.errors import ExpressionError, HubError, IncompatibleBase, ManifestError, ParentsWarning
+from adapterhub.expression import Node, Ref, depth, parse, references, substitute
 from adapterhub.manifest import Base, Manifest, Parent, Reference, Release, check_name
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ def compose(hub: Hub, expression: str, name: str, version: str | None = None) ->
     Raises ExpressionError, NotFound, IncompatibleBase (its parts were made for unlike bases)."""
     check_name(name)
     pinned = pin(hub, parse(expression))
+    expand(hub, pinned)  # what could not run is not saved
     releases = {str(ref): hub.resolve(ref) for ref in references(pinned)}
     manifest = Manifest(
         name=name,
@@ -44,19 +45,50 @@ def pin(hub: Hub, node: Node) -> Node:
     return substitute(node, exact)
 
 
+NESTED = 100
+"""How deep the whole may be, compositions inside one another included: whoever walks it calls itself as often."""
+LARGEST = 10_000
+"""Adapters that an expression may come to, each counted as often as it stands there."""
+
+
 def expand(hub: Hub, node: Node) -> Node:
-    """The same expression with saved compositions replaced by what they are made of, all names exact."""
+    """The same expression with saved compositions replaced by what they are made of, all names exact.
 
-    def inner(reference: Reference) -> Node:
-        release = hub.resolve(reference)
-        if release.manifest.compose is None:
-            return Ref(Reference(release.name, release.version))
-        check_expressions(release.manifest)
-        for parent in release.manifest.parents:
-            hub.exact(parent)
-        return expand(hub, parse(release.manifest.compose))
+    Raises HubError for one that grows without reason: compositions of compositions can double at every step."""
+    known: dict[str, tuple[Node, int, int]] = {}
 
-    return substitute(node, inner)
+    def whole(node: Node, under: int) -> tuple[Node, int, int]:
+        """The expanded node, how many adapters stand in it, and how deep it is; `under`: what it lies in."""
+        count, below = 0, 0
+
+        def inner(reference: Reference) -> Node:
+            nonlocal count, below
+            release = hub.resolve(reference)
+            if str(release) not in known:
+                known[str(release)] = made_of(release)
+            part, parts, deep = known[str(release)]
+            count, below = count + parts, max(below, deep)
+            if count > LARGEST or under + depth(node) + below > NESTED:
+                raise HubError(
+                    f"{reference} is made of more than {LARGEST} adapters, or more than {NESTED} deep",
+                    "compose it of fewer",
+                )
+            return part
+
+        def made_of(release: Release) -> tuple[Node, int, int]:
+            if release.manifest.compose is None:
+                return Ref(Reference(release.name, release.version)), 1, 0
+            check_expressions(release.manifest)
+            for parent in release.manifest.parents:
+                hub.exact(parent)
+            if under > NESTED:
+                raise HubError(f"{release} lies in compositions more than {NESTED} deep", "compose it of fewer")
+            return whole(parse(release.manifest.compose), under + 1)
+
+        expanded = substitute(node, inner)
+        return expanded, count, depth(node) + below
+
+    return whole(node, 0)[0]
 
 
 def check_expressions(manifest: Manifest) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from adapterhub.errors import HubError, NameInUse
+from adapterhub.errors import HubError, NameInUse, NotFound
 
 CHUNK = 1 << 20
 TEMPORARY = ".tmp"
@@ -82,6 +82,14 @@ def remove(path: Path) -> None:
         _sync(path.parent)
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as a user writes it: `~` is their home. Raises NotFound for the home of nobody."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise NotFound(f"there is no such home: {text}", "write the path out") from None
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` when the block ends well and vanishes when it does not.
@@ -89,6 +97,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises NameInUse when path is there already (an empty folder is fine)."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise NameInUse(f"{path} is there already", "name a folder that does not exist yet")
+    path = path.absolute()  # "." has no name to put a temporary folder beside
     temporary = _beside(path)
     try:
         make_folder(temporary)

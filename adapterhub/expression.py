@@ -190,6 +190,17 @@ def _leaves(nodes: tuple[Node, ...]) -> Iterator[Reference]:
         yield from references(node)
 
 
+def depth(node: Node) -> int:
+    """How many operations lie over its deepest adapter."""
+    match node:
+        case Ref():
+            return 0
+        case Scale(_, inner):
+            return 1 + depth(inner)
+        case Stack(nodes) | Mix(nodes):
+            return 1 + max(map(depth, nodes))
+
+
 def substitute(node: Node, change: Callable[[Reference], Node]) -> Node:
     """The same tree with every reference replaced by change(reference)."""
     match node:

@@ -28,7 +28,7 @@ def open(path: str | Path | None = None, create: bool = False) -> Hub:
         if root is None:
             root, create = _home(), True
     else:
-        root = Path(path).expanduser()
+        root = durable.user_path(path)
         if root.name == DATABASE:
             root = root.parent
     if not (root / DATABASE).is_file():
@@ -43,7 +43,7 @@ def open(path: str | Path | None = None, create: bool = False) -> Hub:
 def _home() -> Path:
     home = os.environ.get("ADAPTERHUB_HOME")
     if home:
-        return Path(home).expanduser()
+        return durable.user_path(home)
     from platformdirs import user_data_dir
 
     return Path(user_data_dir("adapterhub"))

@@ -209,7 +209,7 @@ class Packages:
     def export_bundle(self, reference: str | Reference, folder: str | Path) -> Release:
         """Write a release and its parents as a bundle: a plain folder that `install` takes."""
         release = self.resolve(reference)
-        bundle.write(self, release, Path(folder).expanduser())
+        bundle.write(self, release, durable.user_path(folder))
         return release
 
 

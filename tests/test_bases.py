@@ -290,3 +290,8 @@ def test_smollm2_killed_then_twice_at_once(tmp_path):
         assert process.exitcode == 0
     assert {path.name for path in tmp_path.iterdir()} == {smollm2.FOLDER, "smollm2.lock"}
     assert len(bases.load_model(bases.ResolvedBase("smollm2", tmp_path / smollm2.FOLDER)).state_dict()) == 273
+
+
+def test_the_home_of_nobody():
+    with pytest.raises(NotFound, match="no such home"):
+        bases.resolve("~nobody-of-this-name/model")

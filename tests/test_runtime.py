@@ -12,6 +12,7 @@ from adapterhub.bases import resolve
 from adapterhub.bases.fingerprint import BaseWarning, fingerprint
 from adapterhub.errors import (
     BatchError,
+    HubError,
     IncompatibleBase,
     NotFoldable,
     NotFound,
@@ -321,3 +322,14 @@ def test_overflow_is_told(load):
         load("1e39*me/a")
     with pytest.raises(UnsafeFile, match="overflows"):
         load("1e6*(1e35*me/a)")
+
+
+def test_compositions_of_compositions_have_bounds(hub):
+    hub.compose("me/a + me/a", name="me/x0")
+    with pytest.raises(HubError, match="more than 10000 adapters"):
+        for i in range(25):
+            hub.compose(f"me/x{i} + me/x{i}", name=f"me/x{i + 1}")
+    hub.compose("1*me/a", name="me/y0")
+    with pytest.raises(HubError, match="100 deep"):
+        for i in range(120):
+            hub.compose(f"2*me/y{i}", name=f"me/y{i + 1}")

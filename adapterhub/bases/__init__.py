@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub import plugins
+from adapterhub import durable, plugins
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
 from adapterhub.formats.safetensors_header import read_header
 
@@ -40,7 +40,7 @@ class ResolvedBase:
 def cache_folder() -> Path:
     """`ADAPTERHUB_CACHE`, else the platform's cache folder. Whatever lies there can be made again."""
     if folder := os.environ.get("ADAPTERHUB_CACHE"):
-        return Path(folder).expanduser()
+        return durable.user_path(folder)
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("adapterhub"))
@@ -53,7 +53,7 @@ def resolve(base: str | Path) -> ResolvedBase:
     if text in plugins.names("bases"):
         known = plugins.load("bases", text)()
         return ResolvedBase(text, known.folder(), known.note)
-    folder = Path(base).expanduser()
+    folder = durable.user_path(base)
     if folder.is_dir():
         check_folder(folder)
         if not folder.resolve().name.isprintable():  # no release could record it

@@ -41,7 +41,7 @@ def export(hub: Hub, reference: str | Reference, folder: str | Path, format: str
     node = expand(hub, Ref(Reference(release.name, release.version)))
     warn_missing_parents([hub.resolve(reference) for reference in dict.fromkeys(references(node))])
     parts = _low_rank(release, assemble(node, _loader(hub), join=True))
-    folder = Path(folder).expanduser()
+    folder = durable.user_path(folder)
     with durable.new_folder(folder) as out:
         tensors = {}
         for path, part in parts.items():

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub import bases
+from adapterhub import bases, durable
 from adapterhub.adapter import check_fit, modifications_of, require_effect
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
@@ -42,7 +42,7 @@ def import_adapter(
     check_name(name)
     if version is not None:
         check_version(version)
-    folder = Path(folder).expanduser()
+    folder = durable.user_path(folder)
     _require_peft(folder)
     config = read_config(folder)
     resolved = _base(folder, base, config.base_model_name_or_path)

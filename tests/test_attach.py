@@ -88,6 +88,15 @@ class Twice(Modification):
         return 10 * x
 
 
+class More(Modification):
+    """One more goes in."""
+
+    form = "more"
+
+    def delta_in(self, x, step):
+        return torch.ones_like(x)
+
+
 def through(modification, x):
     """A site that is the identity."""
     step = Step()
@@ -102,6 +111,8 @@ def test_input_changes_in_stacks_mixes_and_scales():
     assert through(Stack([t]), x) == 22
     # Outer first: 2 then 4 go in; the inner one saw 4, the outer one its own 2.
     assert through(Stack([t, t]), x) == 4 + 40 + 20
+    # The last is outermost: 1 more goes in first, then the double of that.
+    assert Stack([t, More()]).delta_in(x, Step()) == 3 and Stack([More(), t]).delta_in(x, Step()) == 2
     assert through(Mix([t, t]), x) == 3 + 30 + 30  # first order: both add x, both see 3
     assert through(Mix([Stack([t]), Stack([t])]), x) == 63  # as the planner builds it
     assert through(Scaled(t, 0.5), x) == through(Scaled(Stack([t]), 0.5), x) == 1.5 + 7.5

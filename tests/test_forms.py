@@ -177,3 +177,9 @@ def test_a_form_that_is_not_installed_names_the_package_it_came_with():
     with pytest.raises(PluginError, match=r"me/x 0\.1\.0 needs the form 'warp'") as caught:
         modifications_of({"a.warp.0.k": torch.ones(2)}, manifest)
     assert "adapterhub-warp 1.2.0" in caught.value.hint
+
+
+def test_the_stored_numbers_of_activations_never_change():
+    from adapterhub.forms.bottleneck import ACTIVATIONS
+
+    assert list(ACTIVATIONS)[:4] == ["relu", "gelu", "silu", "tanh"]

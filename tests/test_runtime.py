@@ -87,6 +87,8 @@ def test_order_matters_where_it_should(load, ids):
     assert torch.allclose(ac, ca, atol=1e-5)  # additive at the same sites
     bp, pb = (model(input_ids=ids, adapters=e).logits for e in ("me/b + me/p", "me/p + me/b"))
     assert not torch.allclose(bp, pb, atol=1e-4)  # sequential over parallel is not parallel over sequential
+    both = model(input_ids=ids[:2], adapters=["me/b + me/p", "me/p + me/b"]).logits  # each row keeps its order
+    assert torch.allclose(both[0], bp[0], atol=1e-5) and torch.allclose(both[1], pb[1], atol=1e-5)
     mix, stack = (model(input_ids=ids, adapters=e).logits for e in ("mix(me/b, me/p)", "me/p + me/b"))
     assert not torch.allclose(mix, stack, atol=1e-4)
 

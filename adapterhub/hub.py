@@ -24,20 +24,26 @@ def open(path: str | Path | None = None, create: bool = False) -> Hub:
     Raises NotFound when there is none."""
     if path is None:
         here = Path.cwd()
-        root = next((folder for folder in (here, *here.parents) if (folder / DATABASE).is_file()), None)
+        root = next((folder for folder in (here, *here.parents) if _is_hub(folder)), None)
         if root is None:
             root, create = _home(), True
     else:
         root = durable.user_path(path)
         if root.name == DATABASE:
             root = root.parent
-    if not (root / DATABASE).is_file():
+    if not _is_hub(root):
         if not create:
             raise NotFound(f"no hub in {root}", f"make one: adapterhub init {root}")
         durable.make_folder(root)
     from adapterhub_registry.database import Database
 
-    return Hub(root, Database(root / DATABASE, create=create))
+    return Hub(root, Database(root / DATABASE, create=create and not _is_hub(root)))
+
+
+def _is_hub(folder: Path) -> bool:
+    """An empty database alone is what a process leaves that was killed while it made a hub; beside blobs it is damage."""
+    database = folder / DATABASE
+    return database.is_file() and (database.stat().st_size > 0 or (folder / "blobs").exists())
 
 
 def _home() -> Path:

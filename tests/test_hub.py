@@ -419,3 +419,12 @@ print([name for name in late if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_an_emptied_database_beside_blobs_is_damage(hub, put):
+    put()
+    (hub.root / "hub.db").write_bytes(b"")
+    for create in (False, True):
+        with pytest.raises(IntegrityError, match="is empty"):
+            adapterhub.open(hub.root, create=create)
+    assert (hub.root / "hub.db").read_bytes() == b"" and blobs(hub)

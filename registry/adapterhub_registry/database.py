@@ -45,7 +45,7 @@ class Database:
         if version is None and not create:
             raise IntegrityError(
                 f"{self.path} is empty: it lists nothing",
-                "restore it from a copy, or begin anew with adapterhub init",
+                "restore it from a copy; to begin anew, move it and the blobs away, then adapterhub init",
             )
         if version != tables.HEAD:
             from adapterhub_registry.migrate import upgrade

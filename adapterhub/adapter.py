@@ -75,8 +75,14 @@ def modifications_of(tensors: Mapping[str, Tensor], manifest: Manifest | None = 
         lacking, foreign = sorted(set(cls.stores) - set(named)), sorted(set(named) - set(cls.stores))
         faults += [f"{path}.{form}.{n} has no {key!r}" for key in lacking]
         faults += [f"{path}.{form}.{n}.{key} belongs to no {form}" for key in foreign]
-        if not lacking and not foreign:
+        wrong = [k for k in named if k not in cls.constants and not named[k].is_floating_point()]
+        faults += [f"{path}.{form}.{n}.{key} is {named[key].dtype}, no floating point" for key in sorted(wrong)]
+        if lacking or foreign or wrong:
+            continue
+        try:
             found.setdefault(path, {}).setdefault(form, []).append(cls(**named))
+        except Exception as error:  # a form, anybody's, trips over what the file says: that is the file's fault
+            faults.append(f"{path}.{form}.{n} makes no {form}: {error}")
     if faults:
         raise IntegrityError(
             "the adapter's tensors are not whole:\n  " + "\n  ".join(faults), "get it again from its source"
@@ -116,6 +122,8 @@ def check_fit(modifications: Mapping[str, Sequence[Modification]], sites: Sequen
                 modification.check(by_path[path].inputs, by_path[path].outputs)
             except IncompatibleBase as error:
                 faults.append(f"{path}: {error}")
+            except Exception as error:  # tensors of a shape that the form's check did not think of
+                faults.append(f"{path}: its tensors make no {modification.form}: {error}")
     if faults:
         raise IncompatibleBase(
             f"{name} does not fit this base ({len(faults)} of {len(modifications)} sites):\n  " + "\n  ".join(faults),

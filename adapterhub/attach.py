@@ -115,6 +115,8 @@ class Attachment:
             return None
         given = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs.get("inputs_embeds") if given is None else given
+        if given is None or given.ndim < 2:
+            raise BatchError("the model was given no batch", "give input_ids of (rows, tokens)")
         rows, tokens = given.shape[:2]
         if plan.rows not in (None, rows):
             raise BatchError(

@@ -120,19 +120,15 @@ def _named(text: object, who: str) -> set[str]:
         raise ManifestError(f"an expression of {who} does not parse: {problem}", "make it again") from None
 
 
-def missing_parents(release: Release, digests: Collection[str]) -> list[Parent]:
-    """Those it was trained over that are not among the releases with these digests."""
-    return [p for p in release.manifest.parents if p.relation == "on" and p.digest not in digests]
-
-
 def warn_missing_parents(releases: Collection[Release]) -> None:
     """A ParentsWarning for each that was trained over others which are not with it."""
     there = {release.digest for release in releases}
     for release in releases:
-        if missing := missing_parents(release, there):
+        missing = [p for p in release.manifest.parents if p.relation == "on" and p.digest not in there]
+        if missing:
             names = " + ".join(f"{parent.name}@{parent.version}" for parent in missing)
             warnings.warn(
-                f"{release} was trained over {names} and does its work only with that beneath",
+                f"{release} was trained over {names} and does its work only with that beneath: '{names} + {release}'",
                 ParentsWarning,
                 stacklevel=3,
             )
@@ -152,7 +148,7 @@ def common_base(hub: Hub, releases: list[Release]) -> Base:
 
 def base_difference(hub: Hub, one: Base, other: Base) -> str:
     """Why two recorded bases are different models; "" if they are the same or copies of each other."""
-    if (one.structure, one.sketch.digest) == (other.structure, other.sketch.digest):
+    if (one.structure, one.sketch.digest, one.computes) == (other.structure, other.sketch.digest, other.computes):
         return ""
     from adapterhub.bases.fingerprint import Fingerprint, compare
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,8 +9,8 @@ import torch
 from torch import nn
 
 from adapterhub.adapter import Adapter, Modifications, check_fit, check_range
-from adapterhub.compose import expand, missing_parents
-from adapterhub.errors import ParentsWarning, UsageError
+from adapterhub.compose import expand, warn_missing_parents
+from adapterhub.errors import UsageError
 from adapterhub.expression import Node, parse, references
 from adapterhub.sites import Site
 
@@ -44,17 +43,7 @@ class Residents:
             if self.hub is None:
                 raise UsageError("this model has no hub to find adapters in", "load it with hub.load(...)")
             node = expand(self.hub, parse(expression))
-            releases = [self.hub.resolve(reference) for reference in dict.fromkeys(references(node))]
-            there = {release.digest for release in releases}
-            for release in releases:
-                if missing := missing_parents(release, there):
-                    names = " + ".join(f"{parent.name}@{parent.version}" for parent in missing)
-                    warnings.warn(
-                        f"{release} was trained over {names}, which is not in {expression!r}: stack them, "
-                        f"'{names} + {release}'",
-                        ParentsWarning,
-                        stacklevel=2,
-                    )
+            warn_missing_parents([self.hub.resolve(reference) for reference in dict.fromkeys(references(node))])
             self._nodes[expression] = node
         return self._nodes[expression]
 

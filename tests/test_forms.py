@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adapterhub import plugins
-from adapterhub.adapter import modifications_of
+from adapterhub.adapter import check_fit, modifications_of
 from adapterhub.errors import IncompatibleBase, IntegrityError, NotFoldable, PluginError, UsageError
 from adapterhub.forms.bottleneck import Bottleneck
 from adapterhub.forms.low_rank import LowRank
@@ -183,3 +183,33 @@ def test_the_stored_numbers_of_activations_never_change():
     from adapterhub.forms.bottleneck import ACTIVATIONS
 
     assert list(ACTIVATIONS)[:4] == ["relu", "gelu", "silu", "tanh"]
+
+
+BOTTLENECK = {
+    "down": torch.ones(2, 3), "down_bias": torch.ones(2), "up": torch.ones(3, 2), "up_bias": torch.ones(3),
+    "scale": torch.ones(()), **Bottleneck.switches(False, "relu"),
+}  # fmt: skip
+LOW_RANK = {"down": torch.ones(2, 3), "up": torch.ones(3, 2), "scale": torch.ones(())}
+
+
+@pytest.mark.parametrize(
+    ("form", "tensors", "change"),
+    [
+        ("bottleneck", BOTTLENECK, {"activation": torch.tensor(200, dtype=torch.uint8)}),
+        ("bottleneck", BOTTLENECK, {"activation": torch.ones(2, dtype=torch.uint8)}),
+        ("bottleneck", BOTTLENECK, {"down": torch.ones(())}),
+        ("low_rank", LOW_RANK, {"down": torch.ones(())}),
+        ("low_rank", LOW_RANK, {"down": torch.ones(2, 3, dtype=torch.int64)}),
+        ("low_rank", LOW_RANK, {"scale": torch.ones(2)}),
+    ],
+)
+def test_tensors_that_make_no_form_are_the_files_fault(form, tensors, change):
+    site = Site("a", "query", 3, 3, True)
+
+    def read(tensors):
+        check_fit(modifications_of({f"a.{form}.0.{key}": tensor for key, tensor in tensors.items()}), [site], "me/x")
+
+    read(tensors)
+    with pytest.raises((IntegrityError, IncompatibleBase)) as caught:
+        read(tensors | change)
+    assert "a" in str(caught.value) and caught.value.hint

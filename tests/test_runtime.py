@@ -2,6 +2,7 @@
 
 import warnings
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -335,3 +336,20 @@ def test_compositions_of_compositions_have_bounds(hub):
     with pytest.raises(HubError, match="100 deep"):
         for i in range(120):
             hub.compose(f"2*me/y{i}", name=f"me/y{i + 1}")
+
+
+def test_adapters_of_one_weight_used_in_two_ways_do_not_compose(hub):
+    release = hub.resolve("me/a")
+    base = msgspec.structs.replace(
+        release.manifest.base, computes={**release.manifest.base.computes, "rms_norm_eps": 0.5}
+    )
+    twin = msgspec.structs.replace(release.manifest, name="me/twin", base=base)
+    hub.publish(twin, {"tensors": hub.store.read(release.manifest.files["tensors"].digest)})
+    with pytest.raises(IncompatibleBase, match="rms_norm_eps"):
+        hub.compose("me/a + me/twin", name="me/none")
+
+
+def test_no_batch_is_told(load):
+    for given in ({}, {"input_ids": torch.tensor([3, 4])}):
+        with pytest.raises(BatchError, match="no batch"):
+            load("me/a")(**given)

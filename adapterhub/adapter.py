@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from adapterhub import plugins
 from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError, UnsafeFile
 from adapterhub.manifest import Made, Manifest, Release
-from adapterhub.modification import Modification, Step
-from adapterhub.sites import Site
+from adapterhub.modification import BARE, Modification, Step
+from adapterhub.sites import Site, matrix
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
@@ -72,7 +72,8 @@ def modifications_of(tensors: Mapping[str, Tensor], manifest: Manifest | None = 
     faults = []
     for (path, form, n), named in sorted(grouped.items()):
         cls = part("forms", form, manifest, manifest and manifest.method)
-        lacking, foreign = sorted(set(cls.stores) - set(named)), sorted(set(named) - set(cls.stores))
+        lacking = sorted(set(cls.stores) - cls.optional - set(named))
+        foreign = sorted(set(named) - set(cls.stores))
         faults += [f"{path}.{form}.{n} has no {key!r}" for key in lacking]
         faults += [f"{path}.{form}.{n}.{key} belongs to no {form}" for key in foreign]
         wrong = [k for k in named if k not in cls.constants and not named[k].is_floating_point()]
@@ -119,7 +120,7 @@ def check_fit(modifications: Mapping[str, Sequence[Modification]], sites: Sequen
             continue
         for modification in parts:
             try:
-                modification.check(by_path[path].inputs, by_path[path].outputs)
+                modification.check(by_path[path])
             except IncompatibleBase as error:
                 faults.append(f"{path}: {error}")
             except Exception as error:  # tensors of a shape that the form's check did not think of
@@ -149,21 +150,32 @@ def require_effect(modifications: Modifications, sites: Sequence[Site], model: t
     by_path = {site.path: site for site in sites}
     effect = False
     for path, parts in modifications.items():
-        x = torch.randn(1, 4, by_path[path].inputs, generator=random)
-        y = torch.randn(1, 4, by_path[path].outputs, generator=random)
+        site = by_path[path]
+        x = torch.randn(1, 4, 0 if site.embedding else site.inputs, generator=random)
+        if site.embedding:
+            x = torch.arange(site.inputs)[None]  # every token, since a change may be of a few rows only
+        y = torch.randn(*x.shape[:2], site.outputs, generator=random)
         for modification in parts:
-            modification.bind(model.get_submodule(path))
+            bind(modification, site, model)
             local = modification.to("cpu", torch.float32)
             changes = [c for c in (local.delta_in(x, Step()), local.delta_out(x, y, Step())) if c is not None]
             if not all(change.isfinite().all() for change in changes):
                 raise UnsafeFile(f"{name} is too large: at {path} it overflows float32", "train or scale it again")
-            effect |= any(change.count_nonzero() for change in changes)
+            effect |= local.lanes() != BARE or any(change.count_nonzero() for change in changes)
     if effect:
         return
     raise NoEffect(
         f"{name} changes nothing: its modifications are zero at every site",
         "check that it was trained and saved whole (a LoRA whose B is zero has never learned)",
     )
+
+
+def bind(modification: Modification, site: Site, model: nn.Module) -> None:
+    """Let it meet the base's weight at its site."""
+    weight = matrix(model.get_submodule(site.module))
+    if weight is not None and site.columns is not None:
+        weight = weight[torch.tensor(site.columns.index(), device=weight.device)]
+    modification.bind(weight)
 
 
 def as_parameters(parts: Modifications, device_at: Callable[[str], torch.device]) -> Modifications:

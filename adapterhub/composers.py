@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adapterhub.modification import Modification, Step
+from adapterhub.errors import UsageError
+from adapterhub.modification import BARE, Lane, Modification, Step
+from adapterhub.sites import Columns
 
 
 class Composite(Modification):
@@ -32,9 +34,17 @@ class Composite(Modification):
     def changes_input(self) -> bool:
         return any(part.changes_input for part in self.parts)
 
-    def bind(self, module: nn.Module) -> None:
+    @property
+    def folds(self) -> bool:
+        return any(part.folds for part in self.parts) and all(_a_weight(part) for part in self.parts)
+
+    @property
+    def advance(self) -> int:
+        return sum(part.advance for part in self.parts)
+
+    def bind(self, weight: Tensor | None) -> None:
         for part in self.parts:
-            part.bind(module)
+            part.bind(weight)
 
     def to(self, device=None, dtype=None) -> Modification:
         parts = [part.to(device, dtype) for part in self.parts]
@@ -61,6 +71,13 @@ class Scaled(Composite):
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         w, b = self.parts[0].delta_weight(weight, bias)
         return _times(w, self.weight), _times(b, self.weight)
+
+    @property
+    def advance(self) -> int:
+        return _whole(self.parts[0].advance, self.weight)
+
+    def lanes(self) -> tuple[Lane, ...]:
+        return _gathered([Lane(1 - self.weight), *_weighed(self.parts[0].lanes(), self.weight)])
 
     def scaled(self, weight: float) -> Scaled:
         return Scaled(self.parts[0], self.weight * weight)
@@ -96,6 +113,13 @@ class Stack(Composite):
             bias, total_bias = _plus(bias, b), _plus(total_bias, b)
         return total_weight, total_bias
 
+    def lanes(self) -> tuple[Lane, ...]:
+        """Memories side by side: each lane of one with each of the others."""
+        lanes = BARE
+        for part in self.parts:
+            lanes = [Lane(a.weight * b.weight, a.memories + b.memories) for a in lanes for b in part.lanes()]
+        return _gathered(lanes)
+
 
 class Mix(Composite):
     """Side by side: all see the same hidden states, their changes are added (scale the parts for a weighted sum).
@@ -112,6 +136,46 @@ class Mix(Composite):
         deltas = [part.delta_weight(weight, bias) for part in self.parts]
         return _sum(w for w, _ in deltas), _sum(b for _, b in deltas)
 
+    @property
+    def advance(self) -> int:
+        return _whole(super().advance, 1.0 if len(self.parts) == 1 else 0.5)
+
+    def lanes(self) -> tuple[Lane, ...]:
+        return _gathered([Lane(1 - len(self.parts)), *(lane for part in self.parts for lane in part.lanes())])
+
+
+class Inside(Composite):
+    """A modification of a column site, as one of the whole fused module: it sees and changes its own outputs only."""
+
+    def __init__(self, part: Modification, columns: Columns):
+        super().__init__([part])
+        self.columns = torch.tensor(columns.index())
+
+    def to(self, device=None, dtype=None) -> Modification:
+        moved = super().to(device, dtype)
+        if device is not None and self.columns.device != torch.device(device):
+            moved.columns = self.columns.to(device)
+        return moved
+
+    def bind(self, weight: Tensor | None) -> None:
+        self.parts[0].bind(None if weight is None else weight[self.columns.to(weight.device)])
+
+    def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
+        return self.parts[0].delta_in(x, step)
+
+    def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
+        columns = self.columns = self.columns.to(y.device)
+        change = self.parts[0].delta_out(x, y[..., columns], step)
+        return None if change is None else torch.zeros_like(y).index_copy(-1, columns, change.to(y.dtype))
+
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        columns = self.columns.to(weight.device)
+        w, b = self.parts[0].delta_weight(weight[columns], None if bias is None else bias[columns])
+        return (
+            None if w is None else torch.zeros_like(weight).index_copy(0, columns, w),
+            None if b is None else weight.new_zeros(len(weight)).index_copy(0, columns, b),
+        )
+
 
 class Route(Composite):
     """Each row of the batch its own: parts[i] for row i, None for the bare base."""
@@ -120,6 +184,8 @@ class Route(Composite):
         distinct = {id(part): part for part in rows if part is not None}
         super().__init__(list(distinct.values()))
         self.members = [torch.tensor([i for i, part in enumerate(rows) if id(part) == key]) for key in distinct]
+
+    folds = False  # unlike rows have no weight in common
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
         return self._scatter(x, lambda part, rows, step: part.delta_in(x[rows], step), step)
@@ -136,6 +202,37 @@ class Route(Composite):
                 total = torch.zeros_like(like) if total is None else total
                 total = total.index_add(0, rows, value.to(total.dtype))
         return total
+
+
+def _a_weight(part: Modification) -> bool:
+    """Whether it may be a change of a weight (some find out only when asked)."""
+    inner = part.parts if isinstance(part, Composite) else []
+    return all(map(_a_weight, inner)) if inner else type(part).delta_weight is not Modification.delta_weight
+
+
+def _weighed(lanes: Sequence[Lane], weight: float) -> list[Lane]:
+    return [Lane(lane.weight * weight, lane.memories) for lane in lanes]
+
+
+def _gathered(lanes: Sequence[Lane]) -> tuple[Lane, ...]:
+    """Lanes over the same memories as one; those that weigh nothing are left out."""
+    weights: dict[tuple[int, ...], float] = {}
+    memories = {}
+    for lane in lanes:
+        key = tuple(sorted(id(keys) for keys, _ in lane.memories))
+        weights[key] = weights.get(key, 0.0) + lane.weight
+        memories[key] = lane.memories
+    return tuple(Lane(weight, memories[key]) for key, weight in weights.items() if weight)
+
+
+def _whole(advance: int, weight: float) -> int:
+    """How far a part that is weighed moves positions. They are a whole row's, so there is no half of it."""
+    if advance and weight not in (0, 1):
+        raise UsageError(
+            "a prefix that moves its row's positions cannot be scaled or mixed",
+            "stack it at full weight: 'a + b'",
+        )
+    return advance * int(weight)
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, linear
 
 from adapterhub.errors import NotFoldable
 from adapterhub.sites import Site
@@ -59,6 +60,20 @@ class Step:
         return x[rows[:, :, None], places.clamp(min=0)]
 
 
+@dataclass(frozen=True)
+class Lane:
+    """One term of what an attention gives: `weight` times the attention over these memories beside the tokens.
+
+    memories: (keys, values), each (key-value heads, n, head width); none: the bare attention."""
+
+    weight: float = 1.0
+    memories: tuple[tuple[Tensor, Tensor], ...] = ()
+
+
+BARE = (Lane(),)
+"""The attention as the base has it."""
+
+
 class Modification:
     """What one adapter does to the hidden states at one site. Every default changes nothing.
 
@@ -75,8 +90,14 @@ class Modification:
     """It leaves something in Step.state for the next chunk of a sequence."""
     stores: ClassVar[tuple[str, ...]] = ()
     """The names of its tensors; an adapter that lacks one, or brings another, is refused."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that may be left out."""
     constants: ClassVar[frozenset[str]] = frozenset()
     """Tensors that describe rather than learn (a scale); no method trains them."""
+    folds: bool = False
+    """It trains through the weight it changes (`delta_weight`), which is cheaper for it than a change of the output."""
+    advance: int = 0
+    """How many positions the tokens of its rows move up (a prefix that was trained as tokens)."""
 
     def __init__(self, **tensors: Tensor):
         self.tensors: dict[str, Tensor] = tensors
@@ -89,11 +110,12 @@ class Modification:
 
     # --- what a form overrides ---------------------------------------------------------------------------------
 
-    def check(self, inputs: int, outputs: int) -> None:
+    def check(self, site: Site) -> None:
         """Raise IncompatibleBase unless the tensors fit a site of these widths; warn (`warnings`) of waste."""
 
-    def bind(self, module: torch.nn.Module) -> None:
-        """Meet the site's module, once, before the first forward (forms that read the base weight)."""
+    def bind(self, weight: Tensor | None) -> None:
+        """Meet the base's weight at the site, (outputs, inputs), once, before the first forward; never change it.
+        None where the site is no matrix."""
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
         """Δx, added to what goes into the site; x (rows, tokens, inputs). None: nothing."""
@@ -102,6 +124,10 @@ class Modification:
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
         """Δy, added to what comes out; y (rows, tokens, outputs). Read x to be parallel, y to be sequential."""
         return None
+
+    def lanes(self) -> tuple[Lane, ...]:
+        """What the attention at this site becomes: the sum of these lanes, whose weights add up to 1."""
+        return BARE
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """(ΔW, Δb) that do the same to a linear site: weight (outputs, inputs), bias (outputs,).
@@ -166,6 +192,15 @@ def times(scale: Tensor, values: Tensor) -> Tensor:
     """scale () times values in the wider of their dtypes, rounded once to the dtype of values: a scale held in float32
     does not become another one on a bfloat16 base."""
     return (scale.reshape(1) * values).to(values.dtype)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """weight (outputs, inputs) times x (..., inputs), plus bias. Token ids, as an embedding gets them, stand for one-hot
+    rows: each picks its column of the weight."""
+    if x.is_floating_point():
+        return linear(x, weight, bias)
+    picked = embedding(x, weight.mT)
+    return picked if bias is None else picked + bias
 
 
 def named_tensors(modifications: Mapping[str, Sequence[Modification]]) -> dict[str, Tensor]:

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from adapterhub.adapter import Modifications, check_range
-from adapterhub.composers import Mix, Route, Scaled, Stack
+from adapterhub.attach import Plan
+from adapterhub.attention import Memory, advances, memories
+from adapterhub.composers import Inside, Mix, Route, Scaled, Stack
 from adapterhub.expression import Mix as MixNode
 from adapterhub.expression import Node, Ref, Scale
 from adapterhub.expression import Stack as StackNode
 from adapterhub.modification import Modification
+from adapterhub.sites import Site
 
 
 def assemble(node: Node | None, adapter: Callable[[str], Modifications], join: bool) -> Modifications:
@@ -39,6 +42,37 @@ def stacked(many: Sequence[Modifications]) -> Modifications:
     """Several programs, one after the other."""
     paths = dict.fromkeys(path for parts in many for path in parts)
     return {path: [part for parts in many for part in parts.get(path, [])] for path in paths}
+
+
+def placed(parts: Modifications, sites: Sequence[Site]) -> Modifications:
+    """From sites to modules: what sits at columns of a fused projection becomes part of what its module does, after what
+    the same adapter does to the whole of it."""
+    fused = {site.path: site for site in sites if site.columns}
+    if parts.keys().isdisjoint(fused):
+        return parts
+    result = {path: list(here) for path, here in parts.items() if path not in fused}
+    for path, site in fused.items():
+        inside = [Inside(part, site.columns) for part in parts.get(path, [])]
+        if inside:
+            result.setdefault(site.module, []).extend(inside)
+    return result
+
+
+def build(programs: Sequence[Modifications], rows: int | None, key: object, trains: bool = False) -> Plan:
+    """The plan of a batch whose row i runs programs[i], or of any batch whose rows all run the one program. By module."""
+
+    def gather() -> dict[str, Memory]:
+        return memories(programs)
+
+    gathered, moves = gather(), advances(programs)
+    return Plan(
+        batched(programs, join=not trains),
+        rows,
+        gather if trains else lambda: gathered,
+        frozenset(gathered),
+        tuple(moves) if any(moves) else (),
+        key,
+    )
 
 
 def batched(rows: Sequence[Modifications], join: bool) -> dict[str, Modification]:

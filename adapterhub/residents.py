@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from adapterhub.adapter import Adapter, Modifications, check_fit, check_range
+from adapterhub.adapter import Adapter, Modifications, bind, check_fit, check_range
 from adapterhub.compose import expand, warn_missing_parents
 from adapterhub.errors import UsageError
 from adapterhub.expression import Node, parse, references
-from adapterhub.sites import Site
+from adapterhub.sites import Site, current_path
 
 if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint
@@ -27,6 +27,7 @@ class Residents:
     ):
         self.base, self.sites, self.hub = base, sites, hub
         self.fingerprint, self.force = fingerprint, force
+        self._at = {site.path: site for site in sites}
         self._nodes: dict[str, Node] = {}
         self._by_release: dict[str, Modifications] = {}
 
@@ -66,13 +67,15 @@ class Residents:
         record = release.manifest.base
         check_base(record, self.hub.store.read(record.sketch.digest), self.fingerprint, force=self.force)
         parts = Adapter.load(self.hub, release).modifications()
+        architecture = self.base.config.model_type
+        parts = {path if path in self._at else current_path(architecture, path): here for path, here in parts.items()}
         check_fit(parts, self.sites, key)
         return parts
 
     def bind(self, parts: Modifications) -> None:
         for path, here in parts.items():
             for part in here:
-                part.bind(self.base.get_submodule(path))
+                bind(part, self._at[path], self.base)
 
     def device_at(self, path: str) -> torch.device:
-        return next(self.base.get_submodule(path).parameters()).device
+        return next(self.base.get_submodule(self._at[path].module).parameters()).device

@@ -21,7 +21,7 @@ from adapterhub.expression import Ref, beneath, references
 from adapterhub.fold import fold
 from adapterhub.manifest import Parent, Reference, Release, check_name, check_version
 from adapterhub.modification import Modification, named_tensors
-from adapterhub.plan import assemble, batched, stacked
+from adapterhub.plan import assemble, build, placed, stacked
 from adapterhub.residents import Residents
 from adapterhub.sites import sites
 
@@ -147,10 +147,11 @@ class Model:
             distinct = {
                 expression: stacked([self._parts(expression), self._new]) for expression in dict.fromkeys(expressions)
             }
-            whole = batched([distinct[expression] for expression in expressions], join=not self._trains)
+            distinct = {expression: placed(parts, self.sites) for expression, parts in distinct.items()}
+            programs = [distinct[expression] for expression in expressions]
             while len(self._plans) >= 16:  # plans hold gathered tensors
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = Plan(whole, rows, key)
+            self._plans[key] = build(programs, rows, key, trains=self._trains)
         return self._plans[key]
 
     @contextmanager
@@ -287,7 +288,7 @@ class Model:
     def fold(self) -> PreTrainedModel:
         """The default expression folded into the base's weights, for good; returns the plain model. See adapterhub.fold."""
         self._require_attached()
-        fold(self.base, self._parts(self._default))
+        fold(self.base, placed(self._parts(self._default), self.sites))
         self._attachment.close()
         return self.base
 

@@ -4,79 +4,209 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterhub.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
+class Columns:
+    """The outputs of a fused projection that are one site: `count` runs of `length`, `stride` apart, from `start` on."""
+
+    start: int
+    length: int
+    stride: int
+    count: int
+
+    def index(self) -> list[int]:
+        """Their places among the module's outputs, in order."""
+        return [self.start + n * self.stride + k for n in range(self.count) for k in range(self.length)]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention: how many queries share `keys` heads of keys and values, `width` numbers each."""
+
+    queries: int
+    keys: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Site:
-    """A module of the base model where a modification can sit."""
+    """A module of the base model, or some columns of one, where a modification can sit."""
 
     path: str
-    """Where, in this model: "model.layers.3.self_attn.q_proj"."""
+    """Where, in this model: "model.layers.3.self_attn.q_proj"; of a fused projection "...attn.c_attn.query"."""
     role: str
     """What, in any model: "query", "ffn_down", "block", ...; "" for a module without a known role."""
     inputs: int
-    """Width of what goes in."""
+    """Width of what goes in; of an embedding the size of the vocabulary."""
     outputs: int
     """Width of what comes out."""
     linear: bool
-    """Whether the module is one weight (and perhaps a bias)."""
+    """Whether the module is one weight (and perhaps a bias) that multiplies hidden states."""
+    part: str = ""
+    """"encoder", "decoder" or "cross" in a model that has both halves."""
+    columns: Columns | None = None
+    """Which of its module's outputs it is; None: all."""
+    heads: Heads | None = None
+    """Of an attention, and of the projection after it."""
+
+    @property
+    def module(self) -> str:
+        """The path of the module where it sits."""
+        return self.path.rpartition(".")[0] if self.columns else self.path
+
+    @property
+    def embedding(self) -> bool:
+        """What goes in are token ids: each stands for a row of zeros with a single one (one-hot)."""
+        return self.role == "embedding"
 
     @property
     def layer(self) -> int | None:
         """The number of its layer, from its path; None outside the layers."""
-        number = re.search(r"\.(\d+)(\.|$)", self.path)
+        number = re.search(r"\.(\d+)(\.|$)", f".{self.path}")
         return int(number[1]) if number else None
 
 
+@dataclass(frozen=True)
+class Family:
+    """What architectures.toml says of one family of models."""
+
+    roles: tuple[tuple[re.Pattern, str], ...]
+    parts: tuple[tuple[re.Pattern, str], ...]
+    fused: tuple[tuple[re.Pattern, Mapping[str, Any]], ...]
+    aliases: tuple[tuple[re.Pattern, str], ...]
+    own_positions: bool
+    """It computes positions from its ids itself: they must not be given."""
+
+
 @cache
-def _roles(model_type: str) -> list[tuple[re.Pattern, str]]:
-    families = tomllib.loads(files("adapterhub").joinpath("architectures.toml").read_text())
-    return [
-        (re.compile(re.escape(pattern).replace(r"\*", r"\d+")), role)
-        for family in families.values()
-        if model_type in family["model_types"]
-        for pattern, role in family["roles"].items()
-    ]
+def family(model_type: str) -> Family:
+    """The family of transformers' `model_type`; one that says nothing for an unknown type."""
+    tables = tomllib.loads(files("adapterhub").joinpath("architectures.toml").read_text()).values()
+    table = next((table for table in tables if model_type in table["model_types"]), {})
+
+    def read(key: str) -> tuple:
+        return tuple((_pattern(pattern), value) for pattern, value in table.get(key, {}).items())
+
+    return Family(read("roles"), read("parts"), read("fused"), read("aliases"), table.get("own_positions", False))
+
+
+def _pattern(text: str) -> re.Pattern:
+    """`*` is a number, `**` anything; what stands before is whatever wraps the layers ("model.", "transformer.", nothing)."""
+    escaped = re.escape(text).replace(r"\*\*", ".*").replace(r"\*", r"(\d+)")
+    return re.compile(r"(?P<before>.*\.)?" + escaped)
+
+
+def _first(table: tuple[tuple[re.Pattern, Any], ...], path: str, default: Any = "") -> Any:
+    return next((value for pattern, value in table if pattern.fullmatch(path)), default)
 
 
 def sites(model: PreTrainedModel) -> list[Site]:
-    """The sites of a loaded model in its own order: every module with a role, and every other linear layer without one."""
+    """The sites of a loaded model in its own order: every module with a role, every column range of a fused projection,
+    and every other linear layer without a role. Modules of several names are listed once, under the first."""
     import torch
+    from transformers.pytorch_utils import Conv1D
 
-    roles = _roles(model.config.model_type)
-    width = model.config.get_text_config().hidden_size
+    known = family(model.config.model_type)
+    config = model.config.get_text_config()
+    width, heads = config.hidden_size, _heads(config)
     found = []
     for path, module in model.named_modules():
-        role = next((role for pattern, role in roles if pattern.fullmatch(path)), "")
-        if isinstance(module, torch.nn.Linear):
-            found.append(Site(path, role, module.in_features, module.out_features, True))
+        role, part = _first(known.roles, path), _first(known.parts, path)
+        here = heads if role in ("attention", "attention_output") else None
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            outputs, inputs = matrix(module).shape
+            found.append(Site(path, role, inputs, outputs, True, part, heads=here))
+            found += _fused(_first(known.fused, path, None), found[-1], heads)
+        elif isinstance(module, torch.nn.Embedding) and role:
+            found.append(Site(path, role, module.num_embeddings, module.embedding_dim, False, part))
         elif role:
-            found.append(Site(path, role, width, width, False))
+            found.append(Site(path, role, width, width, False, part, heads=here))
     return found
 
 
+def _heads(config: Any) -> Heads | None:
+    queries = getattr(config, "num_attention_heads", None)
+    if not isinstance(queries, int):
+        return None
+    return Heads(
+        queries,
+        getattr(config, "num_key_value_heads", None) or queries,
+        getattr(config, "head_dim", None) or config.hidden_size // queries,
+    )
+
+
+def _fused(table: Mapping[str, Any] | None, site: Site, heads: Heads | None) -> list[Site]:
+    """The sites inside a fused projection: what stands there in which order, head by head or one block after another."""
+    if table is None or heads is None:
+        return []
+    count = {"query": heads.queries, "key": heads.keys, "value": heads.keys}
+    made, start = [], 0
+    for role in table["order"]:
+        if table["per_head"]:
+            columns = Columns(start, heads.width, len(table["order"]) * heads.width, heads.queries)
+            start += heads.width
+        else:
+            columns = Columns(start, heads.width * count[role], 0, 1)
+            start += columns.length
+        outputs = columns.length * columns.count
+        made.append(Site(f"{site.path}.{role}", role, site.inputs, outputs, True, site.part, columns))
+    return made
+
+
+def matrix(module: nn.Module) -> Tensor | None:
+    """The module's weight as (outputs, inputs), a view: of a Conv1D and of an embedding the transpose of what is stored.
+    None for a module that is no matrix."""
+    import torch
+
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim != 2:
+        return None
+    return weight if isinstance(module, torch.nn.Linear) else weight.mT
+
+
+def current_path(model_type: str, path: str) -> str:
+    """The path that a module is known by now, of one that an older transformers may have named otherwise."""
+    for pattern, new in family(model_type).aliases:
+        if hit := pattern.fullmatch(path):
+            numbers = iter(hit.groups()[1:])
+            return (hit["before"] or "") + re.sub(r"\*", lambda _: next(numbers), new)
+    return path
+
+
 def select(sites: Sequence[Site], targets: str | Sequence[str]) -> list[Site]:
-    """Sites by role ("query"), by the end of their path ("q_proj", "0.mlp") or "all-linear" (every linear layer but the head).
+    """Sites by role ("query", "decoder.query", "cross.value"), by the end of their path ("q_proj", "0.mlp") or
+    "all-linear": every linear layer but the head, a fused projection whole.
 
     Raises UsageError if a target selects nothing."""
     if targets == "all-linear":
+        heads = ("lm_head", "classifier", "score")
         return [
-            site for site in sites if site.linear and site.role != "head" and site.path.rpartition(".")[2] != "lm_head"
+            site
+            for site in sites
+            if site.linear and not site.columns and site.role != "head" and site.path.rpartition(".")[2] not in heads
         ]
     wanted = [targets] if isinstance(targets, str) else list(targets)
     chosen = []
     for target in wanted:
-        hits = [s for s in sites if target == s.role or s.path == target or s.path.endswith(f".{target}")]
+        hits = [
+            s
+            for s in sites
+            if target in (s.role, f"{s.part}.{s.role}") or s.path == target or s.path.endswith(f".{target}")
+        ]
+        if not hits and target == "ffn":  # a family without a module around its two layers: what the second puts out
+            hits = [s for s in sites if s.role == "ffn_down"]
         if not hits:
             roles = sorted({s.role for s in sites if s.role}) or sorted({s.path.rpartition(".")[2] for s in sites})
             raise UsageError(

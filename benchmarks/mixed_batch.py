@@ -20,7 +20,7 @@ from adapterhub import bases
 from adapterhub.attach import Attachment, Plan
 from adapterhub.composers import Route
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.plan import batched
+from adapterhub.plan import build
 
 ROWS = 8
 
@@ -67,9 +67,9 @@ def main() -> None:
     peft, ours = with_peft(base, args.rank)
     ids = torch.randint(3, 1000, (ROWS, 8 + args.steps), device=base.device)
     attachment = Attachment.of(base)
-    gathered = Plan(batched(ours, join=True), ROWS)
+    gathered = build(ours, ROWS, "gathered")
     looped = Plan({path: Route([adapter[path][0] for adapter in ours]) for path in ours[0]}, ROWS)
-    shared = Plan(batched([ours[0]] * ROWS, join=True), ROWS)
+    shared = build([ours[0]] * ROWS, ROWS, "shared")
 
     def with_plan(plan):
         def run():

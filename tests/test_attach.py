@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from adapterhub.attach import Attachment, Plan
+from adapterhub.attach import Attachment
 from adapterhub.composers import Mix, Scaled, Stack
 from adapterhub.errors import UsageError
 from adapterhub.fold import fold
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.modification import Modification, Step
-from adapterhub.plan import batched
+from adapterhub.plan import build
 from adapterhub.runtime import Model
 from adapterhub.testing.bed import random_adapter, tiny_llama
 
@@ -19,7 +19,7 @@ IDS = torch.arange(3, 21).reshape(2, 9)
 
 
 def plan(*rows):
-    return Plan(batched(rows, join=False), len(rows) if len(rows) > 1 else None)
+    return build(rows, len(rows) if len(rows) > 1 else None, object(), trains=True)
 
 
 def test_outside_of_a_call_the_base_is_bare_also_with_gradients_on():

@@ -1,6 +1,7 @@
 """Numbers of the forms made outside our code: the papers' formulas in NumPy, float64, written out."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,9 +149,9 @@ def test_names_that_say_no_form_are_refused():
 def test_a_rank_over_the_width_warns_of_the_lossless_one():
     form = LowRank(down=torch.ones(9, 6), up=torch.ones(5, 9), scale=torch.ones(()))
     with pytest.warns(UserWarning, match="rank 5 holds the same"):
-        form.check(6, 5)
+        form.check(QUERY)
     with pytest.raises(IncompatibleBase):
-        form.check(7, 5)
+        form.check(replace(QUERY, inputs=7))
 
 
 def test_dropout_only_while_training():

@@ -39,8 +39,8 @@ class Unused(LoRA):
 
 
 class Bound(LowRank):
-    def bind(self, module):
-        self.module = module
+    def bind(self, weight):
+        self.weight = weight
 
 
 class Vandal(LoRA):
@@ -51,7 +51,7 @@ class Vandal(LoRA):
 
     def after_step(self, modifications):
         for part in modifications.values():
-            part.module.weight.mul_(0.999)
+            part.weight.mul_(0.999)
 
 
 class Counting(LoRA):

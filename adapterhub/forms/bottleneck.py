@@ -38,7 +38,9 @@ class Bottleneck(Modification):
         }
 
     @classmethod
-    def random(cls, site: Site) -> Bottleneck:
+    def random(cls, site: Site) -> Bottleneck | None:
+        if site.embedding:
+            return None
         parallel = bool(torch.rand(()) < 0.5)
         width = site.inputs if parallel else site.outputs
         return cls(
@@ -50,7 +52,8 @@ class Bottleneck(Modification):
             **cls.switches(parallel, "gelu"),
         )
 
-    def check(self, inputs: int, outputs: int) -> None:
+    def check(self, site: Site) -> None:
+        inputs, outputs = site.inputs, site.outputs
         rank, width = self.down.shape[0], inputs if self.additive else outputs
         shapes = (self.down.shape, self.down_bias.shape, self.up.shape, self.up_bias.shape)
         if shapes != ((rank, width), (rank,), (outputs, rank), (outputs,)):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 
 from adapterhub.errors import IncompatibleBase
-from adapterhub.modification import Modification, Step, times
+from adapterhub.modification import Modification, Step, project, times
 from adapterhub.sites import Site
 
 
@@ -24,7 +24,8 @@ class LowRank(Modification):
     dropout: float = 0.0
     """Probability that an input is dropped while training; belongs to the method, so it is not stored."""
 
-    def check(self, inputs: int, outputs: int) -> None:
+    def check(self, site: Site) -> None:
+        inputs, outputs = site.inputs, site.outputs
         rank = self.down.shape[0]
         if self.down.shape != (rank, inputs) or self.up.shape != (outputs, rank) or self.scale.ndim:
             raise IncompatibleBase(
@@ -39,9 +40,9 @@ class LowRank(Modification):
             )
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor:
-        if self.dropout and step.training:
+        if self.dropout and step.training and x.is_floating_point():
             x = dropout(x, self.dropout)
-        return linear(times(self.scale, linear(x, self.down)), self.up)
+        return linear(times(self.scale, project(x, self.down)), self.up)
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
         return times(self.scale, self.up) @ self.down, None
@@ -51,7 +52,7 @@ class LowRank(Modification):
 
     @classmethod
     def random(cls, site: Site) -> LowRank | None:
-        if not site.linear:
+        if not (site.linear or site.embedding):
             return None
         down, up = torch.randn(4, site.inputs) * site.inputs**-0.5, torch.randn(site.outputs, 4)
         return cls(down=down, up=up * 0.1, scale=torch.tensor(1.5))
@@ -88,4 +89,9 @@ class _LowRankRows(Modification):
         super().__init__(down=down, up=up)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor:
+        if not x.is_floating_point():  # token ids: each row picks from its own columns
+            rows = torch.arange(len(x), device=x.device).view(-1, *[1] * (x.ndim - 1))
+            return self.down.mT[rows, x] @ self.up.mT
+        if x.ndim == 2:  # a head on one vector a row
+            return ((x[:, None] @ self.down.mT) @ self.up.mT)[:, 0]
         return (x @ self.down.mT) @ self.up.mT

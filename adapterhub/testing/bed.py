@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapterhub.adapter import Modifications
+from adapterhub.adapter import Modifications, bind
 from adapterhub.attach import Attachment, Plan
 from adapterhub.modification import Modification
-from adapterhub.plan import batched
+from adapterhub.plan import build, placed
 from adapterhub.sites import sites
 
 
@@ -38,11 +38,18 @@ def tiny_llama(seed: int = 0, vocabulary: int = 96, **changes):
 def random_adapter(form: type[Modification], model: torch.nn.Module, seed: int) -> Modifications:
     """One of the form at every site that suits it (the head left alone), in the model's dtype and on its device."""
     torch.manual_seed(seed)
-    made = {site.path: form.random(site) for site in sites(model) if site.role != "head"}
+    at = {site.path: site for site in sites(model)}
+    made = {path: form.random(site) for path, site in at.items() if site.role != "head"}
     adapter = {path: [m.to(model.device, model.dtype)] for path, m in made.items() if m is not None}
     for path, (modification,) in adapter.items():
-        modification.bind(model.get_submodule(path))
+        bind(modification, at[path], model)
     return adapter
+
+
+def plan(attachment: Attachment, rows: Sequence[Modifications], count: int | None = None, trains: bool = False) -> Plan:
+    """What a batch of these rows runs (count None: one program for any batch)."""
+    distinct = {id(row): placed(row, sites(attachment.base)) for row in rows}
+    return build([distinct[id(row)] for row in rows], count, object(), trains)
 
 
 def padded(sequences: Sequence[Tensor], side: str, width: int = 0) -> tuple[Tensor, Tensor]:
@@ -62,7 +69,7 @@ def logits(
 ) -> list[Tensor]:
     """One padded batch, row i running rows[i]: the logits of each row's real tokens, (tokens, vocabulary)."""
     ids, mask = padded(sequences, side)
-    with attachment.running(Plan(batched(rows, join=True), len(rows))):
+    with attachment.running(plan(attachment, rows, len(rows))):
         out = attachment.base(input_ids=ids, attention_mask=mask).logits
     return [out[row][mask[row].bool()] for row in range(len(rows))]
 
@@ -70,7 +77,7 @@ def logits(
 @torch.no_grad()
 def alone(attachment: Attachment, adapter: Modifications, sequence: Tensor) -> Tensor:
     """The reference: one sequence, unpadded, without a mask. (tokens, vocabulary)"""
-    with attachment.running(Plan(batched([adapter], join=False))):
+    with attachment.running(plan(attachment, [adapter])):
         return attachment.base(input_ids=sequence[None]).logits[0]
 
 
@@ -81,8 +88,7 @@ def decoded(
     """The same logits, by a padded prefill of all but the last `steps` tokens and then one cached step for each."""
     ids, mask = padded([s[:-steps] for s in sequences], side)
     last = torch.stack([s[-steps:] for s in sequences])
-    plan = Plan(batched(rows, join=True), len(rows))
-    with attachment.running(plan):
+    with attachment.running(plan(attachment, rows, len(rows))):
         out = attachment.base(input_ids=ids, attention_mask=mask, use_cache=True)
         pieces = [[out.logits[row][mask[row].bool()]] for row in range(len(rows))]
         for k in range(steps):

@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from adapterhub.adapter import Modifications, modifications_of
-from adapterhub.attach import Attachment, Plan
+from adapterhub.adapter import Modifications, bind, modifications_of
+from adapterhub.attach import Attachment
 from adapterhub.composers import Mix, Route, Scaled, Stack
 from adapterhub.errors import NotFoldable
+from adapterhub.fold import fold as fold_into
 from adapterhub.modification import Modification, Step, named_tensors
-from adapterhub.plan import batched, stacked
+from adapterhub.plan import placed, stacked
 from adapterhub.sites import sites
-from adapterhub.testing.bed import alone, decoded, distance, logits, random_adapter, tiny_llama
+from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_llama
 
 EXACT = 1e-9
 """Of the largest logit, in float64."""
@@ -46,10 +47,12 @@ def _rows(form: type[Modification], model: torch.nn.Module) -> list[Modification
 def stores(form: type[Modification], device: str) -> None:
     """Its tensors are the ones it declares."""
     for parts in random_adapter(form, tiny_llama(), 0).values():
-        assert set(parts[0].tensors) == set(form.stores), (
-            f"declares {sorted(form.stores)}, holds {sorted(parts[0].tensors)}"
+        held = set(parts[0].tensors)
+        assert held | form.optional >= set(form.stores) >= held, (
+            f"declares {sorted(form.stores)}, of which {sorted(form.optional)} may be left out, holds {sorted(held)}"
         )
-    assert set(form.constants) <= set(form.stores), "a constant that it does not store"
+    named = set(form.constants) | form.optional
+    assert named <= set(form.stores), f"names tensors that it does not store: {sorted(named - set(form.stores))}"
 
 
 def rows(form: type[Modification], device: str) -> None:
@@ -75,30 +78,21 @@ def decode(form: type[Modification], device: str) -> None:
 
 
 def fold(form: type[Modification], device: str) -> None:
-    """Hooked equals folded into the weights, stacked and scaled too."""
+    """Hooked equals folded into the weights, stacked and scaled too, wherever the site is one weight."""
     bed = _bed(device)
+    linear = {site.path for site in sites(bed.base) if site.linear}
     programs, sequence = _rows(form, bed.base)[:5], _sequences(device, (9,))[0]
-    for row, program in enumerate(programs):
-        want = alone(bed, program, sequence)
-        before = {path: bed.base.get_submodule(path).weight.detach().clone() for path in program if _linear(bed, path)}
-        if len(before) < len(program):
-            raise Declined("it sits on modules that are no single weight")
-        for path, parts in program.items():
-            weight = bed.base.get_submodule(path).weight
-            try:
-                change, shift = Stack(parts).delta_weight(weight, None)
-            except NotFoldable as error:
-                raise Declined(str(error)) from None
-            assert shift is None, "a shift needs a bias: tell it by NotFoldable where there is none"
-            weight.data += change
-        got = alone(bed, {}, sequence)
+    for row, whole in enumerate(programs):
+        program = {path: parts for path, parts in whole.items() if path in linear}
+        if not program:
+            raise Declined(f"the form {form.form!r} sits at no single weight")
+        want, folded = alone(bed, program, sequence), _bed(device)
+        try:
+            fold_into(folded.base, placed(program, sites(folded.base)))
+        except NotFoldable as error:
+            raise Declined(str(error)) from None
+        got = alone(folded, {}, sequence)
         assert distance(got, want) <= EXACT, f"program {row}: off by {distance(got, want):.1e}"
-        for path, weight in before.items():
-            bed.base.get_submodule(path).weight.data = weight
-
-
-def _linear(bed: Attachment, path: str) -> bool:
-    return isinstance(bed.base.get_submodule(path), torch.nn.Linear)
 
 
 def save(form: type[Modification], device: str) -> None:
@@ -109,8 +103,9 @@ def save(form: type[Modification], device: str) -> None:
     adapter, sequence = random_adapter(form, bed.base, 1), _sequences(device, (9,))[0]
     read = modifications_of(load(dump(named_tensors(adapter))))
     read = {path: [part.to(device) for part in parts] for path, parts in read.items()}
-    for path, parts in read.items():
-        parts[0].bind(bed.base.get_submodule(path))
+    for site in sites(bed.base):
+        for part in read.get(site.path, []):
+            bind(part, site, bed.base)
     assert torch.equal(alone(bed, read, sequence), alone(bed, adapter, sequence))
 
 
@@ -190,7 +185,10 @@ def gradients(form: type[Modification], device: str) -> None:
             bed.base.activation_checkpointing_enable()
             bed.base.train()
         adapter = as_parameters(random_adapter(form, bed.base, 1), lambda path: torch.device(device))
-        with bed.running(Plan(batched([adapter], join=False))):
+        for site in sites(bed.base):
+            for part in adapter.get(site.path, []):
+                bind(part, site, bed.base)
+        with bed.running(plan(bed, [adapter], trains=True)):
             bed.base(input_ids=sequence, labels=sequence, use_cache=False).loss.backward()
         named = named_tensors(adapter)
         found.append({name: t.grad for name, t in named.items() if isinstance(t, torch.nn.Parameter)})

@@ -25,8 +25,8 @@ class Subspace(Modification):
     dropout: float = 0.0
     """Probability that a coordinate of the edit is dropped while training; belongs to the method, so it is not stored."""
 
-    def check(self, inputs: int, outputs: int) -> None:
-        rank = self.basis.shape[0]
+    def check(self, site: Site) -> None:
+        rank, outputs = self.basis.shape[0], site.outputs
         shapes = (self.basis.shape, self.source.shape, self.bias.shape)
         if shapes != ((rank, outputs), (rank, outputs), (rank,)):
             raise IncompatibleBase(

@@ -1,5 +1,7 @@
 """LoReFT: the laws, the paper's formula, and that it learns."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -109,9 +111,9 @@ def test_wrong_options_are_refused(options):
 
 def test_another_width_is_refused():
     form = Subspace.random(BLOCKS[0])
-    form.check(8, 8)
+    form.check(BLOCKS[0])
     with pytest.raises(IncompatibleBase):
-        form.check(8, 9)
+        form.check(replace(BLOCKS[0], outputs=9))
 
 
 def test_dropout_only_while_training():

@@ -19,10 +19,10 @@ class CausalConv(adapterhub.Modification):
     stores = ("kernel",)
     stateful = True
 
-    def check(self, inputs: int, outputs: int) -> None:
-        if self.kernel.ndim != 2 or self.kernel.shape[1] != outputs:
+    def check(self, site: adapterhub.Site) -> None:
+        if self.kernel.ndim != 2 or self.kernel.shape[1] != site.outputs:
             raise IncompatibleBase(
-                f"a kernel of shape {tuple(self.kernel.shape)} does not fit a site with {outputs} outputs",
+                f"a kernel of shape {tuple(self.kernel.shape)} does not fit a site with {site.outputs} outputs",
                 "use the base that the adapter was made for",
             )
 

@@ -71,7 +71,8 @@ def modifications_of(tensors: Mapping[str, Tensor], manifest: Manifest | None = 
     found: dict[str, dict[str, list[Modification]]] = {}
     faults = []
     for (path, form, n), named in sorted(grouped.items()):
-        cls = part("forms", form, manifest, manifest and manifest.method)
+        group = "composers" if form in plugins.names("composers") else "forms"
+        cls = part(group, form, manifest, manifest and manifest.method)
         lacking = sorted(set(cls.stores) - cls.optional - set(named))
         foreign = sorted(set(named) - set(cls.stores))
         faults += [f"{path}.{form}.{n} has no {key!r}" for key in lacking]

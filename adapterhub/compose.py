@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from adapterhub.errors import ExpressionError, HubError, IncompatibleBase, ManifestError, ParentsWarning
-from adapterhub.expression import Node, Ref, depth, parse, references, substitute
+from adapterhub.errors import ExpressionError, HubError, IncompatibleBase, ManifestError, ParentsWarning, UsageError
+from adapterhub.expression import Ensemble, Gate, Node, Ref, depth, parse, references, substitute
 from adapterhub.manifest import Base, Manifest, Parent, Reference, Release, check_name
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def compose(hub: Hub, expression: str, name: str, version: str | None = None) ->
     return hub.publish(manifest, {}, None, version=version)[0]
 
 
-def pin(hub: Hub, node: Node) -> Node:
+def pin(hub: Hub, node: Node | Ensemble) -> Node | Ensemble:
     """The same expression with every name at an exact version."""
 
     def exact(reference: Reference) -> Node:
@@ -51,8 +51,9 @@ LARGEST = 10_000
 """Adapters that an expression may come to, each counted as often as it stands there."""
 
 
-def expand(hub: Hub, node: Node) -> Node:
-    """The same expression with saved compositions replaced by what they are made of, all names exact.
+def expand(hub: Hub, node: Node | Ensemble) -> Node | Ensemble:
+    """The same expression with saved compositions replaced by what they are made of, gates with what they weigh, all
+    names exact.
 
     Raises HubError for one that grows without reason: compositions of compositions can double at every step."""
     known: dict[str, tuple[Node, int, int]] = {}
@@ -67,6 +68,11 @@ def expand(hub: Hub, node: Node) -> Node:
             if str(release) not in known:
                 known[str(release)] = made_of(release)
             part, parts, deep = known[str(release)]
+            if isinstance(part, Ensemble) and not isinstance(node, Ref):
+                raise UsageError(
+                    f"{reference} weighs whole models ({part}), so it cannot be a part of another expression",
+                    "use it by itself",
+                )
             count, below = count + parts, max(below, deep)
             if count > LARGEST or under + depth(node) + below > NESTED:
                 raise HubError(
@@ -76,8 +82,13 @@ def expand(hub: Hub, node: Node) -> Node:
             return part
 
         def made_of(release: Release) -> tuple[Node, int, int]:
+            own = Reference(release.name, release.version)
+            if children := weighed(release.manifest):
+                parts = [whole(Ref(Reference(p.name, p.version)), under + 1) for p in map(hub.exact, children)]
+                node = Gate(own, tuple(part for part, _, _ in parts))
+                return node, 1 + sum(count for _, count, _ in parts), 1 + max(deep for _, _, deep in parts)
             if release.manifest.compose is None:
-                return Ref(Reference(release.name, release.version)), 1, 0
+                return Ref(own), 1, 0
             check_expressions(release.manifest)
             for parent in release.manifest.parents:
                 hub.exact(parent)
@@ -89,6 +100,11 @@ def expand(hub: Hub, node: Node) -> Node:
         return expanded, count, depth(node) + below
 
     return whole(node, 0)[0]
+
+
+def weighed(manifest: Manifest) -> list[Parent]:
+    """What a trained gate weighs, in order; nothing for any other adapter."""
+    return [parent for parent in manifest.parents if parent.relation == "gate"]
 
 
 def check_expressions(manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapterhub.errors import UsageError
+from adapterhub.errors import NotFoldable, UsageError
 from adapterhub.modification import BARE, Lane, Modification, Step
 from adapterhub.sites import Columns
 
@@ -69,6 +69,7 @@ class Scaled(Composite):
         return _times(self.parts[0].delta_out(x, y, step), self.weight)
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        _require_one_sided(self.parts)
         w, b = self.parts[0].delta_weight(weight, bias)
         return _times(w, self.weight), _times(b, self.weight)
 
@@ -133,8 +134,14 @@ class Mix(Composite):
         return _sum(part.delta_out(x, y, step.child(i)) for i, part in enumerate(self.parts))
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        deltas = [part.delta_weight(weight, bias) for part in self.parts]
-        return _sum(w for w, _ in deltas), _sum(b for _, b in deltas)
+        _require_one_sided(self.parts)
+        # Every change of the output sees the mixed input, so the changes of the input come last, on the weight that all
+        # the others have made.
+        outer = [p.delta_weight(weight, bias) for p in self.parts if not p.changes_input]
+        out_weight, out_bias = _sum(w for w, _ in outer), _sum(b for _, b in outer)
+        weight, bias = _plus(weight, out_weight), _plus(bias, out_bias)
+        into = [p.delta_weight(weight, bias) for p in self.parts if p.changes_input]
+        return _plus(out_weight, _sum(w for w, _ in into)), _plus(out_bias, _sum(b for _, b in into))
 
     @property
     def advance(self) -> int:
@@ -208,6 +215,21 @@ def _a_weight(part: Modification) -> bool:
     """Whether it may be a change of a weight (some find out only when asked)."""
     inner = part.parts if isinstance(part, Composite) else []
     return all(map(_a_weight, inner)) if inner else type(part).delta_weight is not Modification.delta_weight
+
+
+def _sides(part: Modification) -> set[bool]:
+    """Whether what it is made of changes the input, the output, or both."""
+    parts = part.parts if isinstance(part, Composite) else []
+    return {side for inner in parts for side in _sides(inner)} if parts else {part.changes_input}
+
+
+def _require_one_sided(parts: Sequence[Modification]) -> None:
+    """Weighing changes of the input and of the output apart, as the hooks do, is no change of one weight."""
+    if any(len(_sides(part)) > 1 for part in parts):
+        raise NotFoldable(
+            "a weighed stack of changes of the input and of the output is not a change of a weight",
+            "run it attached, or weigh its parts one by one: '0.5*a + 0.5*b'",
+        )
 
 
 def _weighed(lanes: Sequence[Lane], weight: float) -> list[Lane]:

@@ -111,7 +111,7 @@ class Parent(Struct):
     digest: str
     """The parent's manifest digest."""
     relation: str
-    """"on" (trained over it), "continue", "merge", "compress" or "compose"."""
+    """"on" (trained over it), "gate" (weighed by it, in this order), "continue", "merge", "compress" or "compose"."""
 
 
 class Manifest(Struct):

@@ -20,6 +20,10 @@ class Method:
     starts_at_base: ClassVar[bool] = True
     """A fresh adapter changes nothing (the law *start* holds it to that)."""
 
+    weighs: ClassVar[bool] = False
+    """It makes gates over other adapters (those of --on), which do not lie beneath it: `build` gets the sites where they
+    act, and its option `children` says how many they are."""
+
     def build(self, sites: Sequence[Site], config: Config) -> Mapping[str, Modification]:
         """{site path: fresh modification}, float32 on the CPU; random numbers from torch's global generator (seeded)."""
         raise NotImplementedError

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
 import torch
 
 from adapterhub.adapter import Modifications, check_range
-from adapterhub.attach import Plan
 from adapterhub.attention import Memory, advances, memories
 from adapterhub.composers import Inside, Mix, Route, Scaled, Stack
+from adapterhub.ensemble import Lanes
+from adapterhub.errors import UsageError
+from adapterhub.expression import Ensemble, Node, Ref, Scale
+from adapterhub.expression import Gate as GateNode
 from adapterhub.expression import Mix as MixNode
-from adapterhub.expression import Node, Ref, Scale
 from adapterhub.expression import Stack as StackNode
+from adapterhub.forward import Plan
+from adapterhub.gate import Gate
 from adapterhub.modification import Modification
 from adapterhub.sites import Site
 
@@ -36,6 +41,23 @@ def assemble(node: Node | None, adapter: Callable[[str], Modifications], join: b
         case MixNode(nodes):
             many = [assemble(inner, adapter, join) for inner in nodes]
             return {path: _mixed([m[path] for m in many if path in m], join) for path in stacked(many)}
+        case GateNode(gate, nodes):
+            many = [assemble(inner, adapter, join) for inner in nodes]
+            return gated(adapter(str(gate)), many, str(gate))
+
+
+def gated(gates: Modifications, children: Sequence[Modifications], name: str) -> Modifications:
+    """Gates over what their children do at each of their sites. Raises UsageError unless they are gates, and every
+    site where a child acts has one."""
+    if not all(len(here) == 1 and isinstance(here[0], Gate) for here in gates.values()):
+        raise UsageError(f"{name} is no gate", "for example: gate(me/router, me/a, me/b), me/router trained as a gate")
+    free = {path for child in children for path in child} - gates.keys()
+    if free:
+        raise UsageError(
+            f"{name} has no gate at {min(free)}, where one of the adapters that it shall weigh acts",
+            "train a gate over these adapters: adapterhub train --method gate --on A --on B",
+        )
+    return {path: [gate.over([Stack(c.get(path, [])) for c in children])] for path, [gate] in gates.items()}
 
 
 def stacked(many: Sequence[Modifications]) -> Modifications:
@@ -58,8 +80,34 @@ def placed(parts: Modifications, sites: Sequence[Site]) -> Modifications:
     return result
 
 
-def build(programs: Sequence[Modifications], rows: int | None, key: object, trains: bool = False) -> Plan:
-    """The plan of a batch whose row i runs programs[i], or of any batch whose rows all run the one program. By module."""
+def batch(
+    nodes: Sequence[Node | Ensemble | None],
+    program: Callable[[Node | None], Modifications],
+    rows: int | None,
+    key: object,
+    trains: bool,
+) -> Plan:
+    """The plan of a batch whose row i is nodes[i], or (a single node) of `rows` rows alike; rows None: of any batch.
+    program: what a node runs, by module."""
+    ensembles = [node.lanes if isinstance(node, Ensemble) else ((1.0, node),) for node in nodes]
+    made = {node: program(node) for lanes in ensembles for _, node in lanes}  # equal rows share one object
+    if not any(isinstance(node, Ensemble) for node in nodes):
+        return build([made[node] for node in nodes], rows, key, trains)
+
+    @cache
+    def for_rows(rows: int) -> Plan:
+        flat = [(row, *lane) for row, lanes in enumerate(ensembles * (rows // len(nodes))) for lane in lanes]
+        lanes = Lanes(rows, tuple(row for row, _, _ in flat), tuple(weight for _, weight, _ in flat))
+        return build([made[node] for _, _, node in flat], rows, key, trains, lanes)
+
+    return Plan(rows=None, key=key, for_rows=for_rows) if rows is None else for_rows(rows)
+
+
+def build(
+    programs: Sequence[Modifications], rows: int | None, key: object, trains: bool = False, lanes: Lanes | None = None
+) -> Plan:
+    """The plan of a batch whose row (of an ensemble: lane) i runs programs[i], or of any batch whose rows all run the
+    one program. By module."""
 
     def gather() -> dict[str, Memory]:
         return memories(programs)
@@ -72,6 +120,7 @@ def build(programs: Sequence[Modifications], rows: int | None, key: object, trai
         frozenset(gathered),
         tuple(moves) if any(moves) else (),
         key,
+        lanes,
     )
 
 

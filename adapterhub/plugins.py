@@ -1,6 +1,6 @@
 """Installed parts, found by entry point. Listing reads metadata only; a part is imported when it is used.
 
-Groups: adapterhub.forms, .methods, .mergers, .codecs, .bases. Built-ins come through the same door.
+Groups: adapterhub.forms, .composers, .methods, .mergers, .codecs, .bases. Built-ins come through the same door.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 
 from adapterhub.errors import PluginError, UsageError
 
-GROUPS = ("forms", "methods", "mergers", "codecs", "bases")
+GROUPS = ("forms", "composers", "methods", "mergers", "codecs", "bases")
 
 
 @cache

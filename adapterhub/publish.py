@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub.adapter import Modifications, forms_of
+from adapterhub.compose import weighed
+from adapterhub.expression import Ensemble, Node, beneath, references
 from adapterhub.manifest import Base, Made, Manifest, Parent, Release, check_name
 from adapterhub.modification import named_tensors
 from adapterhub.tensors import dump
 
 if TYPE_CHECKING:
+    from adapterhub.bases.fingerprint import Fingerprint
     from adapterhub.hub import Hub
 
 
@@ -48,3 +51,33 @@ def publish_tensors(
     )
     tensors = dump(named_tensors(parts))
     return hub.publish(manifest, {"tensors": tensors, **(files or {})}, sketch, version=version)[0]
+
+
+def publish_next(
+    hub: Hub,
+    key: str,
+    parts: Modifications,
+    node: Node | Ensemble,
+    fingerprint: Fingerprint,
+    version: str | None = None,
+) -> Release:
+    """The next version of the adapter `key` ("name@version") with these tensors, trained in the expression `node`. Its
+    parents: the version it goes on from, what it weighs if it is a gate, and the others it was trained over."""
+    before = hub.resolve(key)
+    children = weighed(before.manifest)
+    inside = {key, *(f"{child.name}@{child.version}" for child in children)}
+    others = [hub.resolve(r) for r in dict.fromkeys(references(node)) if str(r) not in inside]
+    parents = [Parent(name=before.name, version=before.version, digest=before.digest, relation="continue"), *children]
+    parents += [Parent(name=r.name, version=r.version, digest=r.digest, relation="on") for r in others]
+    return publish_tensors(
+        hub,
+        parts,
+        name=before.name,
+        version=version,
+        base=fingerprint.base,
+        sketch=fingerprint.sketch,
+        method=before.manifest.method,
+        parents=parents,
+        recipe={"trained_in": str(node), "beneath": beneath(node, key)} if others else {},
+        licence=before.manifest.licence,
+    )

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from adapterhub import plugins
 from adapterhub.adapter import Modifications, as_parameters, check_fit
-from adapterhub.attach import Attachment, Plan
+from adapterhub.attach import Attachment
 from adapterhub.compose import pin
 from adapterhub.device import precision
 from adapterhub.encoding import opened, pad_left, pad_token
-from adapterhub.errors import BatchError, UsageError
-from adapterhub.expression import Ref, beneath, references
+from adapterhub.errors import BatchError, NotFoldable, UsageError
+from adapterhub.expression import Ensemble, Node, Ref, references
 from adapterhub.fold import fold
-from adapterhub.manifest import Parent, Reference, Release, check_name, check_version
+from adapterhub.forward import Plan
+from adapterhub.manifest import Reference, Release, check_name, check_version
 from adapterhub.modification import Modification, named_tensors
-from adapterhub.plan import assemble, build, placed, stacked
+from adapterhub.plan import assemble, batch, placed, stacked
 from adapterhub.residents import Residents
 from adapterhub.sites import sites
 
@@ -130,11 +131,14 @@ class Model:
         self._residents.bind(parts)
         return parts
 
-    def _parts(self, expression: str | None) -> Modifications:
+    def _program(self, node: Node | None) -> Modifications:
+        """What a row runs at each module, new modifications that train on top included."""
+
         def adapter(key: str) -> Modifications:
             return self._trainable.get(key) or self._residents.get(key)
 
-        return assemble(self._residents.node(expression), adapter, join=not self._trains)
+        parts = assemble(node, adapter, join=not self._trains)
+        return placed(stacked([parts, self._new]) if self._new else parts, self.sites)
 
     @property
     def _trains(self) -> bool:
@@ -144,14 +148,10 @@ class Model:
         key = (adapters if isinstance(adapters, str | None) else tuple(adapters), rows)
         if key not in self._plans:
             expressions = [adapters] if isinstance(adapters, str | None) else list(adapters)
-            distinct = {
-                expression: stacked([self._parts(expression), self._new]) for expression in dict.fromkeys(expressions)
-            }
-            distinct = {expression: placed(parts, self.sites) for expression, parts in distinct.items()}
-            programs = [distinct[expression] for expression in expressions]
+            nodes = [self._residents.node(expression) for expression in expressions]
             while len(self._plans) >= 16:  # plans hold gathered tensors
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = build(programs, rows, key, trains=self._trains)
+            self._plans[key] = batch(nodes, self._program, rows, key, self._trains)
         return self._plans[key]
 
     @contextmanager
@@ -174,8 +174,10 @@ class Model:
             raise UsageError("this model is detached or folded", "use the transformers model you got, or load it again")
 
     def keeps_state(self, adapters: Adapters = None) -> bool:
-        """Whether a form among these adapters carries state along a sequence: then no cache can be repeated or cut."""
-        return self._plan(self._default if adapters is None else adapters, None).stateful
+        """Whether a key-value cache of these adapters cannot be repeated or cut: a form among them carries state along a
+        sequence, or the cache holds the lanes of an ensemble."""
+        plan = self._plan(self._default if adapters is None else adapters, None)
+        return plan.stateful or plan.for_rows is not None
 
     # --- calls, as transformers has them -----------------------------------------------------------------------
 
@@ -261,34 +263,23 @@ class Model:
     def save(self, name: str, version: str | None = None) -> Release:
         """A new version of a trainable adapter with its tensors as they are now. Its parents: the version it goes on
         from, and the adapters it was trained over."""
-        from adapterhub.publish import publish_tensors
+        from adapterhub.publish import publish_next
 
         if version is not None:
             check_version(version)
         key = self._trainable_key(check_name(name))
-        before, node = self.hub.resolve(key), self._residents.node(self._default)
-        others = [self.hub.resolve(r) for r in dict.fromkeys(references(node)) if str(r) != key]
-        parents = [Parent(name=before.name, version=before.version, digest=before.digest, relation="continue")]
-        parents += [Parent(name=r.name, version=r.version, digest=r.digest, relation="on") for r in others]
-        return publish_tensors(
-            self.hub,
-            self._trainable[key],
-            name=before.name,
-            version=version,
-            base=self.fingerprint.base,
-            sketch=self.fingerprint.sketch,
-            method=before.manifest.method,
-            parents=parents,
-            recipe={"trained_in": str(node), "beneath": beneath(node, key)} if others else {},
-            licence=before.manifest.licence,
-        )
+        node = self._residents.node(self._default)
+        return publish_next(self.hub, key, self._trainable[key], node, self.fingerprint, version)
 
     # --- for good ----------------------------------------------------------------------------------------------
 
     def fold(self) -> PreTrainedModel:
         """The default expression folded into the base's weights, for good; returns the plain model. See adapterhub.fold."""
         self._require_attached()
-        fold(self.base, placed(self._parts(self._default), self.sites))
+        node = self._residents.node(self._default)
+        if isinstance(node, Ensemble):
+            raise NotFoldable(f"{node} weighs whole models, which is no change of one", "run it attached")
+        fold(self.base, self._program(node))
         self._attachment.close()
         return self.base
 

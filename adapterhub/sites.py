@@ -180,8 +180,9 @@ def current_path(model_type: str, path: str) -> str:
     """The path that a module is known by now, of one that an older transformers may have named otherwise."""
     for pattern, new in family(model_type).aliases:
         if hit := pattern.fullmatch(path):
-            numbers = iter(hit.groups()[1:])
-            return (hit["before"] or "") + re.sub(r"\*", lambda _: next(numbers), new)
+            for number in hit.groups()[1:]:
+                new = new.replace("*", number, 1)
+            return (hit["before"] or "") + new
     return path
 
 

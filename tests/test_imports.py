@@ -43,9 +43,10 @@ MAY = {
     "mergers": "errors mergers",
     "codecs": "errors codecs factors",
     "forms": "errors modification sites forms",
-    "methods": "errors method forms sites modification methods",
+    "methods": "errors method forms gate sites modification methods",
+    "gate": "composers errors modification sites",
     "modification": "errors sites composers",
-    "composers": "modification",
+    "composers": "errors modification sites",
 }
 """What a module (or package) may import of ours, inside functions too."""
 

@@ -6,7 +6,12 @@ from adapterhub import plugins
 from adapterhub.testing import check_part, laws
 
 DECLINED = {
+    ("forms", "affine"): set(),
     ("forms", "bottleneck"): {"fold"},
+    ("forms", "dense"): set(),
+    ("forms", "dora"): set(),
+    ("forms", "prefix"): {"fold"},
+    ("forms", "sparse"): set(),
     ("forms", "low_rank"): set(),
     ("forms", "subspace"): {"fold"},
     ("methods", "bottleneck"): set(),

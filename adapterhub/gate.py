@@ -1,0 +1,82 @@
+"""The gate: a composer with tensors of its own, that learns how much each of its children counts at every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adapterhub.composers import Composite
+from adapterhub.errors import IncompatibleBase, UsageError
+from adapterhub.modification import BARE, Modification, Step, project
+from adapterhub.sites import Site
+
+
+class Gate(Composite):
+    """Σᵢ gᵢ Δᵢ with g = softmax(W x + b), x the site's own input: weight W (children, inputs), bias b (children,).
+
+    A gate between adapters, as in a mixture of experts (Jacobs et al., 1991); every child counts at every token. Its
+    tensors are stored as those of a form are, its children are its release's parents of the relation "gate"."""
+
+    form = "gate"
+    stores = ("weight", "bias")
+    folds = False
+
+    def __init__(self, **tensors: Tensor):
+        super().__init__([])
+        self.tensors = tensors
+
+    def over(self, children: Sequence[Modification]) -> Gate:
+        """The same gate with something to weigh. Raises UsageError for a number of children that is not its own, and
+        for a prefix, which is no change of hidden states."""
+        if len(children) != len(self.bias):
+            raise UsageError(
+                f"a gate over {len(self.bias)} adapters was given {len(children)}", "give as many as it was trained on"
+            )
+        if any(child.lanes() != BARE for child in children):
+            raise UsageError("a gate weighs changes of hidden states, and a prefix is none", "leave the prefix out")
+        gate = Gate(**self.tensors)
+        gate.parts = list(children)
+        return gate
+
+    def check(self, site: Site) -> None:
+        children = len(self.bias)
+        if self.weight.shape != (children, site.inputs) or self.bias.shape != (children,):
+            raise IncompatibleBase(
+                f"a gate of shape {tuple(self.weight.shape)} does not fit a site with {site.inputs} inputs",
+                "install the base that the adapter was made for",
+            )
+
+    def to(self, device=None, dtype=None) -> Modification:
+        moved = super().to(device, dtype)
+        tensors = {name: t.to(device, dtype) for name, t in self.tensors.items()}
+        if all(tensors[name] is t for name, t in self.tensors.items()):
+            return moved
+        gate = Gate(**tensors)
+        gate.parts = moved.parts
+        return gate
+
+    def shares(self, x: Tensor) -> Tensor:
+        """(..., children), each row adds up to 1."""
+        return torch.softmax(project(x, self.weight, self.bias), -1)
+
+    def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
+        step.kept["shares"] = self.shares(x)  # of what came in, not of what the children make of it
+        return self._weighed([part.delta_in(x, step.child(i)) for i, part in enumerate(self.parts)], step)
+
+    def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
+        if "shares" not in step.kept:
+            step.kept["shares"] = self.shares(x)
+        return self._weighed([part.delta_out(x, y, step.child(i)) for i, part in enumerate(self.parts)], step)
+
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return Modification.delta_weight(self, weight, bias)  # every token has its own
+
+    def _weighed(self, changes: Sequence[Tensor | None], step: Step) -> Tensor | None:
+        total = None
+        for share, change in zip(step.kept["shares"].unbind(-1), changes, strict=True):
+            if change is not None:
+                term = share[..., None] * change
+                total = term if total is None else total + term
+        return total

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapterhub.errors import UsageError
+from adapterhub.errors import NotFoldable, UsageError
 from adapterhub.modification import BARE, Lane, Modification, Step
 from adapterhub.sites import Columns
 
@@ -63,12 +63,17 @@ class Scaled(Composite):
         self.weight = weight
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        return _times(self.parts[0].delta_in(x, step), self.weight)
+        change = self.parts[0].delta_in(x, step.child(0))
+        step.kept["missing"] = _times(change, 1 - self.weight)
+        return _times(change, self.weight)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
-        return _times(self.parts[0].delta_out(x, y, step), self.weight)
+        seen = _plus(x, step.kept.get("missing"))  # its own change of the input, whole
+        return _times(self.parts[0].delta_out(seen, y, step.child(0)), self.weight)
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if self.weight not in (0, 1):
+            _require_one_end(self.parts)
         w, b = self.parts[0].delta_weight(weight, bias)
         return _times(w, self.weight), _times(b, self.weight)
 
@@ -124,16 +129,26 @@ class Stack(Composite):
 class Mix(Composite):
     """Side by side: all see the same hidden states, their changes are added (scale the parts for a weighted sum).
 
-    Of modifications that change the input this is the first-order sum: the output changes all see the changed input."""
+    Of parts that change the input this is the first-order sum: there is one y, that of the input with all their changes."""
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        return _sum(part.delta_in(x, step.child(i)) for i, part in enumerate(self.parts))
+        changes = [part.delta_in(x, step.child(i)) for i, part in enumerate(self.parts)]
+        total = _sum(changes)
+        step.kept["others"] = {i: _plus(total, _times(c, -1)) for i, c in enumerate(changes) if c is not total}
+        return total
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
-        return _sum(part.delta_out(x, y, step.child(i)) for i, part in enumerate(self.parts))
+        others = step.kept.get("others", {})
+        return _sum(
+            part.delta_out(x - others[i] if i in others else x, y, step.child(i)) for i, part in enumerate(self.parts)
+        )
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        deltas = [part.delta_weight(weight, bias) for part in self.parts]
+        if len(self.parts) > 1:
+            _require_one_end(self.parts)
+        into = [part.delta_weight(weight, bias) for part in self.parts if part.changes_input]
+        weight, bias = _plus(weight, _sum(w for w, _ in into)), _plus(bias, _sum(b for _, b in into))
+        deltas = into + [part.delta_weight(weight, bias) for part in self.parts if not part.changes_input]
         return _sum(w for w, _ in deltas), _sum(b for _, b in deltas)
 
     @property
@@ -202,6 +217,21 @@ class Route(Composite):
                 total = torch.zeros_like(like) if total is None else total
                 total = total.index_add(0, rows, value.to(total.dtype))
         return total
+
+
+def _require_one_end(parts: Sequence[Modification]) -> None:
+    """Raise NotFoldable if one of them changes the input and also reads the output that comes of it: weighed, the two
+    are no sum of changes of a weight."""
+    for part in parts:
+        if part.changes_input and any(not leaf.additive and not leaf.changes_input for leaf in _leaves(part)):
+            raise NotFoldable(
+                "what changes a site's input and reads its output is no change of a weight once scaled or mixed",
+                "stack it at full weight: 'a + b', or run it attached",
+            )
+
+
+def _leaves(part: Modification) -> list[Modification]:
+    return [leaf for inner in part.parts for leaf in _leaves(inner)] if isinstance(part, Composite) else [part]
 
 
 def _a_weight(part: Modification) -> bool:

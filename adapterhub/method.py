@@ -20,6 +20,10 @@ class Method:
     starts_at_base: ClassVar[bool] = True
     """A fresh adapter changes nothing (the law *start* holds it to that)."""
 
+    float32_base: ClassVar[bool] = False
+    """It trains through the base's own weights (W + ΔW), where bfloat16 would round small changes away: it needs the
+    base in float32."""
+
     def build(self, sites: Sequence[Site], config: Config) -> Mapping[str, Modification]:
         """{site path: fresh modification}, float32 on the CPU; random numbers from torch's global generator (seeded)."""
         raise NotImplementedError

@@ -6,12 +6,21 @@ from adapterhub import plugins
 from adapterhub.testing import check_part, laws
 
 DECLINED = {
+    ("forms", "affine"): set(),
     ("forms", "bottleneck"): {"fold"},
+    ("forms", "dense"): set(),
+    ("forms", "dora"): set(),
     ("forms", "low_rank"): set(),
+    ("forms", "prefix"): {"fold"},
+    ("forms", "sparse"): set(),
     ("forms", "subspace"): {"fold"},
+    ("methods", "bitfit"): set(),
     ("methods", "bottleneck"): set(),
+    ("methods", "full"): set(),
+    ("methods", "ia3"): set(),
     ("methods", "lora"): set(),
     ("methods", "loreft"): set(),
+    ("methods", "prefix"): {"start"},
     ("mergers", "linear"): set(),
     ("codecs", "compeft"): set(),
     ("codecs", "svd"): set(),

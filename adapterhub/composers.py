@@ -63,13 +63,17 @@ class Scaled(Composite):
         self.weight = weight
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        return _times(self.parts[0].delta_in(x, step), self.weight)
+        change = self.parts[0].delta_in(x, step.child(0))
+        step.kept["missing"] = _times(change, 1 - self.weight)
+        return _times(change, self.weight)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
-        return _times(self.parts[0].delta_out(x, y, step), self.weight)
+        seen = _plus(x, step.kept.get("missing"))  # its own change of the input, whole
+        return _times(self.parts[0].delta_out(seen, y, step.child(0)), self.weight)
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        _require_one_sided(self.parts)
+        if self.weight not in (0, 1):
+            _require_one_end(self.parts)
         w, b = self.parts[0].delta_weight(weight, bias)
         return _times(w, self.weight), _times(b, self.weight)
 
@@ -125,23 +129,27 @@ class Stack(Composite):
 class Mix(Composite):
     """Side by side: all see the same hidden states, their changes are added (scale the parts for a weighted sum).
 
-    Of modifications that change the input this is the first-order sum: the output changes all see the changed input."""
+    Of parts that change the input this is the first-order sum: there is one y, that of the input with all their changes."""
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        return _sum(part.delta_in(x, step.child(i)) for i, part in enumerate(self.parts))
+        changes = [part.delta_in(x, step.child(i)) for i, part in enumerate(self.parts)]
+        total = _sum(changes)
+        step.kept["others"] = {i: _plus(total, _times(c, -1)) for i, c in enumerate(changes) if c is not total}
+        return total
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
-        return _sum(part.delta_out(x, y, step.child(i)) for i, part in enumerate(self.parts))
+        others = step.kept.get("others", {})
+        return _sum(
+            part.delta_out(x - others[i] if i in others else x, y, step.child(i)) for i, part in enumerate(self.parts)
+        )
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        _require_one_sided(self.parts)
-        # Every change of the output sees the mixed input, so the changes of the input come last, on the weight that all
-        # the others have made.
-        outer = [p.delta_weight(weight, bias) for p in self.parts if not p.changes_input]
-        out_weight, out_bias = _sum(w for w, _ in outer), _sum(b for _, b in outer)
-        weight, bias = _plus(weight, out_weight), _plus(bias, out_bias)
-        into = [p.delta_weight(weight, bias) for p in self.parts if p.changes_input]
-        return _plus(out_weight, _sum(w for w, _ in into)), _plus(out_bias, _sum(b for _, b in into))
+        if len(self.parts) > 1:
+            _require_one_end(self.parts)
+        into = [part.delta_weight(weight, bias) for part in self.parts if part.changes_input]
+        weight, bias = _plus(weight, _sum(w for w, _ in into)), _plus(bias, _sum(b for _, b in into))
+        deltas = into + [part.delta_weight(weight, bias) for part in self.parts if not part.changes_input]
+        return _sum(w for w, _ in deltas), _sum(b for _, b in deltas)
 
     @property
     def advance(self) -> int:
@@ -211,25 +219,25 @@ class Route(Composite):
         return total
 
 
+def _require_one_end(parts: Sequence[Modification]) -> None:
+    """Raise NotFoldable if one of them changes the input and also reads the output that comes of it: weighed, the two
+    are no sum of changes of a weight."""
+    for part in parts:
+        if part.changes_input and any(not leaf.additive and not leaf.changes_input for leaf in _leaves(part)):
+            raise NotFoldable(
+                "what changes a site's input and reads its output is no change of a weight once scaled or mixed",
+                "stack it at full weight: 'a + b', or run it attached",
+            )
+
+
+def _leaves(part: Modification) -> list[Modification]:
+    return [leaf for inner in part.parts for leaf in _leaves(inner)] if isinstance(part, Composite) else [part]
+
+
 def _a_weight(part: Modification) -> bool:
     """Whether it may be a change of a weight (some find out only when asked)."""
     inner = part.parts if isinstance(part, Composite) else []
     return all(map(_a_weight, inner)) if inner else type(part).delta_weight is not Modification.delta_weight
-
-
-def _sides(part: Modification) -> set[bool]:
-    """Whether what it is made of changes the input, the output, or both."""
-    parts = part.parts if isinstance(part, Composite) else []
-    return {side for inner in parts for side in _sides(inner)} if parts else {part.changes_input}
-
-
-def _require_one_sided(parts: Sequence[Modification]) -> None:
-    """Weighing changes of the input and of the output apart, as the hooks do, is no change of one weight."""
-    if any(len(_sides(part)) > 1 for part in parts):
-        raise NotFoldable(
-            "a weighed stack of changes of the input and of the output is not a change of a weight",
-            "run it attached, or weigh its parts one by one: '0.5*a + 0.5*b'",
-        )
 
 
 def _weighed(lanes: Sequence[Lane], weight: float) -> list[Lane]:

@@ -62,21 +62,25 @@ class Gate(Composite):
         return torch.softmax(project(x, self.weight, self.bias), -1)
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        step.kept["shares"] = self.shares(x)  # of what came in, not of what the children make of it
-        return self._weighed([part.delta_in(x, step.child(i)) for i, part in enumerate(self.parts)], step)
+        shares = step.kept["shares"] = self.shares(x)  # of what came in, not of what the children make of it
+        own = [part.delta_in(x, step.child(i)) for i, part in enumerate(self.parts)]
+        step.kept["seen"] = [x if change is None else x + change for change in own]  # each its own, as in a mix
+        return _weighed(shares, own)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
-        if "shares" not in step.kept:
-            step.kept["shares"] = self.shares(x)
-        return self._weighed([part.delta_out(x, y, step.child(i)) for i, part in enumerate(self.parts)], step)
+        shares = step.kept["shares"] if "shares" in step.kept else self.shares(x)
+        seen = step.kept.get("seen", [x] * len(self.parts))
+        changes = [part.delta_out(seen[i], y, step.child(i)) for i, part in enumerate(self.parts)]
+        return _weighed(shares, changes)
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return Modification.delta_weight(self, weight, bias)  # every token has its own
 
-    def _weighed(self, changes: Sequence[Tensor | None], step: Step) -> Tensor | None:
-        total = None
-        for share, change in zip(step.kept["shares"].unbind(-1), changes, strict=True):
-            if change is not None:
-                term = share[..., None] * change
-                total = term if total is None else total + term
-        return total
+
+def _weighed(shares: Tensor, changes: Sequence[Tensor | None]) -> Tensor | None:
+    total = None
+    for share, change in zip(shares.unbind(-1), changes, strict=True):
+        if change is not None:
+            term = share[..., None] * change
+            total = term if total is None else total + term
+    return total

@@ -23,6 +23,9 @@ class Method:
     weighs: ClassVar[bool] = False
     """It makes gates over other adapters (those of --on), which do not lie beneath it: `build` gets the sites where they
     act, and its option `children` says how many they are."""
+    float32_base: ClassVar[bool] = False
+    """It trains through the base's own weights (W + ΔW), where bfloat16 would round small changes away: it needs the
+    base in float32."""
 
     def build(self, sites: Sequence[Site], config: Config) -> Mapping[str, Modification]:
         """{site path: fresh modification}, float32 on the CPU; random numbers from torch's global generator (seeded)."""

@@ -115,7 +115,7 @@ class Modification:
 
     def bind(self, weight: Tensor | None) -> None:
         """Meet the base's weight at the site, (outputs, inputs), once, before the first forward; never change it.
-        None where the site is no matrix."""
+        None where the site is no matrix. A fresh modification may take its start from it (DoRA's magnitude)."""
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
         """Δx, added to what goes into the site; x (rows, tokens, inputs). None: nothing."""

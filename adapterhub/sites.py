@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,8 @@ class Site:
     """Which of its module's outputs it is; None: all."""
     heads: Heads | None = None
     """Of an attention, and of the projection after it."""
+    bias: bool = False
+    """Whether the module adds a bias of its own to what comes out."""
 
     @property
     def module(self) -> str:
@@ -133,7 +135,10 @@ def sites(model: PreTrainedModel) -> list[Site]:
             found.append(Site(path, role, module.num_embeddings, module.embedding_dim, False, part))
         elif role:
             found.append(Site(path, role, width, width, False, part, heads=here))
-    return found
+    biased = {
+        path.rpartition(".")[0] for path, _ in model.named_parameters(remove_duplicate=False) if path.endswith(".bias")
+    }
+    return [replace(site, bias=site.module in biased) for site in found]
 
 
 def _heads(config: Any) -> Heads | None:

@@ -89,7 +89,14 @@ def test_generation_holds_lanes_in_its_cache(model):
 def test_sampling_draws_from_the_summed_logits(model, repeats):
     texts = sequences(5, 8, 3, 7, 6)
     ids, mask = padded(texts, "left")
-    options = {"max_new_tokens": 4, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 0.7, "eos_token_id": None}
+    options = {
+        "max_new_tokens": 4,
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        "temperature": 0.7,
+        "eos_token_id": None,
+    }
     torch.manual_seed(11)
     out = model.generate(input_ids=ids, attention_mask=mask, adapters=ROWS, num_return_sequences=repeats, **options)
     torch.manual_seed(11)

@@ -37,6 +37,10 @@ class Affine(Modification):
     def check(self, site: Site) -> None:
         inputs, outputs = site.inputs, site.outputs
         width = inputs if self.into else outputs
+        if self.into and (site.embedding or site.columns):
+            raise IncompatibleBase(
+                "what goes in is not this site's own to scale or shift", "put it at the whole module, or at its output"
+            )
         if any(t.shape != (width,) for name, t in self.tensors.items() if name != "side") or len(self.tensors) < 2:
             raise IncompatibleBase(
                 f"a gain or shift that is not {width} numbers does not fit a site of {inputs} to {outputs}",
@@ -69,6 +73,6 @@ class Affine(Modification):
 
     @classmethod
     def random(cls, site: Site) -> Affine:
-        into = bool(torch.rand(()) < 0.5) and not site.embedding
+        into = bool(torch.rand(()) < 0.5) and not (site.embedding or site.columns)
         width = site.inputs if into else site.outputs
         return cls.of(gain=0.2 * torch.randn(width), shift=0.05 * torch.randn(width), into=into)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from adapterhub.errors import IncompatibleBase, NotFoldable
@@ -15,8 +15,8 @@ class DoRA(Modification):
     """W' = m V / |V| row by row, V = W + s·BA, and the change it makes is W' - W, of the *base's* W: so it only reads the
     site's input, and adds to what stands there as low rank does.
 
-    down A (r, inputs), up B (outputs, r), scale s (), magnitude m (outputs,). As in the paper (section 4.3) no gradient
-    goes through |V|."""
+    down A (r, inputs), up B (outputs, r), scale s (), magnitude m (outputs,); a fresh one has none until it meets the
+    base's weight, whose row lengths it starts from. As in the paper (section 4.3) no gradient goes through |V|."""
 
     form = "dora"
     additive = True
@@ -30,7 +30,9 @@ class DoRA(Modification):
     def check(self, site: Site) -> None:
         inputs, outputs = site.inputs, site.outputs
         rank = self.down.shape[0]
-        shapes = (self.down.shape, self.up.shape, self.magnitude.shape, self.scale.shape)
+        magnitude = self.tensors.get("magnitude")
+        lengths = (outputs,) if magnitude is None else magnitude.shape
+        shapes = (self.down.shape, self.up.shape, lengths, self.scale.shape)
         if shapes != ((rank, inputs), (outputs, rank), (outputs,), ()):
             raise IncompatibleBase(
                 f"DoRA tensors of shapes {[tuple(s) for s in shapes]} do not fit a site of {inputs} to {outputs}",
@@ -39,6 +41,9 @@ class DoRA(Modification):
 
     def bind(self, weight: Tensor | None) -> None:
         self._weight, self._ratio = weight, None
+        if weight is not None and "magnitude" not in self.tensors:
+            lengths = weight.detach().to(self.up.device, self.up.dtype).norm(dim=1)
+            self.tensors["magnitude"] = nn.Parameter(lengths) if self.up.requires_grad else lengths
         if weight is not None and not self.magnitude.requires_grad:
             self._ratio = self._lengths().to(self.magnitude.dtype)
 

@@ -1,4 +1,5 @@
-"""LoRA and rsLoRA: a trained low-rank change of linear layers (Hu et al., 2022; Kalajdzievski, "rsLoRA", 2023)."""
+"""LoRA, rsLoRA and DoRA: a trained low-rank change of linear layers (Hu et al., 2022; Kalajdzievski, "rsLoRA", 2023; Liu
+et al., "DoRA", 2024)."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from adapterhub.errors import UsageError
+from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.method import Method
 from adapterhub.sites import Site, select
 
 
 class LoRA(Method):
-    """y + s·B(Ax), A random and B zero at the start; s = alpha/r, or alpha/sqrt(r) for rsLoRA. Options as PEFT's."""
+    """y + s·B(Ax), A random and B zero at the start; s = alpha/r, or alpha/sqrt(r) for rsLoRA. DoRA trains the lengths of
+    the changed weight's rows besides, from the base's own. Options as PEFT's."""
 
     @dataclass(frozen=True)
     class Config:
@@ -27,6 +30,7 @@ class LoRA(Method):
         target_modules: str | tuple[str, ...] = "all-linear"
         """Roles ("query"), module names ("q_proj") or "all-linear"."""
         use_rslora: bool = False
+        use_dora: bool = False
         lora_dropout: float = 0.0
         """Probability that an input of A is dropped while training."""
         rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -41,7 +45,7 @@ class LoRA(Method):
                 if not math.isfinite(alpha):
                     raise UsageError(f"lora_alpha is {alpha}", "give a number, for example --set lora_alpha=16")
 
-    def build(self, sites: Sequence[Site], config: Config) -> Mapping[str, LowRank]:
+    def build(self, sites: Sequence[Site], config: Config) -> Mapping[str, LowRank | DoRA]:
         if not 0 <= config.lora_dropout < 1:
             raise UsageError(f"lora_dropout is {config.lora_dropout}", "give a probability from 0 to below 1")
         chosen = select(sites, config.target_modules)
@@ -55,13 +59,14 @@ class LoRA(Method):
             )
         return {site.path: self.fresh(site, config) for site in chosen}
 
-    def fresh(self, site: Site, config: Config) -> LowRank:
+    def fresh(self, site: Site, config: Config) -> LowRank | DoRA:
         rank, scale = rank_and_scale(
             site.path, config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern
         )
         down = torch.empty(rank, site.inputs)
         torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # as PEFT and the paper's code
-        made = LowRank(down=down, up=torch.zeros(site.outputs, rank), scale=torch.tensor(scale))
+        form = DoRA if config.use_dora else LowRank
+        made = form(down=down, up=torch.zeros(site.outputs, rank), scale=torch.tensor(scale))
         made.dropout = config.lora_dropout
         return made
 

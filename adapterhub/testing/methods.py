@@ -21,6 +21,9 @@ from adapterhub.testing.forms import Declined
 from adapterhub.trainer import Schedule, fit
 
 STEPS = 24
+RATES = (1e-2, 1e-1)
+"""Learning rates. What starts near 1 (a gain) or shares the attention with tokens (a prefix) moves far in few steps only
+at the second."""
 
 
 def _fresh(method: type[Method], device: str) -> Model:
@@ -40,13 +43,13 @@ def _examples() -> list[Example]:
     return [Example(i, tuple(row), len(row) - 3) for i, row in enumerate(rows)]
 
 
-def _train(method: type[Method], model: Model, folder: str) -> list[float]:
+def _train(method: type[Method], model: Model, folder: str, lr: float = RATES[0]) -> list[float]:
     """The losses of each step, the rows in shuffled batches of 4."""
 
     def after_step() -> None:
         method().after_step({path: part for path, [part] in model.new_modifications().items()})
 
-    schedule = Schedule(STEPS, batch_size=4, lr=1e-2, warmup=0, seed=0, gradient_checkpointing=False)
+    schedule = Schedule(STEPS, batch_size=4, lr=lr, warmup=0, seed=0, gradient_checkpointing=False)
     log = fit(model, _examples(), 0, schedule, Path(folder), STEPS // 3, after_step, method.__name__)
     return [entry["loss"] for entry in log]
 
@@ -68,11 +71,14 @@ def start(method: type[Method], device: str) -> None:
 
 
 def learn(method: type[Method], device: str) -> None:
-    """A few passes over twelve rows lower their loss."""
-    with TemporaryDirectory() as folder:
-        losses = _train(method, _fresh(method, device), folder)
-    first, last = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
-    assert last < 0.9 * first, f"the loss went from {first:.3f} to {last:.3f} in {STEPS} steps"
+    """A few passes over twelve rows lower their loss, at one of two learning rates."""
+    for lr in RATES:
+        with TemporaryDirectory() as folder:
+            losses = _train(method, _fresh(method, device), folder, lr)
+        first, last = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
+        if last < 0.9 * first:
+            return
+    raise AssertionError(f"the loss went from {first:.3f} to {last:.3f} in {STEPS} steps")
 
 
 def gradients(method: type[Method], device: str) -> None:

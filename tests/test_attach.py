@@ -113,9 +113,9 @@ def test_input_changes_in_stacks_mixes_and_scales():
     assert through(Stack([t, t]), x) == 4 + 40 + 20
     # The last is outermost: 1 more goes in first, then the double of that.
     assert Stack([t, More()]).delta_in(x, Step()) == 3 and Stack([More(), t]).delta_in(x, Step()) == 2
-    assert through(Mix([t, t]), x) == 3 + 30 + 30  # first order: both add x, both see 3
-    assert through(Mix([Stack([t]), Stack([t])]), x) == 63  # as the planner builds it
-    assert through(Scaled(t, 0.5), x) == through(Scaled(Stack([t]), 0.5), x) == 1.5 + 7.5
+    assert through(Mix([t, t]), x) == 3 + 20 + 20  # first order: both add x to what goes in, each reads its own 2
+    assert through(Mix([Stack([t]), Stack([t])]), x) == 43  # as the planner builds it
+    assert through(Scaled(t, 0.5), x) == through(Scaled(Stack([t]), 0.5), x) == 1.5 + 10  # half of each of its changes
 
 
 def test_a_scale_is_the_same_on_a_bfloat16_base():

@@ -10,7 +10,7 @@ from adapterhub.errors import HubError
 from adapterhub.hub import Hub, open
 
 if TYPE_CHECKING:
-    from adapterhub.method import Method
+    from adapterhub.method import Method, Stage
     from adapterhub.modification import Modification, Step
     from adapterhub.runtime import Model
     from adapterhub.sites import Site
@@ -22,10 +22,11 @@ _LAZY = {
     "Model": "adapterhub.runtime",
     "Modification": "adapterhub.modification",
     "Site": "adapterhub.sites",
+    "Stage": "adapterhub.method",
     "Step": "adapterhub.modification",
 }
 
-__all__ = ["Codec", "Hub", "HubError", "Merger", "Method", "Model", "Modification", "Site", "Step", "open"]
+__all__ = ["Codec", "Hub", "HubError", "Merger", "Method", "Model", "Modification", "Site", "Stage", "Step", "open"]
 
 
 def __getattr__(name: str):

@@ -1,13 +1,50 @@
-"""A method is how an adapter is made: which sites, what to start from, what to keep true while it trains."""
+"""A method is how an adapter is made: in which stages, at which sites, from what, under which objective, and what stays
+true while it trains. Most have one stage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterhub.modification import Modification
 from adapterhub.sites import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Parts = Mapping[str, Modification]
+"""{site path: what is trained there}."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a method: from fresh modifications, with an optimiser and a schedule of its own.
+
+    What is trained are the modifications it builds; those of the stage before are no longer on the model. The
+    modifications of the last stage, trained, are the adapter."""
+
+    name: str
+    """[a-z][a-z0-9_]*; none twice in a method."""
+    build: Callable[[Sequence[Site], Parts], Parts]
+    """(sites, before) -> fresh modifications, float32 on the CPU; random numbers from torch's global generator (seeded).
+
+    before: the stage before, trained, on the CPU; {} for the first. An adapter that goes on (`--continue`) is built by
+    the last stage alone, with itself as `before`; the stored tensors then take the place of the fresh ones."""
+    share: float = 1.0
+    """Of the run's steps, relative to the other stages' shares."""
+    lr: float = 1.0
+    """Times the run's learning rate. In each stage it rises over the run's warmup (or a tenth of the stage) and falls
+    to 0."""
+    penalty: Callable[[Parts], Tensor] | None = None
+    """Added to the loss at every step, () float: an L1 norm, for example."""
+    after_step: Callable[[Parts], None] | None = None
+    """Called after each optimiser step, without gradients: put tensors back where they must lie, in place."""
+    options: Mapping[str, Any] | None = None
+    """The options that decide what comes out of it; None: all. Runs that share these, and all else that decides,
+    share the stage: it is trained once."""
+    note: Callable[[Parts], Mapping[str, Any]] | None = None
+    """What the recipe shall say of it once it is trained: what was selected, for example. As JSON has it."""
 
 
 class Method:
@@ -19,7 +56,6 @@ class Method:
 
     starts_at_base: ClassVar[bool] = True
     """A fresh adapter changes nothing (the law *start* holds it to that)."""
-
     weighs: ClassVar[bool] = False
     """It makes gates over other adapters (those of --on), which do not lie beneath it: `build` gets the sites where they
     act, and its option `children` says how many they are."""
@@ -33,3 +69,8 @@ class Method:
 
     def after_step(self, modifications: Mapping[str, Modification]) -> None:
         """Called after each optimiser step, without gradients: put tensors back where they must lie, in place."""
+
+    def stages(self, config: Config) -> Sequence[Stage]:
+        """The trainings that make an adapter, in order. Refuse here, or in the first one's build, what cannot be done:
+        later stages begin after hours."""
+        return [Stage("train", lambda sites, before: self.build(sites, config), after_step=self.after_step)]

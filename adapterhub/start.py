@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
 
 from adapterhub import plugins
 from adapterhub.adapter import Adapter, Modifications, forms_of
@@ -15,7 +14,7 @@ from adapterhub.compose import expand
 from adapterhub.errors import UsageError
 from adapterhub.expression import parse, references
 from adapterhub.manifest import Made, Parent, Release
-from adapterhub.method import Method
+from adapterhub.method import Method, Parts, Stage
 from adapterhub.runtime import Model
 
 if TYPE_CHECKING:
@@ -34,43 +33,31 @@ class Start:
     """The frozen adapters under it, as an expression."""
     goes_on: Release | None
 
-    def attach(self, hub: Hub, model: Model, seed: int, force: bool) -> None:
-        """Put the parts to train on the model."""
-        parts: Modifications = {}
-        if self.method is not None:
-            torch.manual_seed(seed)
-            parts = {path: [part] for path, part in self.method.build(model.sites, self.config).items()}
-        if self.goes_on is not None:
-            from adapterhub.bases.fingerprint import check_base
+    def stages(self, hub: Hub, model: Model, force: bool) -> Sequence[Stage]:
+        """What is trained, in order. An adapter that goes on has one stage: the last of its method."""
+        if self.goes_on is None:
+            return self.method.stages(self.config)
+        from adapterhub.bases.fingerprint import check_base
 
-            record = self.goes_on.manifest.base
-            check_base(record, hub.store.read(record.sketch.digest), model.fingerprint, force=force)
-            parts = self._continued(parts, Adapter.load(hub, self.goes_on).modifications())
-        model.attach_new(parts)
-        if not model.trainable_parameters():
-            raise UsageError(f"there is nothing to train: {self._name} made no tensors", "check its options")
-
-    def _continued(self, fresh: Modifications, stored: Modifications) -> Modifications:
-        """What its method makes (with dropout and whatever else is not stored) around the stored tensors."""
+        record = self.goes_on.manifest.base
+        check_base(record, hub.store.read(record.sketch.digest), model.fingerprint, force=force)
+        stored = Adapter.load(hub, self.goes_on).modifications()
         if self.method is None:
-            return stored
-        if forms_of(fresh) != forms_of(stored):
+            return [Stage("train", lambda sites, before: stored)]
+        last = self.method.stages(self.config)[-1]
+        single = {path: parts[0] for path, parts in stored.items()}
+        return [replace(last, build=lambda sites, before: self._continued(last.build(sites, single), stored))]
+
+    def _continued(self, fresh: Parts, stored: Modifications) -> Parts:
+        """What its method makes (with dropout and whatever else is not stored) around the stored tensors."""
+        if forms_of({path: [part] for path, part in fresh.items()}) != forms_of(stored):
             raise UsageError(
-                f"{self.goes_on} is not what its method {self._name} makes of this base, so it cannot go on",
+                f"{self.goes_on} is not what its method {self.made.name!r} makes of this base, so it cannot go on",
                 "train a new adapter over it: --on",
             )
-        for path, parts in fresh.items():
-            for part, source in zip(parts, stored[path], strict=True):
-                part.tensors = source.tensors
+        for path, part in fresh.items():
+            part.tensors = stored[path][0].tensors
         return fresh
-
-    @property
-    def _name(self) -> str:
-        return repr(self.made.name) if self.made else "no method"
-
-    def after_step(self, parts: Modifications) -> None:
-        if self.method is not None:
-            self.method.after_step({path: part for path, [part] in parts.items()})
 
 
 def start(

@@ -21,13 +21,16 @@ from adapterhub.device import memory_told
 from adapterhub.encoding import Example, check_vocabulary, encode, pad_token
 from adapterhub.errors import NameInUse, UsageError
 from adapterhub.evaluate import evaluate
-from adapterhub.manifest import Reference, Release, canonical, check_name, check_seed, check_version, digest_of
+from adapterhub.manifest import Made, Reference, Release, canonical, check_name, check_seed, check_version, digest_of
+from adapterhub.method import Stage
 from adapterhub.modification import named_tensors
 from adapterhub.publish import publish_tensors
 from adapterhub.runtime import Model, load
-from adapterhub.start import start
+from adapterhub.stages import Planned, attach, forget, planned
+from adapterhub.stages import run as run_stages
+from adapterhub.start import Start, start
 from adapterhub.tensors import check_finite
-from adapterhub.trainer import Schedule, fit
+from adapterhub.trainer import Schedule
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
@@ -75,14 +78,17 @@ def train(
         as an expression in the recipe's "beneath"
     continue_from: the adapter that goes on, over what its recipe says was beneath it, as a new version
     epochs (3) or steps: how long; lr rises over `warmup` steps (a tenth of all) and falls linearly to 0; AdamW without
-        weight decay, gradients clipped at norm 1
+        weight decay, gradients clipped at norm 1. A method in stages shares the steps out among them: each has its own
+        optimiser and schedule, and what was found on the way is in the recipe's "found"
     max_length: tokens of a row; longer ones are cut, with a warning
     dtype: of the base: float32, bfloat16, float16, "stored", or "auto", what was measured to be fastest
-        (adapterhub.device); the adapter trains in float32
+        (adapterhub.device), or float32 for a method that trains through the base's weights, which needs it; the adapter
+        trains in float32
     save_every: steps between checkpoints (a tenth of all, at most 100). They lie in the hub's folder `training`, named
         by everything that decides the result: the same call again goes on from the last (unless resume is False), and
         ends with the same bytes as if it had never stopped. A run that is published under the name (and version, if one
-        is given) is not trained again: its bytes are known, and its release is returned.
+        is given) is not trained again: its bytes are known, and its release is returned. A finished stage that is not
+        the last is kept in `training/stages` for other runs that share it; remove that folder to free its room.
 
     Raises UsageError, NotFound, NameInUse, DataError, PluginError and IncompatibleBase before training begins; HubError
     when it diverges or memory runs out and NoEffect if nothing was learned: then nothing is published."""
@@ -110,26 +116,28 @@ def train(
         raise UsageError(f"the licence {licence!r} holds control characters", "for example licence Apache-2.0")
     rows, held_out = read(data), read(eval_data) if eval_data is not None else None
 
-    model = load(hub, base, begin.beneath, dtype=dtype, device=device, force=force)
+    model = load(hub, base, begin.beneath, dtype=_precision(begin, dtype), device=device, force=force)
     try:
-        begin.attach(hub, model, seed, force)
+        _check_precision(begin, str(model.base.dtype).removeprefix("torch."))
+        stages = begin.stages(hub, model, force)
+        attach(model, stages[0], {}, seed)  # what it refuses is refused before anything is written
         examples = _examples(rows, model, max_length)
         if held_out is not None:
             _examples(held_out, model, max_length)
         steps = steps or math.ceil(math.ceil(len(examples) / batch_size) * (epochs or 3))
-        warmup = steps // 10 if warmup is None else warmup
-        schedule = Schedule(steps, batch_size, lr, warmup, seed, gradient_checkpointing)
+        schedule = Schedule(
+            steps, batch_size, lr, steps // 10 if warmup is None else warmup, seed, gradient_checkpointing
+        )
         recipe = _recipe(rows, schedule, max_length, model)
         if begin.beneath is not None:
             recipe["beneath"] = begin.beneath
-        run = {
-            "name": name,
-            "base": model.fingerprint.base,
-            "method": begin.made,
-            "parents": begin.parents,
-            "recipe": recipe,
-        }
-        folder = hub.root / "training" / digest_of(_bytes(run)).removeprefix("sha256:")
+        made = {"base": model.fingerprint.base, "method": begin.made, "parents": begin.parents}
+        plan = _plan(stages, schedule, warmup, made, recipe)
+        if len(plan) > 1:
+            recipe["stages"] = [part.told for part in plan]
+        run = {"name": name, **made, "recipe": recipe}
+        training = hub.root / "training"
+        folder, kept = training / digest_of(_bytes(run)).removeprefix("sha256:"), training / "stages"
         told = {"licence": licence, "eval": held_out and held_out.digest}
         if (release := _published(hub, version, run | told)) is not None:
             shutil.rmtree(folder, ignore_errors=True)  # it was killed after it was published
@@ -137,19 +145,12 @@ def train(
         durable.make_folder(folder)
         with durable.lock(folder / "lock"):
             if not resume:
-                for checkpoint in folder.glob("checkpoint-*"):
-                    shutil.rmtree(checkpoint)
+                forget(plan, folder, kept)
             with memory_told("a smaller batch_size or max_length, or gradient_checkpointing"):
-                log = fit(
-                    model,
-                    examples,
-                    pad_token(model.tokenizer),
-                    schedule,
-                    folder,
-                    save_every or min(math.ceil(steps / 10), 100),
-                    lambda: begin.after_step(model.new_modifications()),
-                    f"train {name}",
-                )
+                pad = pad_token(model.tokenizer)
+                log, found = run_stages(model, plan, examples, pad, folder, kept, save_every, f"train {name}")
+            if found:
+                recipe["found"] = found
             parts = model.new_modifications()
             with torch.no_grad():
                 check_finite(named_tensors(parts))
@@ -175,6 +176,32 @@ def train(
             model.detach()
 
 
+def _precision(begin: Start, dtype: str) -> str:
+    """The base's dtype as asked for; float32 where the method needs it and nothing is asked for."""
+    if begin.method is None or not begin.method.float32_base or dtype == "stored":
+        return dtype
+    _check_precision(begin, "float32" if dtype == "auto" else dtype)
+    return "float32"
+
+
+def _check_precision(begin: Start, dtype: str) -> None:
+    if begin.method is not None and begin.method.float32_base and dtype in ("bfloat16", "float16"):
+        raise UsageError(
+            f"the method {begin.made.name!r} trains through the base's weights, and {dtype} would round what it learns away",
+            "load the base in float32: --dtype float32",
+        )
+
+
+def _plan(
+    stages: Sequence[Stage], schedule: Schedule, warmup: int | None, made: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> list[Planned]:
+    """The stages; what decides one is all that decides the run but its length, and of the options only the stage's own."""
+    method: Made | None = made["method"]
+    shared = {**made, "method": method and (method.name, method.distribution)}
+    shared |= {key: value for key, value in recipe.items() if key not in ("steps", "lr", "warmup")}
+    return planned(stages, schedule, warmup, method.options if method else {}, msgspec.to_builtins(shared))
+
+
 def _published(hub: Hub, version: str | None, run: Mapping[str, Any]) -> Release | None:
     """The release that this very run made already. Raises NameInUse for a version that another one made."""
     for row in hub.releases(run["name"]):
@@ -182,6 +209,7 @@ def _published(hub: Hub, version: str | None, run: Mapping[str, Any]) -> Release
             continue
         release = hub.resolve(Reference(row.name, row.version))
         found = msgspec.structs.asdict(release.manifest)
+        found["recipe"] = {key: value for key, value in found["recipe"].items() if key != "found"}  # it follows
         found["eval"] = release.manifest.metrics.get("eval", {}).get("data")
         if _bytes({key: found[key] for key in run}) == _bytes(run):
             return release
@@ -235,7 +263,8 @@ def _recipe(data: Data, schedule: Schedule, max_length: int, model: Model) -> di
 def _metrics(
     model: Model, log: list[dict[str, float]], held_out: Data | None, batch_size: int, max_length: int
 ) -> dict[str, Any]:
-    """train_loss: the mean over the last tenth of the steps; eval: what `evaluate` says of the held-out data."""
+    """train_loss: the mean over the last tenth of the (last stage's) steps; eval: what `evaluate` says of the held-out data."""
+    log = [entry for entry in log if entry.get("stage") == log[-1].get("stage")]
     last = [entry["loss"] for entry in log[-max(1, len(log) // 10) :]]
     metrics: dict[str, Any] = {"train_loss": sum(last) / len(last)}
     if held_out is not None:

@@ -51,18 +51,19 @@ class Trained(nn.Module):
     """The trained tensors as a module. The base stays outside the module tree: a checkpoint holds adapter tensors only,
     and they stay where their sites are."""
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, penalty: Callable[[], Tensor] | None = None):
         super().__init__()
-        self.__dict__["model"] = model
+        self.__dict__["model"], self.penalty = model, penalty
         for name, parameter in model.trainable_tensors().items():
             self.register_parameter(name.replace(".", "/"), parameter)  # torch allows no dot in a parameter's name
 
     accepts_loss_kwargs = False
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The mean loss of the batch's completion tokens."""
+        """The mean loss of the batch's completion tokens, and the penalty."""
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return {"loss": token_losses(self.model, batch).sum() / (labels != IGNORE).sum()}
+        loss = token_losses(self.model, batch).sum() / (labels != IGNORE).sum()
+        return {"loss": loss if self.penalty is None else loss + self.penalty()}
 
     def train(self, mode: bool = True) -> Trained:
         self.model.training_mode(mode)
@@ -81,13 +82,14 @@ def fit(
     save_every: int,
     after_step: Callable[[], None],
     title: str,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> list[dict[str, float]]:
     """Train what is trainable in the model, in place; returns the loss curve: step, loss, gradient norm, rate of each step.
 
-    pad: the token that fills up short rows. Checkpoints lie in folder; the newest whole one there is where it goes on, so
+    pad: the token that fills up short rows. penalty: added to the loss, which the curve then shows with it. Checkpoints lie in folder; the newest whole one there is where it goes on, so
     that a run killed anywhere ends with the bits of one that was not. Raises HubError when loss or gradient is no number,
     or a checkpoint cannot be written."""
-    module = Trained(model)
+    module = Trained(model, penalty)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None and checkpoint.name == f"checkpoint-{schedule.steps}":  # killed while it was published
         module.load_state_dict(load_file(checkpoint / "model.safetensors"))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub.adapter import Modifications, forms_of
-from adapterhub.compose import weighed
-from adapterhub.expression import Ensemble, Node, beneath, references
-from adapterhub.manifest import Base, Made, Manifest, Parent, Release, check_name
+from adapterhub.compose import expand, weighed
+from adapterhub.expression import Ensemble, Node, Ref, beneath, references
+from adapterhub.manifest import Base, Made, Manifest, Parent, Reference, Release, check_name
 from adapterhub.modification import named_tensors
 from adapterhub.tensors import dump
 
@@ -65,8 +66,8 @@ def publish_next(
     parents: the version it goes on from, what it weighs if it is a gate, and the others it was trained over."""
     before = hub.resolve(key)
     children = weighed(before.manifest)
-    inside = {key, *(f"{child.name}@{child.version}" for child in children)}
-    others = [hub.resolve(r) for r in dict.fromkeys(references(node)) if str(r) not in inside]
+    own = references(expand(hub, Ref(Reference.parse(key))))  # of a gate: what it weighs too
+    others = [hub.resolve(r) for r in Counter(references(node)) - Counter(own)]
     parents = [Parent(name=before.name, version=before.version, digest=before.digest, relation="continue"), *children]
     parents += [Parent(name=r.name, version=r.version, digest=r.digest, relation="on") for r in others]
     return publish_tensors(

@@ -131,13 +131,19 @@ class Model:
         self._residents.bind(parts)
         return parts
 
-    def _program(self, node: Node | None) -> Modifications:
-        """What a row runs at each module, new modifications that train on top included."""
+    def parts(self, expression: str | None) -> Modifications:
+        """What an expression (no ensemble) does at each site."""
+        return self._assembled(self._residents.node(expression), join=False)
 
+    def _assembled(self, node: Node | None, join: bool) -> Modifications:
         def adapter(key: str) -> Modifications:
             return self._trainable.get(key) or self._residents.get(key)
 
-        parts = assemble(node, adapter, join=not self._trains)
+        return assemble(node, adapter, join)
+
+    def _program(self, node: Node | None) -> Modifications:
+        """What a row runs at each module, new modifications that train on top included."""
+        parts = self._assembled(node, join=not self._trains)
         return placed(stacked([parts, self._new]) if self._new else parts, self.sites)
 
     @property

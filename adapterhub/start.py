@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from adapterhub.errors import UsageError
 from adapterhub.expression import parse, references
 from adapterhub.manifest import Made, Parent, Release
 from adapterhub.method import Method, Parts, Stage
+from adapterhub.plan import gated
 from adapterhub.runtime import Model
+from adapterhub.sites import Site
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
@@ -35,6 +37,11 @@ class Start:
 
     def stages(self, hub: Hub, model: Model, force: bool) -> Sequence[Stage]:
         """What is trained, in order. An adapter that goes on has one stage: the last of its method."""
+        stages = self._stages(hub, model, force)
+        children = [f"{parent.name}@{parent.version}" for parent in self.parents if parent.relation == "gate"]
+        return gating(stages, lambda: [model.parts(child) for child in children]) if children else stages
+
+    def _stages(self, hub: Hub, model: Model, force: bool) -> Sequence[Stage]:
         if self.goes_on is None:
             return self.method.stages(self.config)
         from adapterhub.bases.fingerprint import check_base
@@ -60,6 +67,21 @@ class Start:
         return fresh
 
 
+def gating(stages: Sequence[Stage], children: Callable[[], Sequence[Modifications]]) -> Sequence[Stage]:
+    """The stages of a method that `weighs`, over what it weighs."""
+
+    def wrapped(stage: Stage) -> Stage:
+        def build(sites: Sequence[Site], before: Parts) -> Parts:
+            acting = children()
+            fresh = stage.build([site for site in sites if any(site.path in child for child in acting)], before)
+            gates = gated({path: [gate] for path, gate in fresh.items()}, acting, "the new gate")
+            return {path: gate for path, [gate] in gates.items()}
+
+        return replace(stage, build=build)
+
+    return [wrapped(stage) for stage in stages]
+
+
 def start(
     hub: Hub,
     method: str | None,
@@ -79,11 +101,11 @@ def start(
         if goes_on.manifest.compose is not None:
             raise UsageError(f"{goes_on} is a composition: it has no tensors", "continue one of its parts")
         made = goes_on.manifest.method
-        parents = [parent for parent in goes_on.manifest.parents if parent.relation == "on"]
+        parents = [parent for parent in goes_on.manifest.parents if parent.relation in ("on", "gate")]
         for parent in parents:
             hub.exact(parent)
         beneath = goes_on.manifest.recipe.get("beneath")
-        if parents and beneath is None:
+        if beneath is None and any(parent.relation == "on" for parent in parents):
             raise UsageError(
                 f"{goes_on} was trained among others, not on top of a stack",
                 "go on in a loop of your own: hub.load(base, expression, trainable=[name])",
@@ -93,8 +115,13 @@ def start(
         if method is None:
             raise UsageError("no method to train with", f"one of: {', '.join(plugins.names('methods'))}")
         made = Made(name=method, options=dict(options or {}), distribution=plugins.distribution("methods", method))
-        if on:
-            under = [hub.resolve(each) for each in ([on] if isinstance(on, str) else on)]
+        under = [hub.resolve(each) for each in ([on] if isinstance(on, str) else on or ())]
+        if plugins.load("methods", method).weighs:
+            if len(under) < 2:
+                raise UsageError(f"the method {method!r} weighs adapters against each other", "give two: --on A --on B")
+            made = msgspec.structs.replace(made, options=made.options | {"children": len(under)})
+            parents += [_parent(release, "gate") for release in under]
+        elif under:
             stack = expand(hub, parse(" + ".join(map(str, under))))
             parents += [_parent(hub.resolve(each), "on") for each in dict.fromkeys(references(stack))]
             beneath = str(stack)

@@ -20,7 +20,9 @@ from adapterhub.sites import Site
 from adapterhub.testing.bed import padded, random_adapter
 
 SITE = Site("model.layers.0.self_attn.q_proj", "query", 6, 5, True)
-DATA = '{"prompt": "ab", "completion": "c"}\n{"prompt": "hello", "completion": "d"}\n{"prompt": "x", "completion": "yz"}\n'
+DATA = (
+    '{"prompt": "ab", "completion": "c"}\n{"prompt": "hello", "completion": "d"}\n{"prompt": "x", "completion": "yz"}\n'
+)
 
 
 def numbers(*shape, seed):
@@ -168,7 +170,7 @@ def test_it_installs_with_its_children_and_goes_on(hub, tiny_folder, tmp_path):
 def test_what_is_refused(hub, model, tiny_folder, tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text(DATA)
-    with pytest.raises(UsageError, match="--on"):
+    with pytest.raises(UsageError, match="weighs adapters"):
         hub.train(str(tiny_folder), "gate", data, "me/x", device="cpu")
     with pytest.raises(UsageError, match="no gate"):
         model.use("gate(me/a, me/b)")

@@ -17,6 +17,7 @@ DECLINED = {
     ("methods", "bitfit"): set(),
     ("methods", "bottleneck"): set(),
     ("methods", "full"): set(),
+    ("methods", "gate"): {"start"},
     ("methods", "ia3"): set(),
     ("methods", "lora"): set(),
     ("methods", "loreft"): set(),

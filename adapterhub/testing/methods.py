@@ -14,13 +14,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from adapterhub.adapter import forms_of, modifications_of
+from adapterhub.adapter import Modifications, forms_of, modifications_of
 from adapterhub.encoding import Example
+from adapterhub.forms.low_rank import LowRank
 from adapterhub.method import Method
 from adapterhub.modification import named_tensors
+from adapterhub.plan import gated
 from adapterhub.runtime import Model
 from adapterhub.stages import Planned, attach, planned, run, trained
-from adapterhub.testing.bed import distance, tiny_llama
+from adapterhub.start import gating
+from adapterhub.testing.bed import distance, random_adapter, tiny_llama
 from adapterhub.testing.forms import Declined
 from adapterhub.trainer import Schedule
 
@@ -35,8 +38,15 @@ def _plan(method: type[Method], lr: float = RATES[0]) -> list[Planned]:
     """Its stages with default options, of STEPS steps each."""
     config = method.Config()
     stages = method().stages(config)
+    if method.weighs:
+        stages = gating(stages, _children)
     whole = Schedule(STEPS * len(stages), batch_size=4, lr=lr, warmup=0, seed=0, gradient_checkpointing=False)
     return planned([replace(stage, share=1.0) for stage in stages], whole, 0, {}, {})
+
+
+def _children() -> list[Modifications]:
+    """Two random adapters, for a gate to weigh."""
+    return [random_adapter(LowRank, tiny_llama(), seed) for seed in (1, 2)]
 
 
 def _bare(device: str) -> Model:
@@ -143,7 +153,7 @@ def save(method: type[Method], device: str) -> None:
     again = modifications_of({name: tensor.detach().cpu() for name, tensor in named_tensors(parts).items()})
     assert forms_of(again) == forms_of(parts), "its forms do not come back from the stored names"
     loaded = _bare(device)
-    loaded.attach_new(again)
+    loaded.attach_new(gated(again, _children(), "the stored gate") if method.weighs else again)
     apart = distance(_logits(loaded), _logits(model))
     assert apart <= 1e-6, f"the stored adapter is {apart:.1e} of the largest logit away from the trained one"
 

@@ -40,6 +40,7 @@ class Attachment:
             "position_ids" in inspect.signature(base.forward).parameters
             and not family(base.config.model_type).own_positions
         )
+        self._encoder = ""
         self._hooks: dict[str, list] = {}
         self._attending: set[str] = set()
         """Attention modules that ask for memories."""
@@ -53,7 +54,9 @@ class Attachment:
         if not self._hooks:
             whole = [self.base]
             if self.base.config.is_encoder_decoder:  # generate calls the encoder by itself
-                whole.append(self.base.get_encoder())
+                encoder = self.base.get_encoder()
+                self._encoder = next(path for path, module in self.base.named_modules() if module is encoder)
+                whole.append(encoder)
             self._hooks[""] = [
                 hook
                 for module in whole
@@ -207,7 +210,7 @@ class Attachment:
             return None
         missed = (forward.plan.sites.keys() | forward.memories.keys()) - forward.ran
         if kwargs.get("encoder_outputs") is not None:  # the encoder ran before, by itself
-            missed = {path for path in missed if not path.startswith("encoder.")}
+            missed = {path for path in missed if not path.startswith(f"{self._encoder}.")}
         if missed and not forward.plan.checked:
             raise BatchError(
                 "the model read these modules' weights without calling them, so their adapters never ran:\n  "

@@ -1,4 +1,4 @@
-"""The bed the laws are tried on: a tiny random Llama with grouped queries, padded batches, and cached decoding."""
+"""The bed the laws are tried on: a tiny random Llama with grouped queries, padded batches of any family, cached decoding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from adapterhub.adapter import Modifications, bind
 from adapterhub.attach import Attachment, Plan
 from adapterhub.modification import Modification
 from adapterhub.plan import build, placed
-from adapterhub.sites import sites
+from adapterhub.sites import Site, sites
+from adapterhub.testing.families import inputs, padded
 
 
 def tiny_llama(seed: int = 0, vocabulary: int = 96, **changes):
@@ -35,11 +36,15 @@ def tiny_llama(seed: int = 0, vocabulary: int = 96, **changes):
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
 
-def random_adapter(form: type[Modification], model: torch.nn.Module, seed: int) -> Modifications:
-    """One of the form at every site that suits it (the head left alone), in the model's dtype and on its device."""
+def random_adapter(
+    form: type[Modification], model: torch.nn.Module, seed: int, among: Sequence[Site] | None = None
+) -> Modifications:
+    """One of the form at every site (of `among`; None: all but the head) that suits it, in the model's dtype and on its
+    device."""
     torch.manual_seed(seed)
-    at = {site.path: site for site in sites(model)}
-    made = {path: form.random(site) for path, site in at.items() if site.role != "head"}
+    among = [site for site in sites(model) if site.role != "head"] if among is None else among
+    at = {site.path: site for site in among}
+    made = {path: form.random(site) for path, site in at.items()}
     adapter = {path: [m.to(model.device, model.dtype)] for path, m in made.items() if m is not None}
     for path, (modification,) in adapter.items():
         bind(modification, at[path], model)
@@ -52,53 +57,65 @@ def plan(attachment: Attachment, rows: Sequence[Modifications], count: int | Non
     return build([distinct[id(row)] for row in rows], count, object(), trains)
 
 
-def padded(sequences: Sequence[Tensor], side: str, width: int = 0) -> tuple[Tensor, Tensor]:
-    """Sequences of ids as (ids, mask), both (rows, tokens), padded on the "left" or "right"."""
-    width = max(width, *map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long, device=sequences[0].device)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        place = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
-        ids[row, place], mask[row, place] = sequence, 1
-    return ids, mask
-
-
 @torch.no_grad()
 def logits(
     attachment: Attachment, rows: Sequence[Modifications], sequences: Sequence[Tensor], side: str
 ) -> list[Tensor]:
     """One padded batch, row i running rows[i]: the logits of each row's real tokens, (tokens, vocabulary)."""
-    ids, mask = padded(sequences, side)
+    given = inputs(attachment.base, sequences, side)
     with attachment.running(plan(attachment, rows, len(rows))):
-        out = attachment.base(input_ids=ids, attention_mask=mask).logits
-    return [out[row][mask[row].bool()] for row in range(len(rows))]
+        out = attachment.base(**given).logits
+    return [_real(out[row], given, row) for row in range(len(rows))]
+
+
+def _real(row_logits: Tensor, given: dict[str, Tensor], row: int) -> Tensor:
+    """Without the padding; a decoder's rows, and those of images, have none."""
+    padded = "attention_mask" in given and "decoder_input_ids" not in given and row_logits.ndim == 2
+    return row_logits[given["attention_mask"][row].bool()] if padded else row_logits
 
 
 @torch.no_grad()
 def alone(attachment: Attachment, adapter: Modifications, sequence: Tensor) -> Tensor:
     """The reference: one sequence, unpadded, without a mask. (tokens, vocabulary)"""
     with attachment.running(plan(attachment, [adapter])):
-        return attachment.base(input_ids=sequence[None]).logits[0]
+        return attachment.base(**inputs(attachment.base, [sequence])).logits[0]
 
 
 @torch.no_grad()
 def decoded(
     attachment: Attachment, rows: Sequence[Modifications], sequences: Sequence[Tensor], side: str, steps: int
 ) -> list[Tensor]:
-    """The same logits, by a padded prefill of all but the last `steps` tokens and then one cached step for each."""
+    """The same logits, by a padded prefill of all but the last `steps` tokens and then one cached step for each. In an
+    encoder-decoder the encoder runs first, by itself, as in generate."""
+    base = attachment.base
+    if base.config.is_encoder_decoder:
+        return _decoded_beside(attachment, rows, sequences, side, steps)
     ids, mask = padded([s[:-steps] for s in sequences], side)
     last = torch.stack([s[-steps:] for s in sequences])
     with attachment.running(plan(attachment, rows, len(rows))):
-        out = attachment.base(input_ids=ids, attention_mask=mask, use_cache=True)
+        out = base(input_ids=ids, attention_mask=mask, use_cache=True)
         pieces = [[out.logits[row][mask[row].bool()]] for row in range(len(rows))]
         for k in range(steps):
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            out = attachment.base(
-                input_ids=last[:, k : k + 1], attention_mask=mask, past_key_values=out.past_key_values, use_cache=True
-            )
+            cache = out.past_key_values
+            out = base(input_ids=last[:, k : k + 1], attention_mask=mask, past_key_values=cache, use_cache=True)
             for row, piece in enumerate(pieces):
                 piece.append(out.logits[row])
     return [torch.cat(piece) for piece in pieces]
+
+
+def _decoded_beside(attachment: Attachment, rows, sequences, side: str, steps: int) -> list[Tensor]:
+    given = inputs(attachment.base, sequences, side)
+    ids, kept = given.pop("decoder_input_ids"), {k: v for k, v in given.items() if k == "attention_mask"}
+    with attachment.running(plan(attachment, rows, len(rows))):
+        encoded, cache, pieces = attachment.base.get_encoder()(**given), None, []
+        for piece in (ids[:, :-steps], *ids[:, -steps:].split(1, dim=1)):
+            out = attachment.base(
+                encoder_outputs=encoded, decoder_input_ids=piece, past_key_values=cache, use_cache=True, **kept
+            )
+            cache = out.past_key_values
+            pieces.append(out.logits)
+    return list(torch.cat(pieces, dim=1))
 
 
 def distance(a: Tensor, b: Tensor) -> float:

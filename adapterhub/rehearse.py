@@ -74,18 +74,16 @@ def _stacked(node: Node, path: str, loaded: Loaded) -> tuple[bool, bool]:
     inner = [_stacked(child, path, loaded) for child in children(node)]
     met, fixed = any(m for m, _ in inner), any(f for _, f in inner)
     if isinstance(node, Stack):
-        members = [
-            [part for ref in references(child) for part in loaded[str(ref)].get(path, [])] for child in node.nodes
-        ]
-        members = [parts for parts in members if parts]
-        every = [part for parts in members for part in parts]
-        if len(members) > 1:
-            met, fixed = True, fixed or not (all(part.additive for part in every) or all(map(_remembered, every)))
+        here = [[part for ref in references(child) for part in loaded[str(ref)].get(path, [])] for child in node.nodes]
+        met = met or sum(map(bool, here)) > 1
+        # Memories lie beside the tokens, whatever the others do to the hidden states.
+        others = [rest for parts in here if (rest := [part for part in parts if not _remembered(part)])]
+        fixed = fixed or (len(others) > 1 and not all(part.additive for rest in others for part in rest))
     return met, fixed
 
 
 def _remembered(part: Modification) -> bool:
-    """Whether all it does is to be attended to: memories lie side by side in any order."""
+    """Whether all it does is to be attended to (a prefix)."""
     cls = type(part)
     return cls.lanes is not Modification.lanes and cls.delta_out is Modification.delta_out and not part.changes_input
 

@@ -45,17 +45,20 @@ def unmet() -> Iterator[str]:
 
 
 def needs(release: Release) -> dict[tuple[str, str], str]:
-    """(group, name) of each form and codec that running a release takes -> the distribution it was made with, or ""."""
+    """(group, name) of each form, composer and codec that running a release takes -> the distribution it was made with,
+    or ""."""
     manifest = release.manifest
     method = manifest.method.distribution if manifest.method else ""
-    forms = {("forms", form): method for here in manifest.forms.values() for form in here}
-    return forms | {("codecs", codec.name): codec.distribution for codec in manifest.codecs}
+    composers = plugins.names("composers")
+    forms = {form for here in manifest.forms.values() for form in here}
+    parts = {("composers" if form in composers else "forms", form): method for form in sorted(forms)}
+    return parts | {("codecs", codec.name): codec.distribution for codec in manifest.codecs}
 
 
 def uninstalled(hub: Hub) -> Iterator[str]:
     """A line for each form or codec that adapters of the hub need and nothing brings: which, whose, and from where."""
     lacking: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    known = {group: set(plugins.names(group)) for group in ("forms", "codecs")}
+    known = {group: set(plugins.names(group)) for group in ("forms", "composers", "codecs")}
     for row in hub.releases():
         try:
             release = hub.index.get(row.name, row.version)

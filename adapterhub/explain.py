@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub import plugins
 from adapterhub.checkup import needs
-from adapterhub.compose import common_base, expand, warn_missing_parents
+from adapterhub.compose import common_base, expand, warn_missing_parents, weighed
 from adapterhub.errors import HubError
-from adapterhub.expression import Mix, Node, Ref, Scale, Stack, parse, references
+from adapterhub.expression import Ensemble, Gate, Mix, Node, Ref, Scale, Stack, parse, references
 from adapterhub.index import kind
 from adapterhub.manifest import Reference, Release
 from adapterhub.sites import current_path
@@ -41,8 +41,8 @@ class Program:
 
     hub: Hub
     text: str
-    node: Node
-    """Names exact, compositions replaced by what they are made of."""
+    node: Node | Ensemble
+    """Names exact, compositions replaced by what they are made of, gates with what they weigh."""
     releases: dict[str, Release]
     """By "name@version", in the order of the expression."""
 
@@ -125,30 +125,17 @@ def _names(hub: Hub, node: Node) -> Step:
     return Step("names", "ok", "every name is known", found)
 
 
-def _tree(hub: Hub, node: Node) -> list[str]:
-    """The program as an indented tree; a composition is opened where it first stands."""
+def _tree(hub: Hub, node: Node | Ensemble) -> list[str]:
+    """The program as an indented tree; a composition or a trained gate is opened where it first stands."""
     lines: list[str] = []
     opened: set[str] = set()
 
-    def show(node: Node, indent: int) -> None:
-        inner = list(children(node))
-        match node:
-            case Ref(reference):
-                release = hub.resolve(reference)
-                composed = release.manifest.compose
-                forms = sorted({form for here in release.manifest.forms.values() for form in here})
-                told = f": {composed}" if composed is not None else f" ({', '.join(forms)})"
-                inner = [] if composed is None or str(release) in opened else [parse(composed)]
-                opened.add(str(release))
-                lines.append(f"{'  ' * indent}{release}{told}")
-            case Scale(weight, _):
-                lines.append(f"{'  ' * indent}{weight:g} times the change of")
-            case Stack():
-                lines.append(f"{'  ' * indent}stack, one after the other")
-            case Mix():
-                lines.append(f"{'  ' * indent}mix, side by side")
-            case _:
-                lines.append(f"{'  ' * indent}{type(node).__name__.lower()}: {node}")
+    def show(node: Node | Ensemble | None, indent: int) -> None:
+        told, inner = _shown(hub, node)
+        lines.append(f"{'  ' * indent}{told}")
+        if isinstance(node, Ref):
+            inner = [] if told in opened else inner
+            opened.add(told)
         for child in inner:
             show(child, indent + 1)
 
@@ -156,13 +143,44 @@ def _tree(hub: Hub, node: Node) -> list[str]:
     return lines
 
 
-def children(node: Node) -> Iterator[Node]:
+def _shown(hub: Hub, node: Node | Ensemble | None) -> tuple[str, list[Node | None]]:
+    """A node in words, and what to show beneath it."""
+    match node:
+        case None:
+            return "the bare base", []
+        case Ref(reference):
+            release = hub.resolve(reference)
+            manifest = release.manifest
+            if manifest.compose is not None:
+                return f"{release}: {manifest.compose}", [parse(manifest.compose)]
+            if below := weighed(manifest):
+                return f"gate {release}, which weighs at every token", [
+                    Ref(Reference(p.name, p.version)) for p in below
+                ]
+            return f"{release} ({', '.join(sorted({form for here in manifest.forms.values() for form in here}))})", []
+        case Scale(weight, inner):
+            return f"{weight:g} times the change of", [inner]
+        case Stack(nodes):
+            return "stack, one after the other", list(nodes)
+        case Mix(nodes):
+            return "mix, side by side", list(nodes)
+        case Gate(gate, nodes):
+            return f"gate {hub.resolve(gate)}, which weighs at every token", list(nodes)
+        case Ensemble(lanes):
+            shares = ", ".join(f"{weight:g}" for weight, _ in lanes)
+            return f"logits, the weighted sum ({shares}) of what these models put out", [inner for _, inner in lanes]
+    return f"{type(node).__name__.lower()}: {node}", list(children(node))
+
+
+def children(node: Node | Ensemble) -> Iterator[Node]:
     """What a node of any kind is made of."""
-    for entry in fields(node):
-        value = getattr(node, entry.name)
-        for inner in value if isinstance(value, tuple) else (value,):
-            if is_dataclass(inner) and not isinstance(inner, Reference):
-                yield inner
+    waiting = [getattr(node, entry.name) for entry in fields(node)]
+    while waiting:
+        value = waiting.pop(0)
+        if isinstance(value, tuple):
+            waiting = [*value, *waiting]
+        elif is_dataclass(value) and not isinstance(value, Reference):
+            yield value
 
 
 def _parents(program: Program) -> Step:
@@ -210,6 +228,8 @@ def _parts(program: Program) -> Step:
 
 def _bases(program: Program) -> Step:
     releases = list(program.releases.values())
+    if not releases:
+        return Step("bases", "ok", "the bare base, whichever it is")
     try:
         base = common_base(program.hub, releases)
     except HubError as error:
@@ -242,8 +262,9 @@ def forms_at(program: Program) -> dict[str, dict[str, list[str]]]:
     return at
 
 
-def pruned(node: Node, keep: Callable[[Reference], bool]) -> Node | None:
-    """The node without the adapters that are not kept; a node of another kind stays whole if any of its adapters does."""
+def pruned(node: Node | Ensemble, keep: Callable[[Reference], bool]) -> Node | Ensemble | None:
+    """The node without the adapters that are not kept; a gate, or a node of another kind, stays whole if any of its
+    adapters does."""
     match node:
         case Ref(reference):
             return node if keep(reference) else None
@@ -253,4 +274,6 @@ def pruned(node: Node, keep: Callable[[Reference], bool]) -> Node | None:
         case Stack(nodes) | Mix(nodes):
             inner = tuple(kept for each in nodes if (kept := pruned(each, keep)) is not None)
             return inner[0] if len(inner) == 1 else replace(node, nodes=inner) if inner else None
+        case Ensemble(lanes):
+            return Ensemble(tuple((weight, inner and pruned(inner, keep)) for weight, inner in lanes))
     return node if any(map(keep, references(node))) else None

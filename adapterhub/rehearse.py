@@ -18,17 +18,20 @@ from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.bases.skeleton import skeleton
 from adapterhub.errors import HubError, NotFoldable
 from adapterhub.explain import Program, Step, children, problem, pruned
-from adapterhub.expression import Mix, Node, Ref, Scale, Stack, references
+from adapterhub.expression import Ensemble, Mix, Node, Ref, Scale, Stack, references
 from adapterhub.fold import fold
+from adapterhub.forward import Plan
+from adapterhub.gate import Gate
 from adapterhub.inspect import NoBase
 from adapterhub.modification import Modification
-from adapterhub.plan import assemble, build, placed
+from adapterhub.plan import assemble, batch, placed
 from adapterhub.sites import Site, current_path, sites
 from adapterhub.touched import alike, by_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ENSEMBLE = "it does not fold: an ensemble weighs whole models, which is no change of one"
 Loaded = dict[str, Modifications]
 """By "name@version", paths as today's transformers has them."""
 
@@ -44,10 +47,10 @@ def rehearse(program: Program, base: object = None) -> Iterator[Step]:
             return
         loaded[name] = {current_path(release.manifest.base.architecture, path): here for path, here in parts.items()}
     yield _order(program, loaded)
-    yield _running(loaded)
+    yield _running(program, loaded)
     yield _merging(program, loaded)
     if base is None:
-        yield _folding(loaded)
+        yield _folding(program, loaded)
     else:
         yield from _on_base(program, loaded, base)
 
@@ -88,9 +91,13 @@ def _remembered(part: Modification) -> bool:
     return cls.lanes is not Modification.lanes and cls.delta_out is Modification.delta_out and not part.changes_input
 
 
-def _running(loaded: Loaded) -> Step:
+def _running(program: Program, loaded: Loaded) -> Step:
     """What a caller must keep to."""
     details = []
+    if isinstance(program.node, Ensemble):
+        details.append(
+            f"each row runs as {len(program.node.lanes)} lanes, and so does its cache: it cannot be cut or repeated"
+        )
     for name, parts in loaded.items():
         every = [part for here in parts.values() for part in here]
         if any(type(part).lanes is not Modification.lanes for part in every):
@@ -148,13 +155,15 @@ def _unlike_weights(loaded: Loaded) -> list[str]:
     return list(faults)
 
 
-def _folding(loaded: Loaded) -> Step:
+def _folding(program: Program, loaded: Loaded) -> Step:
+    if isinstance(program.node, Ensemble):
+        return Step("folding", "note", ENSEMBLE)
     none = {
         f"{name}, {part.form}": None
         for name, parts in loaded.items()
         for here in parts.values()
         for part in here
-        if type(part).delta_weight is Modification.delta_weight
+        if type(part).delta_weight is Modification.delta_weight or isinstance(part, Gate)
     }
     if none:
         return Step("folding", "note", f"it does not fold: {'; '.join(none)}: no change of a weight")
@@ -177,13 +186,26 @@ def _on_base(program: Program, loaded: Loaded, base: object) -> Iterator[Step]:
     yield fits
     if fits.state == "problem":
         return
+    at = {site.path: site for site in here}
+
+    def bare(node: Node | None) -> Modifications:
+        """What the runtime makes of a node, by module, without its numbers."""
+        parts = assemble(node, loaded.__getitem__, join=True)
+        parts = {path: [part.to("meta", model.dtype) for part in several] for path, several in parts.items()}
+        for path, several in parts.items():
+            for part in several:
+                bind(part, at[path], model)
+        return placed(parts, here)
+
     try:
-        parts = _bare(program, loaded, model, here)
-        yield _rehearsed(model, parts, here)
+        yield _rehearsed(model, batch([program.node], bare, None, object(), False))
+        folding = Step("folding", "note", ENSEMBLE)
+        if not isinstance(program.node, Ensemble):
+            folding = _folded(model, bare(program.node))
     except HubError as error:
         yield problem("rehearsal", error)
         return
-    yield _folded(model, parts, here)
+    yield folding
 
 
 def _verdict(program: Program, name: str, current: Fingerprint) -> Step:
@@ -216,22 +238,10 @@ def _fit(loaded: Loaded, here: list[Site]) -> Step:
     return Step("fit", "ok", "every site exists, and the widths fit", told)
 
 
-def _bare(program: Program, loaded: Loaded, model: PreTrainedModel, here: list[Site]) -> Modifications:
-    """The program as the runtime puts it together, without its numbers."""
-    at = {site.path: site for site in here}
-    parts = assemble(program.node, loaded.__getitem__, join=True)
-    bare = {path: [part.to("meta", model.dtype) for part in several] for path, several in parts.items()}
-    for path, several in bare.items():
-        for part in several:
-            bind(part, at[path], model)
-    return bare
-
-
 @torch.no_grad()
-def _rehearsed(model: PreTrainedModel, parts: Modifications, here: list[Site]) -> Step:
+def _rehearsed(model: PreTrainedModel, plan: Plan) -> Step:
     """One forward pass, in which every hook and check is the real one."""
     ids = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device="meta")}
-    plan = build([placed(parts, here)], None, object())
     try:
         model(**ids)
     except Exception as error:  # some models look at the numbers of their masks
@@ -249,10 +259,10 @@ def _rehearsed(model: PreTrainedModel, parts: Modifications, here: list[Site]) -
     return Step("rehearsal", "ok", "a forward pass on the base's skeleton (shapes only) goes through")
 
 
-def _folded(model: PreTrainedModel, parts: Modifications, here: list[Site]) -> Step:
+def _folded(model: PreTrainedModel, parts: Modifications) -> Step:
     """Folds into the skeleton, which is of no use after that."""
     try:
-        fold(model, placed(parts, here))
+        fold(model, parts)
     except NotFoldable as error:
         return Step("folding", "note", f"it does not fold: {error}", hint=error.hint)
     except Exception as error:  # a form, anybody's, that looks at numbers

@@ -21,8 +21,10 @@ from adapterhub.errors import HubError, IntegrityError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
+from adapterhub.gate import Gate
 from adapterhub.manifest import Made, Parent
 from adapterhub.publish import publish_tensors
+from adapterhub.sites import sites
 from adapterhub.testing.bed import random_adapter, tiny_llama
 from adapterhub.touched import alike, by_layer, repeated, touched
 
@@ -37,14 +39,24 @@ def base(tiny_folder):
 
 @pytest.fixture(scope="module")
 def hub(base, tmp_path_factory):
-    """me/FORM: one of each form at every site that suits it; me/moved: a prefix that counts as positions."""
+    """me/FORM: one of each form at every site that suits it; me/moved: a prefix that counts as positions; me/router: a
+    gate over me/low-rank and me/affine."""
     hub = adapterhub.open(tmp_path_factory.mktemp("hub"), create=True)
     model = tiny_llama()
+    acts: set[str] = set()
     for seed, form in enumerate(FORMS):
-        put(hub, base, form.replace("_", "-"), random_adapter(plugins.load("forms", form), model, seed))
+        parts = random_adapter(plugins.load("forms", form), model, seed)
+        put(hub, base, form.replace("_", "-"), parts)
+        acts |= parts.keys() if form in ("low_rank", "affine") else set()
     torch.manual_seed(0)
     moved = Prefix(keys=torch.randn(2, 3, 8), values=torch.randn(2, 3, 8), shift=torch.tensor(3))
     put(hub, base, "moved", {f"model.layers.{n}.self_attn": [moved] for n in range(2)})
+    router = {
+        s.path: [Gate(weight=torch.randn(2, s.inputs), bias=torch.zeros(2))] for s in sites(model) if s.path in acts
+    }
+    weighed = [hub.resolve(f"me/{name}") for name in ("low-rank", "affine")]
+    parents = [Parent(name=r.name, version=r.version, digest=r.digest, relation="gate") for r in weighed]
+    put(hub, base, "router", router, parents=parents)
     return hub
 
 
@@ -316,6 +328,16 @@ EXPRESSIONS = [
     "me/moved@9.0.0",
     "me/low-rnak",
     "me/low-rank +me/dora",
+    "me/router",
+    "gate(me/router, me/affine, me/low-rank)",
+    "gate(me/router, me/low-rank, me/prefix)",
+    "gate(me/router, me/low-rank)",
+    "gate(me/dora, me/low-rank)",
+    "0.5*me/low-rank + me/router",
+    "logits(base + me/low-rank - 0.5*me/bottleneck)",
+    "logits(base + me/moved)",
+    "logits(2*base)",
+    "me/low-rank + logits(base)",
 ]
 
 
@@ -450,6 +472,28 @@ def test_explain_as_json_and_its_exit_status(run, base):
     document = json.loads(out)
     assert status == 1 and [s["state"] for s in document["steps"]] == ["problem"]
     assert document["next"] == document["steps"][0]["hint"] != ""
+
+
+def test_gates_and_ensembles_are_shown_as_what_they_weigh(hub, base):
+    def step(expression, name):
+        return next(s for s in hub.explain(expression)["steps"] if s["name"] == name)
+
+    tree = [line.strip() for line in step("logits(me/router - 0.5*base)", "program")["details"]]
+    assert tree == [
+        "logits, the weighted sum (1, -0.5) of what these models put out",
+        "gate me/router@0.1.0, which weighs at every token",
+        "me/low-rank@0.1.0 (low_rank)",
+        "me/affine@0.1.0 (affine)",
+        "the bare base",
+    ]
+    (line,) = (x for x in step("me/router", "sites")["details"] if x.startswith("model.norm "))
+    assert line == "model.norm x1  gate(me/router@0.1.0, me/low-rank@0.1.0, me/affine@0.1.0): gate; affine"
+    assert "composer gate" in " ".join(step("me/router", "parts")["details"])
+    assert "2 lanes" in step("logits(base - me/dora)", "running")["details"][0]
+    assert step("logits(base - me/dora)", "merging")["state"] == step("me/router", "merging")["state"] == "note"
+    assert "me/router" in step("me/router", "folding")["told"]
+    entries = hub.inspect("me/router", base)["sites"]
+    assert {e["form"] for e in entries} == {"gate"} and all(set(e["tensors"]) == {"weight", "bias"} for e in entries)
 
 
 # --- doctor ---------------------------------------------------------------------------------------------------------

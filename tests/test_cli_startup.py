@@ -39,6 +39,8 @@ LIGHT = {
     "plugins list": 0,
     "verify": 0,
     "show me/none": 3,
+    "show me/none --sites": 3,
+    "explain me/none": 1,
     "rm me/none": 3,
     "tag me/none stable": 3,
     "install no/folder": 3,

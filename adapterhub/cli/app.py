@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from adapterhub.cli import doctor, make, packages, plugins, run
+from adapterhub.cli import doctor, look, make, packages, plugins, run
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
 from adapterhub.errors import HubError
 
@@ -45,6 +45,7 @@ PANELS = {
         "install": packages.install,
         "list": packages.list_,
         "show": packages.show,
+        "inspect": look.inspect,
         "tag": packages.tag,
         "rm": packages.rm,
         "import": packages.import_,
@@ -56,7 +57,7 @@ PANELS = {
         "compress": make.compress,
         "compose": make.compose,
     },
-    "Use them": {"run": run.run, "chat": run.chat, "eval": run.eval_, "demo": run.demo},
+    "Use them": {"run": run.run, "chat": run.chat, "eval": run.eval_, "explain": look.explain, "demo": run.demo},
     "Look after the hub": {"verify": doctor.verify, "doctor": doctor.doctor},
 }
 for panel, commands in PANELS.items():

@@ -46,17 +46,21 @@ def doctor(as_json: Json = False) -> None:
     """
     import platform
     import sqlite3
+    from contextlib import suppress
     from importlib.metadata import PackageNotFoundError, version
+
+    from adapterhub.checkup import brought, unmet
 
     facts, problems = {}, []
     facts["python"] = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     for library in LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):  # `unmet` says so
             facts[library] = version(library)
-        except PackageNotFoundError:
-            problems.append(f"{library} is not installed: install adapterhub again")
+    problems += unmet()
     facts["sqlite"] = sqlite3.sqlite_version
     facts["devices"] = _devices()
+    for group, packages in brought().items():
+        facts[group] = [f"{package}: {' '.join(names)}" for package, names in packages.items()]
     problems += _broken_parts()
     try:
         facts |= _hub(problems)
@@ -66,7 +70,8 @@ def doctor(as_json: Json = False) -> None:
         json_out({"facts": facts, "problems": problems})
     else:
         for key, value in facts.items():
-            out(f"{key + ':':<17}{', '.join(value) if isinstance(value, list) else value}")
+            for n, line in enumerate(value if isinstance(value, list) else [value]):
+                out(f"{'' if n else key + ':':<17}{line}")
         for problem in problems:
             out(f"{'problem:':<17}{problem}")
     if problems:
@@ -79,7 +84,11 @@ def _devices() -> list[str]:
     import torch
 
     found = [f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"]
-    return found + [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        capability = f"{device.major}.{device.minor}"
+        found.append(f"cuda:{i} ({device.name}, {device.total_memory / 1e9:.0f} GB, compute capability {capability})")
+    return found
 
 
 def _broken_parts() -> list[str]:
@@ -104,8 +113,11 @@ def _hub(problems: list[str]) -> dict[str, Any]:
     """Facts about the hub of this folder; what is wrong with it is added to the problems."""
     import sqlite3
 
+    from adapterhub.checkup import uninstalled
+
     hub = adapterhub.open()
     problems += [str(problem) for problem in hub.verify()]
+    problems += uninstalled(hub)
     with sqlite3.connect(f"{(hub.root / 'hub.db').as_uri()}?mode=ro", uri=True) as connection:
         (journal,) = connection.execute("PRAGMA journal_mode").fetchone()
     connection.close()

@@ -70,14 +70,22 @@ def list_(as_json: Json = False) -> None:
     table(("NAME", "VERSION", "TAGS", "METHOD", "BASE", "SIZE"), cells)
 
 
-def show(ref: Ref, as_json: Json = False) -> None:
+def show(
+    ref: Ref,
+    sites: Annotated[bool, typer.Option("--sites", help="Its sites and their tensors instead.")] = False,
+    as_json: Json = False,
+) -> None:
     """Show what a release is, and how, of what and for which base it was made.
 
     \b
     Example:
-      adapterhub show me/sentiment@0.1.0
+      adapterhub show me/sentiment@0.1.0 --sites
     """
     release = adapterhub.open().resolve(ref)
+    if sites:
+        from adapterhub.cli.look import show_sites
+
+        return show_sites(release, as_json)
     manifest = release.manifest
     if as_json:
         return json_out({**record(release), "manifest": msgspec.to_builtins(manifest)})

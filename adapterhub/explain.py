@@ -1,0 +1,279 @@
+"""Why an expression will or will not run, step by step, and what to type next. What needs torch is in `rehearse`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from shlex import quote
+from typing import TYPE_CHECKING, Any
+
+from adapterhub import plugins
+from adapterhub.checkup import needs
+from adapterhub.compose import common_base, expand, warn_missing_parents, weighed
+from adapterhub.errors import HubError
+from adapterhub.expression import Ensemble, Gate, Mix, Node, Ref, Scale, Stack, parse, references
+from adapterhub.index import kind
+from adapterhub.manifest import Reference, Release
+from adapterhub.sites import current_path
+from adapterhub.touched import alike, by_layer
+
+if TYPE_CHECKING:
+    from adapterhub.hub import Hub
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that was looked at."""
+
+    name: str
+    state: str
+    """"ok"; "note": it runs, but one should know; "problem": it does not run."""
+    told: str
+    details: list[str] = field(default_factory=list)
+    hint: str = ""
+    """Of a problem or a note: what to do."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """An expression whose names are all known: what the steps after that look at."""
+
+    hub: Hub
+    text: str
+    node: Node | Ensemble
+    """Names exact, compositions replaced by what they are made of, gates with what they weigh."""
+    releases: dict[str, Release]
+    """By "name@version", in the order of the expression."""
+
+
+def explain(hub: Hub, expression: str, base: object = None) -> dict[str, Any]:
+    """Why an expression will or will not run on a base, as plain data.
+
+    {"expression", "base", "runs", "steps": [{"name", "state", "told", "details", "hint"}], "next"}. runs: no step is a
+    problem (without a base: none was found so far). next: what to type. What a base says is told by its config.json and
+    its fingerprint; its weights are not loaded. Raises nothing that a user can cause in the expression or the base."""
+    steps: list[Step] = []
+    for step in _steps(hub, expression, base):
+        steps.append(step)
+    problem = next((step for step in steps if step.state == "problem"), None)
+    if problem is not None:
+        following = problem.hint
+    elif base is None:
+        following = f"adapterhub explain {quote(expression)} --base NAME"
+    else:
+        following = f"adapterhub run {quote(expression)} --base {quote(str(base))} --prompt TEXT"
+    return {
+        "expression": expression,
+        "base": None if base is None else str(base),
+        "runs": problem is None,
+        "steps": [asdict(step) for step in steps],
+        "next": following,
+    }
+
+
+def _steps(hub: Hub, text: str, base: object) -> Iterator[Step]:
+    """Until a problem leaves the others nothing to look at."""
+    try:
+        node = parse(text)
+    except HubError as error:
+        yield problem("expression", error)
+        return
+    yield Step("expression", "ok", f"it parses: {node}")
+    names = _names(hub, node)
+    yield names
+    if names.state == "problem":
+        return
+    try:
+        whole = expand(hub, node)
+    except HubError as error:
+        yield problem("compositions", error)
+        return
+    leaves = dict.fromkeys(map(str, references(whole)))
+    program = Program(hub, text, whole, {name: hub.resolve(name) for name in leaves})
+    yield Step("program", "ok", f"{len(leaves)} adapters" if len(leaves) != 1 else "1 adapter", _tree(hub, node))
+    yield _parents(program)
+    parts = _parts(program)
+    yield parts
+    yield _bases(program)
+    yield Step("sites", "ok", *_sites(program))
+    if parts.state == "problem":  # nothing can be loaded
+        return
+    from adapterhub.rehearse import rehearse
+
+    yield from rehearse(program, base)
+
+
+def problem(name: str, error: HubError) -> Step:
+    """An error as a step."""
+    told, *details = str(error).splitlines()
+    return Step(name, "problem", told, details, error.hint)
+
+
+def _names(hub: Hub, node: Node) -> Step:
+    found, errors = [], []
+    for reference in dict.fromkeys(references(node)):
+        try:
+            release = hub.resolve(reference)
+            pinned = str(release) if str(reference) == str(release) else f"{reference} is {release}"
+            found.append(f"{pinned}, {kind(release.manifest)}, for {release.manifest.base.name}")
+        except HubError as error:
+            errors.append(error)
+            found.append(f"{reference}: {error}")
+    if errors:
+        return Step("names", "problem", str(errors[0]), found, errors[0].hint)
+    return Step("names", "ok", "every name is known", found)
+
+
+def _tree(hub: Hub, node: Node | Ensemble) -> list[str]:
+    """The program as an indented tree; a composition or a trained gate is opened where it first stands."""
+    lines: list[str] = []
+    opened: set[str] = set()
+
+    def show(node: Node | Ensemble | None, indent: int) -> None:
+        told, inner = _shown(hub, node)
+        lines.append(f"{'  ' * indent}{told}")
+        if isinstance(node, Ref):
+            inner = [] if told in opened else inner
+            opened.add(told)
+        for child in inner:
+            show(child, indent + 1)
+
+    show(node, 0)
+    return lines
+
+
+def _shown(hub: Hub, node: Node | Ensemble | None) -> tuple[str, list[Node | None]]:
+    """A node in words, and what to show beneath it."""
+    match node:
+        case None:
+            return "the bare base", []
+        case Ref(reference):
+            release = hub.resolve(reference)
+            manifest = release.manifest
+            if manifest.compose is not None:
+                return f"{release}: {manifest.compose}", [parse(manifest.compose)]
+            if below := weighed(manifest):
+                return f"gate {release}, which weighs at every token", [
+                    Ref(Reference(p.name, p.version)) for p in below
+                ]
+            return f"{release} ({', '.join(sorted({form for here in manifest.forms.values() for form in here}))})", []
+        case Scale(weight, inner):
+            return f"{weight:g} times the change of", [inner]
+        case Stack(nodes):
+            return "stack, one after the other", list(nodes)
+        case Mix(nodes):
+            return "mix, side by side", list(nodes)
+        case Gate(gate, nodes):
+            return f"gate {hub.resolve(gate)}, which weighs at every token", list(nodes)
+        case Ensemble(lanes):
+            shares = ", ".join(f"{weight:g}" for weight, _ in lanes)
+            return f"logits, the weighted sum ({shares}) of what these models put out", [inner for _, inner in lanes]
+    return f"{type(node).__name__.lower()}: {node}", list(children(node))
+
+
+def children(node: Node | Ensemble) -> Iterator[Node]:
+    """What a node of any kind is made of."""
+    waiting = [getattr(node, entry.name) for entry in fields(node)]
+    while waiting:
+        value = waiting.pop(0)
+        if isinstance(value, tuple):
+            waiting = [*value, *waiting]
+        elif is_dataclass(value) and not isinstance(value, Reference):
+            yield value
+
+
+def _parents(program: Program) -> Step:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_missing_parents(list(program.releases.values()))
+    if caught:
+        details = [str(warning.message) for warning in caught]
+        return Step(
+            "parents",
+            "note",
+            "an adapter lacks what it was trained over",
+            details,
+            "put it beneath: 'parent + adapter'",
+        )
+    return Step("parents", "ok", "what was trained over another has it beneath, or nothing was")
+
+
+def _parts(program: Program) -> Step:
+    """Are the forms and codecs of every adapter installed, and do they import?"""
+    needed: dict[tuple[str, str], list[str]] = {}
+    makers: dict[tuple[str, str], str] = {}
+    for name, release in program.releases.items():
+        for part, maker in needs(release).items():
+            needed.setdefault(part, []).append(name)
+            makers.setdefault(part, maker)
+    told, faults = [], []
+    for (group, part), users in sorted(needed.items()):
+        try:
+            plugins.load(group, part)
+            told.append(f"{group[:-1]} {part}, from {plugins.distribution(group, part)}")
+        except HubError as error:
+            maker = makers[group, part]
+            hint = (
+                f"{users[0]} was made with {maker}: install that package from a source you trust"
+                if maker
+                else error.hint
+            )
+            told.append(f"{group[:-1]} {part}: {error} (needed by {', '.join(users)})")
+            faults.append((error, hint))
+    if faults:
+        return Step("parts", "problem", str(faults[0][0]), told, faults[0][1])
+    return Step("parts", "ok", "every form and codec is installed", told)
+
+
+def _bases(program: Program) -> Step:
+    releases = list(program.releases.values())
+    if not releases:
+        return Step("bases", "ok", "the bare base, whichever it is")
+    try:
+        base = common_base(program.hub, releases)
+    except HubError as error:
+        return problem("bases", error)
+    return Step(
+        "bases", "ok", f"made for {base.name} ({base.architecture})" + (", all of them" if len(releases) > 1 else "")
+    )
+
+
+def _sites(program: Program) -> tuple[str, list[str]]:
+    """What runs where, in order: sites that only their layer tells apart are one line."""
+    groups: dict[tuple[str, str], int] = {}
+    at = forms_at(program)
+    for path in sorted(at, key=by_layer):
+        here = pruned(program.node, lambda reference, here=at[path]: str(reference) in here)
+        forms = "; ".join(", ".join(at[path][name]) for name in at[path])
+        key = alike(path), f"{here}: {forms}"
+        groups[key] = groups.get(key, 0) + 1
+    return f"{len(at)} of them, each in this order", [
+        f"{pattern} x{n}  {what}" for (pattern, what), n in groups.items()
+    ]
+
+
+def forms_at(program: Program) -> dict[str, dict[str, list[str]]]:
+    """{site path: {"name@version": the forms there}}, paths as today's transformers has them."""
+    at: dict[str, dict[str, list[str]]] = {}
+    for name, release in program.releases.items():
+        for path, forms in release.manifest.forms.items():
+            at.setdefault(current_path(release.manifest.base.architecture, path), {})[name] = forms
+    return at
+
+
+def pruned(node: Node | Ensemble, keep: Callable[[Reference], bool]) -> Node | Ensemble | None:
+    """The node without the adapters that are not kept; a gate, or a node of another kind, stays whole if any of its
+    adapters does."""
+    match node:
+        case Ref(reference):
+            return node if keep(reference) else None
+        case Scale(_, inner):
+            inner = pruned(inner, keep)
+            return inner and replace(node, node=inner)
+        case Stack(nodes) | Mix(nodes):
+            inner = tuple(kept for each in nodes if (kept := pruned(each, keep)) is not None)
+            return inner[0] if len(inner) == 1 else replace(node, nodes=inner) if inner else None
+        case Ensemble(lanes):
+            return Ensemble(tuple((weight, inner and pruned(inner, keep)) for weight, inner in lanes))
+    return node if any(map(keep, references(node))) else None

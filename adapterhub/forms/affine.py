@@ -41,6 +41,10 @@ class Affine(Modification):
             raise IncompatibleBase(
                 "what goes in is not this site's own to scale or shift", "put it at the whole module, or at its output"
             )
+        if self.side.tolist() not in (0, 1):
+            raise IncompatibleBase(
+                f"an affine side is 0 or 1, not {self.side.tolist()}", "get it again from its source"
+            )
         if any(t.shape != (width,) for name, t in self.tensors.items() if name != "side") or len(self.tensors) < 2:
             raise IncompatibleBase(
                 f"a gain or shift that is not {width} numbers does not fit a site of {inputs} to {outputs}",

@@ -27,9 +27,11 @@ class Prefix(Modification):
         if site.role != "attention" or heads is None:
             raise IncompatibleBase("a prefix sits at an attention, and this is none", "use the base it was made for")
         fits = keys.ndim == 3 and (keys.shape[0], keys.shape[2]) == (heads.keys, heads.width)
-        if not fits or keys.shape != self.values.shape or self.shift.ndim or self.advance < 0:
+        moves = not (self.shift.ndim or self.shift.is_floating_point()) and 0 <= self.advance <= keys.shape[1]
+        if not fits or keys.shape != self.values.shape or not moves:
             raise IncompatibleBase(
-                f"keys {tuple(keys.shape)} and values {tuple(self.values.shape)} are no prefix for {heads.keys} heads of {heads.width}",
+                f"keys {tuple(keys.shape)} and values {tuple(self.values.shape)} that move positions up by {self.advance} "
+                f"are no prefix for {heads.keys} heads of {heads.width}",
                 "install the base that the adapter was made for",
             )
 

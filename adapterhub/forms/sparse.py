@@ -38,7 +38,8 @@ class Sparse(Modification):
     def check(self, site: Site) -> None:
         inputs, outputs = site.inputs, site.outputs
         index = self.index.long()
-        whole = self.size == (outputs, inputs) and index.ndim == 1 and self.values.shape == index.shape
+        integers = not (self.index.is_floating_point() or self.shape.is_floating_point())
+        whole = integers and self.size == (outputs, inputs) and index.ndim == 1 and self.values.shape == index.shape
         rising = whole and bool((index.diff() > 0).all())
         if not rising or (len(index) and not 0 <= int(index[0]) <= int(index[-1]) < outputs * inputs):
             raise IncompatibleBase(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterhub import durable, plugins
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 
 REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 REPO_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+TASKS = {
+    "FOR_CAUSAL_LM_": "AutoModelForCausalLM",
+    "FOR_SEQ_TO_SEQ_CAUSAL_LM_": "AutoModelForSeq2SeqLM",
+    "FOR_SEQUENCE_CLASSIFICATION_": "AutoModelForSequenceClassification",
+    "FOR_TOKEN_CLASSIFICATION_": "AutoModelForTokenClassification",
+    "FOR_QUESTION_ANSWERING_": "AutoModelForQuestionAnswering",
+    "FOR_MASKED_LM_": "AutoModelForMaskedLM",
+    "FOR_IMAGE_CLASSIFICATION_": "AutoModelForImageClassification",
+    "FOR_SPEECH_SEQ_2_SEQ_": "AutoModelForSpeechSeq2Seq",
+    "": "AutoModel",
+}
+"""transformers' MODEL_..._MAPPING, by which a class name is found -> the auto class that loads it."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -136,14 +148,45 @@ def default_device(text: str | torch.device = "auto") -> torch.device:
     return device
 
 
+def skeleton(resolved: ResolvedBase) -> PreTrainedModel:
+    """The model without its weights (on the meta device): widths and names only. No code from the folder runs.
+
+    Raises IncompatibleBase if transformers does not know it."""
+    import torch
+
+    try:
+        config, auto = _class(resolved)
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a damaged config.json makes transformers raise anything, AssertionError included
+        raise IncompatibleBase(
+            f"{resolved.name} is no model that transformers knows: {first_line(error)}",
+            "give another base model; models that bring their own code are not run",
+        ) from None
+
+
+def _class(resolved: ResolvedBase) -> tuple[Any, Any]:
+    """The config, and transformers' auto class for what its `architectures` names: a causal language model unless it is
+    another that we know how to load."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(resolved.folder, local_files_only=True, trust_remote_code=False)
+    for task, auto in TASKS.items():
+        known = getattr(transformers, f"MODEL_{task}MAPPING").get(type(config), ())
+        if {cls.__name__ for cls in (known if isinstance(known, tuple) else (known,))} & set(
+            config.architectures or ()
+        ):
+            return config, getattr(transformers, auto)
+    return config, transformers.AutoModelForCausalLM
+
+
 def load_model(
     resolved: ResolvedBase, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """The causal language model, in eval mode and frozen. dtype: "float32", "bfloat16", "float16", "auto" (as stored)
-    or torch's. No code from the folder ever runs. Raises IntegrityError if a weight is missing or left
-    over, IncompatibleBase if it is no causal language model that transformers knows."""
+    """The model that config.json's `architectures` names (without one, the causal language model), in eval mode and frozen.
+    dtype: "float32", "bfloat16", "float16", "auto" (as stored) or torch's. No code from the folder ever runs. Raises
+    IntegrityError if a weight is missing or left over, IncompatibleBase if it is no model that transformers knows."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype not in ("float32", "bfloat16", "float16", "auto"):
         raise UsageError(f"unknown dtype {dtype!r}", "use float32, bfloat16, float16, auto or stored")
@@ -152,7 +195,8 @@ def load_model(
         read_header(file)
     with _quiet():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            _, auto = _class(resolved)
+            model, info = auto.from_pretrained(
                 resolved.folder,
                 dtype=dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, dtype),
                 local_files_only=True,
@@ -162,7 +206,7 @@ def load_model(
             )
         except Exception as error:  # a damaged config.json makes transformers raise anything, AssertionError included
             raise IncompatibleBase(
-                f"{resolved.name} does not load as a causal language model: {first_line(error)}",
+                f"{resolved.name} does not load as a model that transformers knows: {first_line(error)}",
                 "give another base model; models that bring their own code are not run",
             ) from error
     if info["missing_keys"]:

@@ -16,8 +16,9 @@ from adapterhub.adapter import Adapter, Modifications
 from adapterhub.compose import expand, warn_missing_parents
 from adapterhub.errors import UsageError
 from adapterhub.expression import Ref, references
-from adapterhub.formats.peft import PREFIX, TENSORS
+from adapterhub.formats.peft import TENSORS
 from adapterhub.formats.peft_config import CONFIG
+from adapterhub.formats.peft_lora import PREFIX
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.manifest import Manifest, Reference, Release
 from adapterhub.plan import assemble

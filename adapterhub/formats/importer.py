@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterhub import bases, durable
-from adapterhub.adapter import check_fit, modifications_of, require_effect
+from adapterhub.adapter import check_fit, require_effect
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
-from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
+from adapterhub.errors import HubError, NotFound, UsageError
 from adapterhub.formats import peft
+from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import CONFIG, read_config
 from adapterhub.manifest import Release, check_name, check_version
 from adapterhub.publish import publish_tensors
-from adapterhub.sites import sites
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from adapterhub.hub import Hub
 
 MAX_CARD = 1 << 20
@@ -46,17 +44,18 @@ def import_adapter(
     _require_peft(folder)
     config = read_config(folder)
     resolved = _base(folder, base, config.base_model_name_or_path)
-    model = _skeleton(resolved)
-    here = sites(model)
-    adapter = peft.read(folder, config, here)
-    parts = modifications_of(adapter.tensors)
-    check_fit(parts, here, folder.name)
-    require_effect(parts, here, model, folder.name)
+    model = BaseModel(resolved)
+    adapter = peft.read(folder, config, model)
+    parts = adapter.parts
+    check_fit(parts, model.sites, folder.name)
+    needs = any(part.form == "dora" for here in parts.values() for part in here)  # its change depends on the weights
+    require_effect(parts, model.sites, model.load() if needs else model.skeleton, folder.name)
     current = fingerprint(resolved)
     if base is not None:
         _require_same(config.base_model_name_or_path, current, force)
     recipe = {
         "imported": "peft",
+        "peft_type": config.peft_type,
         "base_model_name_or_path": config.base_model_name_or_path,
         "peft_version": config.peft_version,
         "files": {file: _digest(folder / file) for file in (CONFIG, peft.TENSORS)},
@@ -97,22 +96,6 @@ def _base(folder: Path, given: str | Path | None, named: str | None) -> bases.Re
         raise (type(error) if isinstance(error, HubError) else NotFound)(
             f"{folder.name} was made for the base model {ascii(named)[:100]}, which cannot be had: {error}"[:500],
             "give it: --base PATH, a repo id or a known name",
-        ) from None
-
-
-def _skeleton(resolved: bases.ResolvedBase) -> PreTrainedModel:
-    """The base without its weights (on the meta device): sites need widths only. No code from the folder runs."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(resolved.folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a damaged config.json makes transformers raise anything, AssertionError included
-        raise IncompatibleBase(
-            f"{resolved.name} is no causal language model that transformers knows: {bases.first_line(error)}",
-            "give another base model; models that bring their own code are not run",
         ) from None
 
 

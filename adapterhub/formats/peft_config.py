@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 
 from adapterhub.errors import HubError, ManifestError, NotFound, UnsafeFile
+from adapterhub.formats.peft_types import CACHES, PROMPTS, TUNERS
+from adapterhub.formats.peft_types import REFUSED as REFUSED_TYPES
 
 CONFIG = "adapter_config.json"
 MAX_CONFIG = 1 << 20
@@ -24,14 +26,7 @@ AGAIN = "get the adapter again from its source"
 SAFE_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base's weights as they are."""
 REFUSED = {
-    "use_dora": "DoRA, which rescales the columns of the weight",
-    "lora_bias": "a bias on B",
-    "modules_to_save": "whole modules beside the LoRA",
-    "target_parameters": "LoRA of a bare parameter",
-    "trainable_token_indices": "trained rows of the embedding",
     "layer_replication": "layers that the base does not have",
-    "fan_in_fan_out": "transposed weights (Conv1D)",
-    "ensure_weight_tying": "adapters of tied weights",
     "alora_invocation_tokens": "aLoRA, which starts at certain tokens",
     "arrow_config": "Arrow, which routes between adapters",
     "use_qalora": "QA-LoRA, which pools its input",
@@ -42,33 +37,50 @@ REFUSED = {
 }
 NEUTRAL = {
     "auto_mapping", "inference_mode", "revision", "megatron_config", "megatron_core", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "init_lora_weights", "bias",
+    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "init_lora_weights", "fan_in_fan_out",
+    "ensure_weight_tying",
 }  # fmt: skip
 """Keys that say nothing about what a trained LoRA does, or that `_refusals` looks at."""
+Texts = str | list[str]
+Rank = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
+Biases = Literal["none", "all", "lora_only"]
 
 
 class Config(msgspec.Struct, frozen=True):
-    """What we read of adapter_config.json, with PEFT's defaults."""
+    """What we read of any type's adapter_config.json, with PEFT's defaults."""
 
-    r: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)] = 8
-    lora_alpha: float = 8
-    use_rslora: bool = False
-    lora_dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
-    target_modules: str | list[str] | None = None
-    exclude_modules: str | list[str] | None = None
+    target_modules: Texts | None = None
+    exclude_modules: Texts | None = None
     layers_to_transform: int | list[int] | None = None
-    layers_pattern: str | list[str] | None = None
-    rank_pattern: dict[str, Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    layers_pattern: Texts | None = None
+    modules_to_save: list[str] | None = None
     base_model_name_or_path: str | None = None
-    peft_type: str | None = None
+    peft_type: str = ""
     peft_version: str | None = None
     task_type: str | None = None
+    raw: dict[str, Any] = {}
+    """All that it says, checked by nobody; `read_config` sets it."""
+
+
+class LoraConfig(Config, frozen=True):
+    """The same of LoRA's."""
+
+    r: Rank = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    lora_dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    bias: Biases | None = "none"
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
 
 
 def read_config(folder: Path) -> Config:
-    """The config of a PEFT folder. Raises NotFound, UnsafeFile, ManifestError, and HubError naming everything in it that
-    has no exact counterpart here. Unknown keys are warned of and otherwise ignored."""
+    """The config of a PEFT folder (a LoraConfig if it is that type). Raises NotFound, UnsafeFile, ManifestError, and
+    HubError naming everything in it that has no exact counterpart here. Unknown keys are warned of and ignored."""
     path = folder / CONFIG
     if not path.is_file():
         raise NotFound(f"{folder} holds no {CONFIG}", "give the folder that PEFT's save_pretrained wrote")
@@ -76,19 +88,24 @@ def read_config(folder: Path) -> Config:
         raw = _parse(file.read(MAX_CONFIG + 1))
     if refusals := _refusals(raw):
         raise HubError(
-            f"{folder.name} cannot be represented exactly:\n  " + "\n  ".join(refusals),
-            "supported: LoRA and rsLoRA of linear layers, with rank, alpha and layer patterns (docs/peft.md)",
+            f"{folder.name} cannot be represented exactly:\n  " + "\n  ".join(refusals), "what loads is in docs/peft.md"
         )
+    cls = LoraConfig if raw["peft_type"] == "LORA" else Config
+    raw.pop("raw", None)
     try:
-        config = msgspec.convert(raw, Config)
+        config = msgspec.convert(raw, cls)
     except msgspec.ValidationError as error:
         raise ManifestError(f"{CONFIG}: {error}", AGAIN) from None
-    if config.target_modules is None:
-        raise ManifestError(f"{CONFIG} names no target_modules", "add those that the adapter was trained with")
-    known = {*Config.__struct_fields__, *REFUSED, *NEUTRAL}
+    if cls is LoraConfig:
+        if config.target_modules is None and not config.target_parameters:
+            raise ManifestError(f"{CONFIG} names no target_modules", "add those that the adapter was trained with")
+        warn_unknown(raw, {*LoraConfig.__struct_fields__, *REFUSED, *NEUTRAL})
+    return msgspec.structs.replace(config, raw=raw)
+
+
+def warn_unknown(raw: Mapping[str, Any], known: Collection[str]) -> None:
     if unknown := [key for key, value in raw.items() if key not in known and value]:
-        warnings.warn(f"{CONFIG}: unknown keys are ignored: {ascii(', '.join(sorted(unknown)))[:200]}", stacklevel=2)
-    return config
+        warnings.warn(f"{CONFIG}: unknown keys are ignored: {ascii(', '.join(sorted(unknown)))[:200]}", stacklevel=3)
 
 
 def _parse(data: bytes) -> dict[str, Any]:
@@ -123,21 +140,20 @@ def _finite(text: str) -> float:
 
 
 def _refusals(raw: Mapping[str, Any]) -> list[str]:
-    """Everything in a config that would make the adapter another one than its A, B and scale say."""
-    kind, task = raw.get("peft_type"), raw.get("task_type")
+    """Everything in a config that would make the adapter another one than its tensors and scale say."""
+    kind = raw.get("peft_type")
+    if not isinstance(kind, str) or kind not in {"LORA", *TUNERS, *CACHES, *PROMPTS}:
+        why = REFUSED_TYPES.get(kind, "no type that we know") if isinstance(kind, str) else "no type that we know"
+        return [f"peft_type is {_short(kind)}: {why}"]
     if kind != "LORA":
-        return [f"peft_type is {_short(kind)}: only LORA is read"]
+        return []
     found = [f"{key}: {reason}" for key, reason in REFUSED.items() if raw.get(key)]
-    if raw.get("bias", "none") not in (None, "none"):
-        found.append(f"bias is {_short(raw['bias'])}: biases of the base were trained")
     start = raw.get("init_lora_weights", True)
     if start is not None and not any(type(start) is type(safe) and start == safe for safe in SAFE_STARTS):
         found.append(
             f"init_lora_weights is {_short(start)}: it may have changed the base's weights, and the adapter belongs to those "
             "(PEFT converts it: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
-    if task not in (None, "CAUSAL_LM"):
-        found.append(f"task_type is {_short(task)}: only causal language models are loaded as bases")
     return found
 
 

@@ -1,0 +1,99 @@
+"""PEFT's prompts and prefixes as keys and values at every attention.
+
+A prefix is stored as those (Li and Liang, 2021). A soft prompt (Lester et al., 2021) is embeddings of virtual tokens before
+the text: in a model that only looks back, what later tokens see of it are its keys and values, so the base is run on it once.
+PEFT counts virtual tokens as positions, hence the shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterhub.adapter import Modifications
+from adapterhub.errors import HubError, IncompatibleBase, IntegrityError
+from adapterhub.formats.peft_base import BaseModel
+from adapterhub.formats.peft_config import AGAIN, CONFIG, Config
+from adapterhub.formats.peft_types import CACHES
+from adapterhub.forms.prefix import Prefix
+from adapterhub.sites import Site
+
+NAME = "prompt_embeddings"
+
+
+def read_prompt(label: str, config: Config, stored: Mapping[str, Tensor], base: BaseModel) -> Modifications:
+    """A Prefix at each attention. Raises IntegrityError for tensors of another shape than the base's, IncompatibleBase for a
+    base where that is not the same."""
+    places = _attentions(label, config, base)
+    if stored.keys() != {NAME} or stored[NAME].ndim != 2 or not stored[NAME].is_floating_point():
+        names = ", ".join(f"{name} {tuple(t.shape)}" for name, t in stored.items())[:300]
+        raise IntegrityError(f"{label} should hold {NAME} alone, and holds {names or 'nothing'}", AGAIN)
+    prompt = stored[NAME]
+    count, width = prompt.shape
+    if count < 1 or config.raw.get("num_virtual_tokens", count) != count:
+        raise IntegrityError(f"{label}: {count} virtual tokens, where {CONFIG} says otherwise", AGAIN)
+    heads = places[0].heads
+    assert heads is not None  # _attentions asks for it
+    wanted = len(places) * 2 * heads.keys * heads.width
+    if config.peft_type not in CACHES:
+        wanted = base.skeleton.get_input_embeddings().weight.shape[1]
+    if width != wanted:
+        raise IntegrityError(
+            f"{label}: {width} numbers a virtual token, where this base needs {wanted}",
+            "give the base that it was made for: --base",
+        )
+    if config.peft_type in CACHES:
+        pairs = prompt.view(count, 2 * len(places), heads.keys, heads.width).permute(1, 2, 0, 3)
+        memories = [(pairs[2 * n], pairs[2 * n + 1]) for n in range(len(places))]
+    else:
+        memories = _cached(base, prompt)
+    shift = torch.tensor(count)
+    return {
+        site.path: [Prefix(keys=keys.contiguous(), values=values.contiguous(), shift=shift.clone())]
+        for site, (keys, values) in zip(places, memories, strict=True)
+    }
+
+
+def _attentions(label: str, config: Config, base: BaseModel) -> list[Site]:
+    """The decoder's attentions in order; IncompatibleBase unless every later token sees all of a prefix."""
+    model = base.skeleton
+    settings = model.config.get_text_config()
+    found = [site for site in base.sites if site.role == "attention"]
+    kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
+    why = None
+    if not model.can_generate() or settings.is_encoder_decoder or any(site.part for site in found):
+        why = "the base is no decoder alone"
+    elif not found or any(site.heads is None for site in found):
+        why = "adapterhub knows no attention of this base"
+    elif kinds != {"full_attention"}:
+        why = "the base's attention forgets what lies further back, a prompt too"
+    elif config.modules_to_save:
+        why = "it brings modules besides the prompt"
+    elif config.raw.get("num_transformer_submodules", 1) not in (1, None):
+        why = "it has a prompt for an encoder and one for a decoder"
+    elif config.task_type not in (None, "CAUSAL_LM"):
+        why = f"its task is {ascii(config.task_type)[:30]}, and PEFT reads the answer elsewhere then"
+    else:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as OTHER_LAYOUTS
+
+        if settings.model_type in OTHER_LAYOUTS:
+            why = f"{settings.model_type} has a cache of another layout"
+    if why:
+        raise IncompatibleBase(
+            f"{label} cannot be represented exactly as prefixes: {why}", "what loads is in docs/peft.md"
+        )
+    return found
+
+
+@torch.no_grad()
+def _cached(base: BaseModel, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values, (key-value heads, n, width), of every layer over these embeddings."""
+    model = base.load()
+    try:
+        cache: Any = model(inputs_embeds=prompt.to(torch.float32)[None], use_cache=True).past_key_values
+        return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    except (RuntimeError, IndexError) as error:  # more virtual tokens than the base has positions
+        raise HubError(f"the base does not run on {len(prompt)} virtual tokens: {error}"[:300], AGAIN) from None

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from adapterhub import plugins
 from adapterhub.adapter import Adapter, Modifications, forms_of, modifications_of
+from adapterhub.changes import WHOLE, change_of
 from adapterhub.errors import CodecError, NoEffect, UsageError
 from adapterhub.factors import product_norm
+from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.manifest import Made, Manifest, Parent, Release, check_name
 from adapterhub.modification import Modification
@@ -47,6 +51,7 @@ def compress(
             "compress the adapters it is made of",
         )
     adapter = Adapter.load(hub, release)
+    original = adapter.modifications()
     encoded = dump(coder().encode(adapter.tensors, config))
     before = parent.files["tensors"].size
     if len(encoded) >= before:
@@ -55,8 +60,8 @@ def compress(
             "keep it as it is, or give options that drop more (adapterhub plugins list)",
         )
     decoded = coder().decode(load(encoded))
-    modifications = modifications_of(decoded, parent)
-    errors = site_errors(adapter.modifications(), modifications)
+    modifications = _in_order(decoded, parent, original, codec)
+    errors = site_errors(original, modifications)
     if not any(left for _, left in errors.values()):
         raise NoEffect(f"{codec} leaves nothing of {release}: it would change nothing", "give options that drop less")
     worst = max(errors, key=lambda path: errors[path][0])
@@ -92,20 +97,74 @@ def in_bf16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: t.to(torch.bfloat16) if t.is_floating_point() else t for k, t in tensors.items()}
 
 
+def _in_order(decoded: Mapping[str, Tensor], parent: Manifest, original: Modifications, codec: str) -> Modifications:
+    """The decoded modifications in the order of the original's; in any order at sites whose forms the codec has changed, if
+    none there sees what the others do. Raises CodecError otherwise."""
+    found = modifications_of(decoded)
+    for path, forms in forms_of(found).items():
+        if sorted(forms) != sorted(parent.forms.get(path, [])) and not all(
+            part.additive for part in (*found[path], *original.get(path, []))
+        ):
+            raise CodecError(
+                f"{codec} would change the forms at {path}, where their order matters ({', '.join(parent.forms[path])})",
+                "use a codec that keeps the forms: compeft or int8",
+            )
+    return modifications_of(decoded, structs.replace(parent, forms=_orders(found, parent)))
+
+
+def _orders(found: Modifications, parent: Manifest) -> dict[str, list[str]]:
+    return {
+        path: parent.forms[path] if sorted(forms) == sorted(parent.forms.get(path, [])) else forms
+        for path, forms in forms_of(found).items()
+    }
+
+
 def site_errors(before: Modifications, after: Modifications) -> dict[str, tuple[float, float]]:
-    """{site path: (relative error, norm that is left)}, Frobenius: of the change of the weight where all is low rank, of
-    the tensors themselves where other forms stand."""
+    """{site path: (relative error, norm that is left)}, Frobenius: of the change of the weight and bias where the forms tell
+    it without the base's weight (so across forms: a low-rank pair and the sparse change made of it), of the tensors
+    themselves where other forms stand; both together where both do."""
     errors = {}
     for path, parts in before.items():
-        if all(isinstance(m, LowRank) for m in parts):
-            (up, down), (new_up, new_down) = _factors(parts), _factors(after[path])
-            size, left = product_norm(up, down), product_norm(new_up, new_down)
-            distance = product_norm(torch.cat([up, -new_up], 1), torch.cat([down, new_down]))
+        (own, others), (new, others_left) = _split(parts), _split(after[path])
+        if all(isinstance(m, LowRank) for m in (*own, *new)):
+            measured = _of_factors(own, new)
         else:
-            old, new = _flat(parts), _flat(after[path])
-            size, left, distance = float(old.norm()), float(new.norm()), float((old - new).norm())
+            measured = _of_changes(own, new)
+        old, left = _flat(others), _flat(others_left)
+        both = zip(measured, (old.norm(), left.norm(), (old - left).norm()), strict=True)
+        size, left, distance = (math.hypot(one, float(other)) for one, other in both)
         errors[path] = (distance / size if size else 0.0, left)
     return errors
+
+
+def _split(parts: Sequence[Modification]) -> tuple[list[Modification], list[Modification]]:
+    """What tells its change of the weight without the base's, and what does not."""
+    own = [m for m in parts if isinstance(m, WHOLE) or (isinstance(m, Affine) and m.additive)]
+    return own, [m for m in parts if m not in own]
+
+
+def _of_factors(before: Sequence[LowRank], after: Sequence[LowRank]) -> tuple[float, float, float]:
+    """(norm, norm left, distance), never making the matrices whole."""
+    if not before:
+        return 0.0, 0.0, 0.0
+    (up, down), (new_up, new_down) = _factors(before), _factors(after)
+    distance = product_norm(torch.cat([up, -new_up], 1), torch.cat([down, new_down]))
+    return product_norm(up, down), product_norm(new_up, new_down), distance
+
+
+def _of_changes(before: Sequence[Modification], after: Sequence[Modification]) -> tuple[float, float, float]:
+    size = left = distance = 0.0
+    for old, new in zip(_change(before), _change(after), strict=True):
+        if old is None and new is None:
+            continue
+        old, new = (torch.zeros_like(other) if t is None else t for t, other in ((old, new), (new, old)))
+        size, left = math.hypot(size, float(old.norm())), math.hypot(left, float(new.norm()))
+        distance = math.hypot(distance, float((old - new).norm()))
+    return size, left, distance
+
+
+def _change(parts: Sequence[Modification]) -> tuple[Tensor | None, Tensor | None]:
+    return change_of([m.to(dtype=torch.float64) for m in parts])
 
 
 def _factors(parts: Sequence[LowRank]) -> tuple[Tensor, Tensor]:

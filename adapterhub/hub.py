@@ -121,11 +121,12 @@ class Hub(Packages):
         *,
         name: str,
         version: str | None = None,
+        base: object = None,
     ) -> Release:
         """Make one adapter of several. See adapterhub.merge."""
         from adapterhub.merge import merge
 
-        return merge(self, refs, merger=merger, weights=weights, options=options, name=name, version=version)
+        return merge(self, refs, merger=merger, weights=weights, options=options, name=name, version=version, base=base)
 
     def compress(
         self,

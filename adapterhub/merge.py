@@ -1,31 +1,35 @@
-"""Several adapters into one. Sums of low-rank changes are joined exactly; other mergers see each weight's dense change."""
+"""Several adapters into one, site by site: sums of what can be added as it is, else each weight's dense change.
+
+How the result is stored is one rule (`adapterhub.changes`): exactly, in the fewest bytes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterhub import plugins
 from adapterhub.adapter import Adapter, Modifications
+from adapterhub.changes import CANCELLED, WHOLE, Result, change_of, cheapest, side_by_side, weighted_sum
 from adapterhub.compose import common_base, joined_licences, warn_missing_parents
 from adapterhub.errors import NoEffect, NotFoldable, NotMergeable, PluginError, UsageError
-from adapterhub.factors import balanced, numerical_rank, product_norm, product_svd
+from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.manifest import Parent, Release
 from adapterhub.mergers import Merger
 from adapterhub.modification import Modification
 from adapterhub.publish import publish_tensors
+from adapterhub.residents import Residents
+from adapterhub.sites import matrix, sites
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
 
-CANCELLED = 1e-6
-"""A sum smaller than this part of its terms is rounding."""
+INSTEAD = "adapterhub compose 'a + 0.5*b' --name NAME"
 
 
 def merge(
@@ -37,9 +41,12 @@ def merge(
     *,
     name: str,
     version: str | None = None,
+    base: object = None,
 ) -> Release:
     """One adapter that stands for several of one base; weights default to 1 each.
 
+    base (known name, folder, repo id or loaded model): only for a change that depends on its weights, such as half of a
+    DoRA or a TIES merge with one; without it such a merge is refused.
     The recipe records merger, options and weights; the metrics say how far the stored factors are from the exact result.
     Raises UsageError, PluginError (no such merger), IncompatibleBase, NotMergeable (a form that is no change of a weight;
     a saved composition), NoEffect (the changes cancel). Warns (ParentsWarning) of one trained over another that is not merged."""
@@ -59,21 +66,20 @@ def merge(
                 f"{release} is a saved composition ({release.manifest.compose}) and has no tensors of its own",
                 "merge the adapters it is made of",
             )
-    base = common_base(hub, releases)
+    record = common_base(hub, releases)
     warn_missing_parents(releases)
-    merged = merge_modifications(
-        [Adapter.load(hub, release).modifications() for release in releases],
-        weights,
-        rule(),
-        config,
-        names=[str(release) for release in releases],
-    )
+    names = [str(release) for release in releases]
+    if base is None:
+        adapters, weight_at = [Adapter.load(hub, release).modifications() for release in releases], None
+    else:
+        adapters, weight_at = _on_base(hub, base, names)
+    merged = merge_modifications(adapters, weights, rule(), config, names, weight_at)
     return publish_tensors(
         hub,
         merged.modifications,
         name=name,
         version=version,
-        base=base,
+        base=record,
         method=releases[0].manifest.method if len(releases) == 1 else None,
         parents=[Parent(name=r.name, version=r.version, digest=r.digest, relation="merge") for r in releases],
         recipe={
@@ -87,14 +93,41 @@ def merge(
     )
 
 
+def _on_base(hub: Hub, base: object, names: Sequence[str]) -> tuple[list[Modifications], BaseWeight]:
+    """The adapters checked against the base, and where its weights are. Raises IncompatibleBase."""
+    from adapterhub import bases
+    from adapterhub.bases.fingerprint import fingerprint
+
+    if isinstance(base, nn.Module):
+        model, print_of_base = base, fingerprint(base)
+    else:
+        resolved = bases.resolve(base)
+        model, print_of_base = bases.load_model(resolved, "float32"), fingerprint(resolved)
+    at = {site.path: site for site in sites(model)}
+
+    def weight_at(path: str) -> tuple[Tensor | None, Tensor | None]:
+        module, columns = model.get_submodule(at[path].module), at[path].columns
+        weight, bias = matrix(module), getattr(module, "bias", None)
+        here = slice(None) if columns is None else torch.tensor(columns.index())
+        both = [None if t is None else t.detach().to("cpu", torch.float32)[here] for t in (weight, bias)]
+        return both[0], both[1]
+
+    residents = Residents(model, list(at.values()), hub, print_of_base, force=False)
+    return [residents.load(name) for name in names], weight_at
+
+
 class Merged(NamedTuple):
     modifications: Modifications
     error: float
-    """The largest relative error of a site (Frobenius norm) between what is stored and what was asked for."""
+    """The largest relative error of a form at a site (Frobenius norm) between what is stored and what was asked for."""
     worst: str
     """That site."""
     rank: int
     """The largest rank stored."""
+
+
+BaseWeight = Callable[[str], tuple[Tensor | None, Tensor | None]]
+"""The base's weight (outputs, inputs) and bias (outputs,) at a site, float32 on the CPU; None for what is not there."""
 
 
 def merge_modifications(
@@ -103,117 +136,124 @@ def merge_modifications(
     merger: Merger,
     config: Any,
     names: Sequence[str] | None = None,
+    base: BaseWeight | None = None,
 ) -> Merged:
-    """Adapters in memory, site by site over the union of their sites, in float32.
+    """Adapters in memory, site by site over the union of their sites, in float32; how each site is stored: `changes`.
 
-    One adapter at weight 1 under a linear merger is itself: whatever its forms, bit for bit."""
-    if merger.linear and list(weights) == [1.0]:
+    One adapter at weight 1 is itself, whatever its forms and the merger, bit for bit."""
+    if list(weights) == [1.0]:
         return Merged(dict(adapters[0]), 0.0, "", _largest_rank(adapters[0]))
     names = names or [f"adapter {i}" for i in range(len(adapters))]
+    _require_weight_changes(adapters, weights, names)
     merged: Modifications = {}
     error, worst = 0.0, ""
     for path in _progress(sorted({path for adapter in adapters for path in adapter})):
         parts = [[m.to("cpu", torch.float32) for m in adapter.get(path, [])] for adapter in adapters]
-        result = _joined(parts, weights) if merger.linear else None
-        if result is None:
-            result = _combined(_deltas(parts, path, names), weights, merger, config)
-        part, distance = result
-        if part is not None:
-            merged[path] = [part]
+        here, distance = _merged(parts, weights, merger, config, _Where(path, names, base))
+        if here:
+            merged[path] = here
             error, worst = max((error, worst), (distance, path))
     if not merged:
         raise NoEffect(f"the merge of {', '.join(names)} changes nothing: the changes cancel", "give other weights")
+    _require_own_outputs(merged)
     return Merged(merged, error, worst, _largest_rank(merged))
 
 
-Result = tuple[Modification | None, float]
-"""What a site gets (None: nothing is left there) and its relative error."""
+class _Where(NamedTuple):
+    path: str
+    names: Sequence[str]
+    base: BaseWeight | None
 
 
-def _joined(parts: Sequence[Sequence[Modification]], weights: Sequence[float]) -> Result | None:
-    """The weighted sum in the one form that all have, its terms side by side; None if that form has no such sum."""
-    weighted = [(w, m) for w, adapter in zip(weights, parts, strict=True) if w for m in adapter]
-    scaled = [m.scaled(w) for w, m in weighted]
-    if not scaled:
-        return None, 0.0
-    form = type(scaled[0])
-    if not all(
-        type(m) is form and type(part) is form and m.additive for part, (_, m) in zip(scaled, weighted, strict=True)
-    ):
+def _merged(
+    parts: Sequence[list[Modification]], weights: Sequence[float], merger: Merger, config: Any, where: _Where
+) -> Result:
+    if merger.linear:
+        terms = [(w, here) for w, here in zip(weights, parts, strict=True) if w and here]
+        result = weighted_sum(terms) if terms else ([], 0.0)
+        if result is not None:
+            return result
+    elif (side := _one_side(parts)) is not None:
+        vectors = [{k: t for m in here for k, t in m.tensors.items() if k != "side"} for here in parts]
+        left = {key: _combined([v.get(key) for v in vectors], weights, merger, config) for key in ("gain", "shift")}
+        left = {key: tensor for key, tensor in left.items() if tensor is not None}
+        return ([Affine.of(**left, into=side)] if left else []), 0.0
+    changes = _deltas(parts, where)
+    total = _combined([weight for weight, _ in changes], weights, merger, config)
+    shift = _combined([bias for _, bias in changes], weights, merger, config)
+    made = cheapest(total, shift)
+    if total is None or not made:
+        return made, 0.0
+    stored, _ = change_of([m for m in made if not isinstance(m, Affine)])
+    return made, float((total - stored).norm() / total.norm())
+
+
+def _one_side(parts: Sequence[Sequence[Modification]]) -> bool | None:
+    """Whether into the site, if all that anyone has there is one gain and shift of the same side; else None.
+
+    Then a merger sees gains and shifts themselves, as the TIES paper merges (IA)3: it needs no base for that."""
+    sides = {m.into if isinstance(m, Affine) else None for here in parts for m in here}
+    alone = all(len(here) <= 1 for here in parts) and len(sides) == 1
+    return sides.pop() if alone else None
+
+
+def _combined(deltas: Sequence[Tensor | None], weights: Sequence[float], merger: Merger, config: Any) -> Tensor | None:
+    """What the merger makes of the changes (None: zeros) of one weight or bias; None if nobody has one or they cancel."""
+    like = next((delta for delta in deltas if delta is not None), None)
+    if like is None:
         return None
-    joined = scaled[0] if len(scaled) == 1 else form.join(scaled)
-    if joined is None:
-        return None
-    return _at_useful_rank(joined, weighted) if isinstance(joined, LowRank) else (joined, 0.0)
-
-
-def _at_useful_rank(joined: LowRank, weighted: Sequence[tuple[float, LowRank]]) -> Result:
-    """The factors, made fewer if the weight cannot use them all, measured against the float64 sum; None if it cancels."""
-    ups = [w * m.scale.double() * m.up.double() for w, m in weighted]
-    downs = [m.down.double() for _, m in weighted]
-    size = product_norm(torch.cat(ups, 1), torch.cat(downs))
-    if size <= CANCELLED * sum(map(product_norm, ups, downs)):
-        return None, 0.0
-    (outputs, rank), inputs = joined.up.shape, joined.down.shape[1]
-    if rank > min(outputs, inputs):
-        u, s, vh = product_svd(joined.up * joined.scale, joined.down)
-        joined = _low_rank(u, s, vh)
-    stored = joined.scale.double() * joined.up.double()
-    if not product_norm(stored, joined.down.double()):  # its weights are too small for float32
-        return None, 0.0
-    distance = product_norm(torch.cat([stored, *(-up for up in ups)], 1), torch.cat([joined.down.double(), *downs]))
-    return joined, distance / size
-
-
-def _combined(deltas: Sequence[Tensor], weights: Sequence[float], merger: Merger, config: Any) -> Result:
-    """What the merger makes of the dense changes, factored again at its numerical rank."""
+    deltas = [torch.zeros_like(like) if delta is None else delta for delta in deltas]
     total = merger.combine(deltas, weights, config)
-    if not isinstance(total, Tensor) or total.shape != deltas[0].shape or not total.isfinite().all():
+    if not isinstance(total, Tensor) or total.shape != like.shape or not total.isfinite().all():
         raise PluginError(
-            f"the merger {type(merger).__name__} did not return finite changes of shape {tuple(deltas[0].shape)}",
+            f"the merger {type(merger).__name__} did not return finite changes of shape {tuple(like.shape)}",
             "report it to the merger's author; adapterhub plugins check shows which law it breaks",
         )
-    size = float(total.norm())
-    if size <= CANCELLED * sum(abs(w) * float(delta.norm()) for w, delta in zip(weights, deltas, strict=True)):
-        return None, 0.0
-    part = _low_rank(*torch.linalg.svd(total.float(), full_matrices=False))
-    return part, float((total - part.up @ part.down).norm()) / size
+    terms = sum(abs(w) * float(delta.norm()) for w, delta in zip(weights, deltas, strict=True))
+    return None if float(total.norm()) <= CANCELLED * terms else total.float()
 
 
-def _low_rank(u: Tensor, s: Tensor, vh: Tensor) -> LowRank:
-    up, down = balanced(u, s, vh, numerical_rank(s, u.shape[0], vh.shape[1]))
-    return LowRank(down=down.float().contiguous(), up=up.float().contiguous(), scale=torch.tensor(1.0))
+def _deltas(parts: Sequence[list[Modification]], where: _Where) -> list[tuple[Tensor | None, Tensor | None]]:
+    """(ΔW, Δb) of each adapter at one site."""
+    weight, bias = where.base(where.path) if where.base else (None, None)
+    known = None if weight is None else (weight, bias)
+    changes = []
+    for here, name in zip(parts, where.names, strict=True):
+        try:
+            for part in here:
+                part.bind(weight)
+            changes.append(change_of(here, known))
+        except NotFoldable as reason:
+            raise NotMergeable(
+                f"{name} cannot be merged so: at {where.path}, {reason}",
+                f"stack them instead: {INSTEAD}"
+                if where.base
+                else "give the base model: adapterhub merge ... --base NAME",
+            ) from None
+    return changes
 
 
-def _deltas(parts: Sequence[Sequence[Modification]], path: str, names: Sequence[str]) -> list[Tensor]:
-    """The dense change of each adapter's at one site, zeros where it has none."""
-    changes = [sum(_delta(m, path, name) for m in adapter) for adapter, name in zip(parts, names, strict=True)]
-    like = next(change for change in changes if isinstance(change, Tensor))
-    return [change if isinstance(change, Tensor) else torch.zeros_like(like) for change in changes]
+def _require_weight_changes(adapters: Sequence[Modifications], weights: Sequence[float], names: Sequence[str]) -> None:
+    """Refuse forms that are no change of a weight: half a prefix has no meaning in a file."""
+    for adapter, weight, name in zip(adapters, weights, names, strict=True):
+        for path, part in ((path, part) for path, here in adapter.items() for part in here if weight):
+            if type(part).delta_weight is Modification.delta_weight:
+                raise NotMergeable(
+                    f"{name} cannot be merged: at {path}, the form {part.form!r} is not a change of a weight",
+                    f"stack them instead, each adapter as it is: {INSTEAD}",
+                )
 
 
-def _delta(modification: Modification, path: str, name: str) -> Tensor:
-    try:
-        weight, bias = modification.delta_weight(_BaseWeight(), _BaseWeight())
-        if bias is not None or weight is None:
-            raise NotFoldable(f"the form {modification.form!r} changes a bias")
-    except NotFoldable as reason:
-        raise NotMergeable(
-            f"{name} cannot be merged: at {path}, {reason}",
-            "stack them instead, each adapter as it is: adapterhub compose 'a + 0.5*b' --name NAME",
-        ) from None
-    return weight.detach()
-
-
-class _BaseWeight:
-    """Stands where a form asks for the base's weight, which a merge does not have: a form that reads it cannot be merged."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise NotFoldable("its change depends on the base's own weight")
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotFoldable("its change depends on the base's own weight")
+def _require_own_outputs(merged: Modifications) -> None:
+    """Refuse a change of a whole fused projection beside a gain on some of its columns: the gain would see the change."""
+    for path, here in merged.items():
+        whole = merged.get(path.rpartition(".")[0], [])
+        # No module lies inside one that is a weight: what stands below such a path are its columns.
+        if any(type(part) in WHOLE for part in whole) and not side_by_side([*whole, *here]):
+            raise NotMergeable(
+                f"at {path}, a gain on some outputs of {path.rpartition('.')[0]} and a change of the whole have no sum",
+                f"stack them instead: {INSTEAD}",
+            )
 
 
 def _largest_rank(modifications: Modifications) -> int:

@@ -130,6 +130,10 @@ def merge(
         str | None, typer.Option(metavar="W,W,...", help="One for each adapter; without it all 1.")
     ] = None,
     set_: Set = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model, for changes that depend on its weights (DoRA): name, folder or repo id."),
+    ] = None,
     version: Version = None,
     as_json: Json = False,
 ) -> None:
@@ -140,7 +144,13 @@ def merge(
       adapterhub merge me/a me/b --merger linear --weights 1,0.5 --name me/c
     """
     release = adapterhub.open().merge(
-        refs, merger=merger, weights=weights_of(weights), options=options_of(set_), name=name, version=version
+        refs,
+        merger=merger,
+        weights=weights_of(weights),
+        options=options_of(set_),
+        base=base,
+        name=name,
+        version=version,
     )
     releases_out([release], as_json)
 

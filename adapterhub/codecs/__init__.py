@@ -12,6 +12,16 @@ from typing import ClassVar
 from torch import Tensor
 
 
+SMALL = 64
+"""What a codec that rounds keeps exactly: floating tensors with fewer entries (scales, narrow biases). Integers always."""
+
+
+def absolute(name: str) -> bool:
+    """Whether a tensor says how large something of the base becomes, not by how much it changes (DoRA's magnitudes): rounded
+    by a hundredth it moves the whole weight by as much. A codec that rounds keeps it exactly."""
+    return name.endswith(".magnitude")
+
+
 class Codec:
     """Encode all tensors of an adapter together (names as stored: `<site path>.<form>.<n>.<tensor>`)."""
 
@@ -25,6 +35,8 @@ class Codec:
     """The largest relative error (Frobenius norm) of the default options on normally distributed tensors (a law)."""
     reshapes: ClassVar[bool] = False
     """Decoded tensors may have other shapes (a lower rank); then the tolerance is that of the change of the weight."""
+    other_forms: ClassVar[bool] = False
+    """Decoded tensors may be of other forms at the same sites (a low-rank pair as a sparse change); implies `reshapes`."""
 
     def encode(self, tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         """Fewer bytes. Deterministic: equal tensors give equal bytes. Raises CodecError for what it cannot carry."""

@@ -18,11 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapterhub.codecs import Codec, rice
+from adapterhub.codecs import SMALL, Codec, absolute, rice
 from adapterhub.errors import CodecError, UsageError
 
-SMALL = 64
-"""Floating tensors with fewer entries (scales, biases of a narrow bottleneck) are kept exactly; integers always are."""
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -67,10 +65,10 @@ class ComPEFT(Codec):
         if not 0.001 <= config.density <= 1 or not 0 < config.alpha < float("inf"):
             raise UsageError("compeft needs 0.001 <= density <= 1 and alpha > 0", "for example --set density=0.3")
         index, stream = Index([], [], [], [], [], []), []
-        thresholds = _thresholds({k: t for k, t in tensors.items() if _coded(t)}, config)
+        thresholds = _thresholds({k: t for k, t in tensors.items() if _coded(k, t)}, config)
         for name, tensor in sorted(tensors.items()):
             count, parameter, data = -1, 0, b""
-            if _coded(tensor):
+            if _coded(name, tensor):
                 count, parameter, data = _pack(tensor, thresholds[name], config.alpha)
             elif _dtype(tensor) not in DTYPES:
                 raise CodecError(f"compeft cannot carry {name}: {tensor.dtype}", "use another codec")
@@ -138,8 +136,8 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _coded(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() >= SMALL
+def _coded(name: str, tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() >= SMALL and not absolute(name)
 
 
 def _thresholds(tensors: Mapping[str, Tensor], config: ComPEFT.Config) -> dict[str, float]:

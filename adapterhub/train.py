@@ -74,7 +74,7 @@ def train(
     base: a known name, a folder, a repo id or a loaded transformers model; None with continue_from: the known name it records
     method, options: how (`adapterhub plugins list`); left out with continue_from, which brings its own
     data, eval_data: files as in adapterhub.data; eval_data is measured at the end, into the release's metrics
-    on: frozen adapters beneath the new one, in order (a composition: what it is made of); recorded as its parents, and
+    on: frozen adapters beneath the new one, in order (a composition: what it is made of), or what a gate weighs; recorded as its parents, and
         as an expression in the recipe's "beneath"
     continue_from: the adapter that goes on, over what its recipe says was beneath it, as a new version
     epochs (3) or steps: how long; lr rises over `warmup` steps (a tenth of all) and falls linearly to 0; AdamW without

@@ -52,12 +52,11 @@ def _on_base(hub: Hub, release: Release, base: object, force: bool) -> tuple:
     """The adapter, checked against the base before its weights are loaded; the base's name, sites and model."""
     from adapterhub import bases
     from adapterhub.bases.fingerprint import fingerprint
-    from adapterhub.bases.skeleton import skeleton
     from adapterhub.residents import Residents
     from adapterhub.sites import sites
 
     resolved = bases.resolve(base)
-    bare = skeleton(resolved)
+    bare = bases.skeleton(resolved)
     here = sites(bare)
     parts = Residents(bare, here, hub, fingerprint(resolved), force).load(str(release))
     return parts, resolved.name, {site.path: site for site in here}, bases.load_model(resolved, "auto")

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from adapterhub import bases
 from adapterhub.adapter import Adapter, Modifications, bind, check_fit
 from adapterhub.attach import Attachment
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
-from adapterhub.bases.skeleton import skeleton
 from adapterhub.errors import HubError, NotFoldable
 from adapterhub.explain import Program, Step, children, problem, pruned
 from adapterhub.expression import Ensemble, Mix, Node, Ref, Scale, Stack, references
@@ -176,7 +176,7 @@ def _folding(program: Program, loaded: Loaded) -> Step:
 def _on_base(program: Program, loaded: Loaded, base: object) -> Iterator[Step]:
     try:
         resolved = bases.resolve(base)
-        current, model = fingerprint(resolved), skeleton(resolved)
+        current, model = fingerprint(resolved), bases.skeleton(resolved)
     except HubError as error:
         yield problem("base", error)
         return
@@ -241,15 +241,15 @@ def _fit(loaded: Loaded, here: list[Site]) -> Step:
 @torch.no_grad()
 def _rehearsed(model: PreTrainedModel, plan: Plan) -> Step:
     """One forward pass, in which every hook and check is the real one."""
-    ids = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device="meta")}
     try:
-        model(**ids)
+        given = _given(model)
+        model(**given)
     except Exception as error:  # some models look at the numbers of their masks
         return Step("rehearsal", "note", f"this base does not run without its weights: {bases.first_line(error)}")
     attachment = Attachment.of(model)
     try:
         with attachment.running(plan):
-            model(**ids)
+            model(**given)
     except HubError:
         raise
     except Exception as error:  # a form, anybody's, that looks at numbers
@@ -257,6 +257,16 @@ def _rehearsed(model: PreTrainedModel, plan: Plan) -> Step:
     finally:
         attachment.detach()
     return Step("rehearsal", "ok", "a forward pass on the base's skeleton (shapes only) goes through")
+
+
+def _given(model: PreTrainedModel) -> dict[str, Tensor]:
+    """One row of what the model takes."""
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        return {"pixel_values": torch.zeros(1, config.num_channels, size, size, device="meta")}
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}
 
 
 def _folded(model: PreTrainedModel, parts: Modifications) -> Step:

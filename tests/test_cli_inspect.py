@@ -385,17 +385,31 @@ def test_another_base_is_a_problem_and_one_of_other_shapes_too(hub, base, tiny_s
 
 
 @pytest.mark.parametrize(
-    "names", [("low-rank", "low-rank"), ("low-rank", "dora"), ("low-rank", "bottleneck"), ("dense", "prefix")]
+    "names",
+    ["low-rank low-rank", "low-rank sparse", "dense affine", "low-rank dora", "low-rank bottleneck", "dense prefix"],
 )
-def test_what_is_said_of_merging_is_what_merge_does(names, hub):
-    one, two = names
-    (step,) = (s for s in hub.explain(f"2*me/{one} + me/{two}")["steps"] if s["name"] == "merging")
+@pytest.mark.parametrize("weights", [(2, 1), (1, 0.5)])
+def test_what_is_said_of_merging_is_what_merge_does(names, weights, hub, base):
+    one, two = names.split()
+    told = next(
+        s["told"]
+        for s in hub.explain(f"{weights[0]}*me/{one} + {weights[1]}*me/{two}")["steps"]
+        if s["name"] == "merging"
+    )
+    settings = {"weights": list(weights), "name": "me/merged"}
+    command = f"merge me/{one}@0.1.0 me/{two}@0.1.0 --weights {weights[0]:g},{weights[1]:g} --name NAME"
     try:
-        hub.merge([f"me/{one}", f"me/{two}"], weights=[2, 1], name="me/merged")
+        hub.merge([f"me/{one}", f"me/{two}"], **settings)
     except HubError:
-        assert step["state"] == "note" and (two in step["told"] or "dora" in step["told"])
+        if told.startswith("it does not merge"):
+            assert two in told
+            with pytest.raises(HubError):
+                hub.merge([f"me/{one}", f"me/{two}"], base=base, **settings)
+        else:
+            assert told.endswith(f"{command} --base NAME")
+            hub.merge([f"me/{one}", f"me/{two}"], base=base, **settings)
     else:
-        assert f"merge me/{one}@0.1.0 me/{two}@0.1.0 --weights 2,1" in step["told"]
+        assert told.endswith(command)
 
 
 def test_what_commutes_is_what_gives_the_same_in_either_order(hub, base):

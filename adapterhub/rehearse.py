@@ -251,6 +251,7 @@ def _fit(loaded: Loaded, here: list[Site]) -> Step:
 @torch.no_grad()
 def _rehearsed(model: PreTrainedModel, plan: Plan) -> Step:
     """One forward pass, in which every hook and check is the real one."""
+    model.config.pad_token_id = None  # a model that knows it looks for it among the ids, which are not there
     try:
         given = _given(model)
         model(**given)
@@ -272,11 +273,17 @@ def _rehearsed(model: PreTrainedModel, plan: Plan) -> Step:
 def _given(model: PreTrainedModel) -> dict[str, Tensor]:
     """One row of what the model takes."""
     config = model.config
-    if model.main_input_name == "pixel_values":
-        size = config.image_size
-        return {"pixel_values": torch.zeros(1, config.num_channels, size, size, device="meta")}
+    shapes = {
+        "pixel_values": "num_channels image_size image_size",
+        "input_features": "num_mel_bins max_source_positions",
+    }
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
-    return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}
+    given = {"input_ids": ids}
+    if model.main_input_name in shapes:
+        shape = [getattr(config, name) for name in shapes[model.main_input_name].split()]
+        shape[-1] *= 2 if model.main_input_name == "input_features" else 1  # two frames of sound make a position
+        given = {model.main_input_name: torch.zeros(1, *shape, device="meta")}
+    return {**given, "decoder_input_ids": ids} if config.is_encoder_decoder else given
 
 
 def _folded(model: PreTrainedModel, parts: Modifications) -> Step:

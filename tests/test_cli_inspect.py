@@ -559,6 +559,8 @@ def test_gates_and_ensembles_are_shown_as_what_they_weigh(hub, base):
     ]
     (line,) = (x for x in step("me/router", "sites")["details"] if x.startswith("model.norm "))
     assert line == "model.norm x1  gate(me/router@0.1.0, me/low-rank@0.1.0, me/affine@0.1.0): gate; affine"
+    lanes = step("logits(me/low-rank - 0.5*me/prefix)", "sites")["details"]
+    assert "model.layers.*.self_attn x2  logits(base - 0.5*me/prefix@0.1.0): prefix" in lanes
     assert "composer gate" in " ".join(step("me/router", "parts")["details"])
     assert "2 lanes" in step("logits(base - me/dora)", "running")["details"][0]
     assert step("logits(base - me/dora)", "merging")["state"] == step("me/router", "merging")["state"] == "note"

@@ -53,12 +53,10 @@ def explain(hub: Hub, expression: str, base: object = None) -> dict[str, Any]:
     {"expression", "base", "runs", "steps": [{"name", "state", "told", "details", "hint"}], "next"}. runs: no step is a
     problem (without a base: none was found so far). next: what to type. What a base says is told by its config.json and
     its fingerprint; its weights are not loaded. Raises nothing that a user can cause in the expression or the base."""
-    steps: list[Step] = []
-    for step in _steps(hub, expression, base):
-        steps.append(step)
-    problem = next((step for step in steps if step.state == "problem"), None)
-    if problem is not None:
-        following = problem.hint
+    steps = list(_steps(hub, expression, base))
+    stopped = next((step for step in steps if step.state == "problem"), None)
+    if stopped is not None:
+        following = stopped.hint
     elif base is None:
         following = f"adapterhub explain {quote(expression)} --base NAME"
     else:
@@ -66,7 +64,7 @@ def explain(hub: Hub, expression: str, base: object = None) -> dict[str, Any]:
     return {
         "expression": expression,
         "base": None if base is None else str(base),
-        "runs": problem is None,
+        "runs": stopped is None,
         "steps": [asdict(step) for step in steps],
         "next": following,
     }

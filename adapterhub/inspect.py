@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adapterhub.adapter import Adapter
+from adapterhub.changes import change_of
 from adapterhub.errors import NotFoldable
 from adapterhub.factors import numerical_rank, product_svd
 from adapterhub.forms.low_rank import LowRank
@@ -52,12 +53,11 @@ def _on_base(hub: Hub, release: Release, base: object, force: bool) -> tuple:
     """The adapter, checked against the base before its weights are loaded; the base's name, sites and model."""
     from adapterhub import bases
     from adapterhub.bases.fingerprint import fingerprint
-    from adapterhub.bases.skeleton import skeleton
     from adapterhub.residents import Residents
     from adapterhub.sites import sites
 
     resolved = bases.resolve(base)
-    bare = skeleton(resolved)
+    bare = bases.skeleton(resolved)
     here = sites(bare)
     parts = Residents(bare, here, hub, fingerprint(resolved), force).load(str(release))
     return parts, resolved.name, {site.path: site for site in here}, bases.load_model(resolved, "auto")
@@ -76,8 +76,7 @@ def _entry(path: str, part: Modification, site: Site | None, model: torch.nn.Mod
             values, shape = product_svd(part.scale * part.up, part.down)[1], (len(part.up), part.down.shape[1])
             changes = {"weight": _strength(values, shape, weight)}
         else:
-            given = (NoBase(), NoBase()) if weight is None else (weight, bias)
-            change, shift = part.delta_weight(*given)
+            change, shift = change_of([part], None if weight is None else (weight, bias))
             changes = {} if change is None else {"weight": _strength(_singular(change), change.shape, weight)}
             changes |= {} if shift is None else {"bias": _relative(shift, bias)}
         return entry | changes
@@ -133,20 +132,6 @@ def _ratio(norm: float, own: Tensor | None) -> float | None:
 def _size(tensor: Tensor) -> dict[str, Any]:
     norm = float(tensor.norm())
     return {"shape": list(tensor.shape), "norm": norm, "rms": norm / max(1, tensor.numel()) ** 0.5}
-
-
-class NoBase:
-    """Stands where a form asks for the base's weight and there is no base."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise NotFoldable(NEEDS_BASE)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotFoldable(NEEDS_BASE)
-
-
-NEEDS_BASE = "its change depends on the base's own weight: give --base"
 
 
 def summary(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from adapterhub import bases
 from adapterhub.adapter import Adapter, Modifications, bind, check_fit
 from adapterhub.attach import Attachment
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
-from adapterhub.bases.skeleton import skeleton
+from adapterhub.changes import weighted_sum
 from adapterhub.errors import HubError, NotFoldable
 from adapterhub.explain import Program, Step, children, problem, pruned
 from adapterhub.expression import Ensemble, Mix, Node, Ref, Scale, Stack, references
 from adapterhub.fold import fold
 from adapterhub.forward import Plan
 from adapterhub.gate import Gate
-from adapterhub.inspect import NoBase
 from adapterhub.modification import Modification
 from adapterhub.plan import assemble, batch, placed
 from adapterhub.sites import Site, current_path, sites
@@ -46,9 +46,10 @@ def rehearse(program: Program, base: object = None) -> Iterator[Step]:
             yield problem("tensors", error)
             return
         loaded[name] = {current_path(release.manifest.base.architecture, path): here for path, here in parts.items()}
-    yield _order(program, loaded)
+    order = _order(program, loaded)
+    yield order
     yield _running(program, loaded)
-    yield _merging(program, loaded)
+    yield _merging(program, loaded, order.state == "note")
     if base is None:
         yield _folding(program, loaded)
     else:
@@ -115,17 +116,34 @@ def _running(program: Program, loaded: Loaded) -> Step:
     return Step("running", "ok", "any cache, any batch")
 
 
-def _merging(program: Program, loaded: Loaded) -> Step:
+def _merging(program: Program, loaded: Loaded, ordered: bool) -> Step:
     terms = weighted(program.node)
     if terms is None:
         return Step("merging", "note", "it is no weighted sum of adapters, so it has no merge")
-    faults = _unlike_weights(loaded)
-    if faults:
-        return Step("merging", "note", f"it does not merge: {faults[0]}", faults[1:])
-    if len(terms) < 2:
+    if none := _no_weights(loaded):
+        return Step("merging", "note", f"it does not merge: {none}: no change of a weight")
+    if [weight for _, weight in terms] == [1.0]:
         return Step("merging", "ok", "one adapter: there is nothing to merge")
     names, weights = " ".join(name for name, _ in terms), ",".join(f"{weight:g}" for _, weight in terms)
-    return Step("merging", "ok", f"it merges: adapterhub merge {names} --weights {weights} --name NAME")
+    command = f"adapterhub merge {names} --weights {weights} --name NAME" + " --base NAME" * _takes_base(terms, loaded)
+    if ordered:
+        told = "it merges into the sum of the changes, which is not this stack where the order matters"
+        return Step("merging", "note", f"{told}: {command}")
+    return Step("merging", "ok", f"it merges: {command}")
+
+
+def _takes_base(terms: list[tuple[str, float]], loaded: Loaded) -> bool:
+    """Whether a merge reads the base's weights: tried at one site of each kind."""
+    seen = set()
+    for path in sorted({path for name, _ in terms for path in loaded[name]}, key=by_layer):
+        here = [
+            (weight, [part.to("cpu", torch.float32) for part in loaded[name].get(path, [])]) for name, weight in terms
+        ]
+        kind = alike(path), tuple(part.form for _, parts in here for part in parts)
+        if kind not in seen and weighted_sum([(weight, parts) for weight, parts in here if weight and parts]) is None:
+            return True
+        seen.add(kind)
+    return False
 
 
 def weighted(node: Node) -> list[tuple[str, float]] | None:
@@ -142,22 +160,8 @@ def weighted(node: Node) -> list[tuple[str, float]] | None:
     return None
 
 
-def _unlike_weights(loaded: Loaded) -> list[str]:
-    """Why an adapter is no change of weights that is known without the base, a line for each of its forms."""
-    faults = dict[str, None]()
-    for name, parts in loaded.items():
-        for here in parts.values():
-            for part in here:
-                try:
-                    part.to("meta").delta_weight(NoBase(), NoBase())
-                except NotFoldable as reason:
-                    faults[f"{name}, {part.form}: {str(reason).removesuffix(': give --base')}"] = None
-    return list(faults)
-
-
-def _folding(program: Program, loaded: Loaded) -> Step:
-    if isinstance(program.node, Ensemble):
-        return Step("folding", "note", ENSEMBLE)
+def _no_weights(loaded: Loaded) -> str:
+    """The adapters and their forms that are no change of a weight; "" if all are one."""
     none = {
         f"{name}, {part.form}": None
         for name, parts in loaded.items()
@@ -165,8 +169,14 @@ def _folding(program: Program, loaded: Loaded) -> Step:
         for part in here
         if type(part).delta_weight is Modification.delta_weight or isinstance(part, Gate)
     }
-    if none:
-        return Step("folding", "note", f"it does not fold: {'; '.join(none)}: no change of a weight")
+    return "; ".join(none)
+
+
+def _folding(program: Program, loaded: Loaded) -> Step:
+    if isinstance(program.node, Ensemble):
+        return Step("folding", "note", ENSEMBLE)
+    if none := _no_weights(loaded):
+        return Step("folding", "note", f"it does not fold: {none}: no change of a weight")
     return Step("folding", "ok", "each form is a change of a weight: it folds where each site is one (give --base)")
 
 
@@ -176,7 +186,7 @@ def _folding(program: Program, loaded: Loaded) -> Step:
 def _on_base(program: Program, loaded: Loaded, base: object) -> Iterator[Step]:
     try:
         resolved = bases.resolve(base)
-        current, model = fingerprint(resolved), skeleton(resolved)
+        current, model = fingerprint(resolved), bases.skeleton(resolved)
     except HubError as error:
         yield problem("base", error)
         return
@@ -241,15 +251,16 @@ def _fit(loaded: Loaded, here: list[Site]) -> Step:
 @torch.no_grad()
 def _rehearsed(model: PreTrainedModel, plan: Plan) -> Step:
     """One forward pass, in which every hook and check is the real one."""
-    ids = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device="meta")}
+    model.config.pad_token_id = None  # a model that knows it looks for it among the ids, which are not there
     try:
-        model(**ids)
+        given = _given(model)
+        model(**given)
     except Exception as error:  # some models look at the numbers of their masks
         return Step("rehearsal", "note", f"this base does not run without its weights: {bases.first_line(error)}")
     attachment = Attachment.of(model)
     try:
         with attachment.running(plan):
-            model(**ids)
+            model(**given)
     except HubError:
         raise
     except Exception as error:  # a form, anybody's, that looks at numbers
@@ -257,6 +268,22 @@ def _rehearsed(model: PreTrainedModel, plan: Plan) -> Step:
     finally:
         attachment.detach()
     return Step("rehearsal", "ok", "a forward pass on the base's skeleton (shapes only) goes through")
+
+
+def _given(model: PreTrainedModel) -> dict[str, Tensor]:
+    """One row of what the model takes."""
+    config = model.config
+    shapes = {
+        "pixel_values": "num_channels image_size image_size",
+        "input_features": "num_mel_bins max_source_positions",
+    }
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    given = {"input_ids": ids}
+    if model.main_input_name in shapes:
+        shape = [getattr(config, name) for name in shapes[model.main_input_name].split()]
+        shape[-1] *= 2 if model.main_input_name == "input_features" else 1  # two frames of sound make a position
+        given = {model.main_input_name: torch.zeros(1, *shape, device="meta")}
+    return {**given, "decoder_input_ids": ids} if config.is_encoder_decoder else given
 
 
 def _folded(model: PreTrainedModel, parts: Modifications) -> Step:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from adapterhub.manifest import Made, Parent
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 from adapterhub.testing.bed import random_adapter, tiny_llama
+from adapterhub.testing.families import FAMILIES, tiny
 from adapterhub.touched import alike, by_layer, repeated, touched
 
 FORMS = ("affine", "bottleneck", "dense", "dora", "low_rank", "prefix", "sparse")
@@ -172,6 +174,21 @@ def test_what_has_no_tensors_or_others_is_refused(run, hub, base):
     with pytest.raises(IntegrityError, match="not those its manifest names"):
         touched(hub, lying)
     hub.remove("me/lying")
+
+
+def test_a_forged_path_makes_no_line_of_its_own(run, hub):
+    """What a packed adapter's manifest says of its paths is foreign text."""
+    packed = hub.compress("me/low-rank", codec="compeft", name="me/honest").manifest
+    forms = {**packed.forms, "x\nproblem   base       \x1b[31mforged": ["low_rank"]}
+    manifest = msgspec.structs.replace(packed, name="me/forged", forms=forms)
+    hub.publish(manifest, {"tensors": hub.store.path(packed.files["tensors"].digest)})
+    try:
+        for line in ("show me/forged --sites", "explain me/forged"):
+            out = run(line)[1]
+            assert "forged" in out and "\x1b" not in out
+            assert not any(row.startswith("problem   base") for row in out.splitlines())
+    finally:
+        hub.remove("me/forged")
 
 
 def test_show_sites_imports_no_torch(hub):
@@ -367,6 +384,46 @@ def test_the_verdicts_are_what_happens(expression, hub, base, monkeypatch):
         assert (folding["state"] == "ok") is folds, folding
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_rehearsed(family, tmp_path, capfd):
+    """Images and sounds too; what is said of folding is what happens."""
+    model = tiny(family)
+    model.save_pretrained(tmp_path / "base")
+    hub = adapterhub.open(tmp_path / "hub", create=True)
+    for name in ("low_rank", "prefix", "bottleneck"):
+        put(hub, tmp_path / "base", name.replace("_", "-"), random_adapter(plugins.load("forms", name), model, 0))
+    put(hub, tmp_path / "base", "block", {s.path: [LowRank.random(s)] for s in sites(model) if s.role == "query"})
+    capfd.readouterr()
+    for expression in ("me/low-rank + 0.5*me/prefix + me/bottleneck", "me/low-rank", "me/block"):
+        told = hub.explain(expression, tmp_path / "base")
+        states = {step["name"]: step["state"] for step in told["steps"]}
+        assert told["runs"] and states["rehearsal"] == "ok", told
+        loaded = hub.load(tmp_path / "base", expression)
+        try:
+            loaded.fold()
+            assert states["folding"] == "ok"
+        except HubError:
+            assert states["folding"] == "note"
+    strong = hub.inspect("me/block", tmp_path / "base")["sites"]
+    assert strong and all(entry["weight"]["relative"] > 0 for entry in strong)
+
+
+def test_a_prefix_that_moves_positions_where_none_are_taken_is_a_problem(tmp_path):
+    model = tiny("roberta")
+    model.save_pretrained(tmp_path / "base")
+    hub = adapterhub.open(tmp_path / "hub", create=True)
+    for shift in (0, 3):
+        parts = {
+            site.path: [Prefix(keys=torch.ones(4, 3, 8), values=torch.ones(4, 3, 8), shift=torch.tensor(shift))]
+            for site in sites(model)
+            if site.role == "attention"
+        }
+        put(hub, tmp_path / "base", f"moved{shift}", parts)
+        told = hub.explain(f"me/moved{shift}", tmp_path / "base")
+        assert told["runs"] is really(hub, f"me/moved{shift}", tmp_path / "base")[0] is (not shift)
+    assert [s["name"] for s in told["steps"] if s["state"] == "problem"] == ["rehearsal"]
+
+
 def test_another_base_is_a_problem_and_one_of_other_shapes_too(hub, base, tiny_saved, tiny_model, tmp_path):
     other = tiny_saved(tmp_path / "other", tiny_model(seed=5))
     told = hub.explain("me/low-rank", other)
@@ -385,17 +442,31 @@ def test_another_base_is_a_problem_and_one_of_other_shapes_too(hub, base, tiny_s
 
 
 @pytest.mark.parametrize(
-    "names", [("low-rank", "low-rank"), ("low-rank", "dora"), ("low-rank", "bottleneck"), ("dense", "prefix")]
+    "names",
+    ["low-rank low-rank", "low-rank sparse", "dense affine", "low-rank dora", "low-rank bottleneck", "dense prefix"],
 )
-def test_what_is_said_of_merging_is_what_merge_does(names, hub):
-    one, two = names
-    (step,) = (s for s in hub.explain(f"2*me/{one} + me/{two}")["steps"] if s["name"] == "merging")
+@pytest.mark.parametrize("weights", [(2, 1), (1, 0.5)])
+def test_what_is_said_of_merging_is_what_merge_does(names, weights, hub, base):
+    one, two = names.split()
+    told = next(
+        s["told"]
+        for s in hub.explain(f"{weights[0]}*me/{one} + {weights[1]}*me/{two}")["steps"]
+        if s["name"] == "merging"
+    )
+    settings = {"weights": list(weights), "name": "me/merged"}
+    command = f"merge me/{one}@0.1.0 me/{two}@0.1.0 --weights {weights[0]:g},{weights[1]:g} --name NAME"
     try:
-        hub.merge([f"me/{one}", f"me/{two}"], weights=[2, 1], name="me/merged")
+        hub.merge([f"me/{one}", f"me/{two}"], **settings)
     except HubError:
-        assert step["state"] == "note" and (two in step["told"] or "dora" in step["told"])
+        if told.startswith("it does not merge"):
+            assert two in told
+            with pytest.raises(HubError):
+                hub.merge([f"me/{one}", f"me/{two}"], base=base, **settings)
+        else:
+            assert told.endswith(f"{command} --base NAME")
+            hub.merge([f"me/{one}", f"me/{two}"], base=base, **settings)
     else:
-        assert f"merge me/{one}@0.1.0 me/{two}@0.1.0 --weights 2,1" in step["told"]
+        assert told.endswith(command)
 
 
 def test_what_commutes_is_what_gives_the_same_in_either_order(hub, base):
@@ -488,6 +559,8 @@ def test_gates_and_ensembles_are_shown_as_what_they_weigh(hub, base):
     ]
     (line,) = (x for x in step("me/router", "sites")["details"] if x.startswith("model.norm "))
     assert line == "model.norm x1  gate(me/router@0.1.0, me/low-rank@0.1.0, me/affine@0.1.0): gate; affine"
+    lanes = step("logits(me/low-rank - 0.5*me/prefix)", "sites")["details"]
+    assert "model.layers.*.self_attn x2  logits(base - 0.5*me/prefix@0.1.0): prefix" in lanes
     assert "composer gate" in " ".join(step("me/router", "parts")["details"])
     assert "2 lanes" in step("logits(base - me/dora)", "running")["details"][0]
     assert step("logits(base - me/dora)", "merging")["state"] == step("me/router", "merging")["state"] == "note"

@@ -26,7 +26,7 @@ def show_sites(release: Release, as_json: bool) -> None:
     if as_json:
         return json_out({**record(release), "codecs": codecs, "sites": _told(release, sites)})
     if sites is None:
-        note(f"{release} is packed by {', '.join(codecs)}: its header does not tell shapes and numbers")
+        note(f"{release} is packed by {', '.join(codecs)}: without unpacking it only its forms are known")
         return table(("SITES", "COUNT", "FORMS"), _forms(release))
     if codecs:
         note(f"as stored, after {', '.join(codecs)}")
@@ -130,7 +130,7 @@ def explain(
         for step in found["steps"]:
             out(f"{step['state']:<8}  {step['name']:<10}  {one_line(step['told'])}")
             for line in step["details"]:
-                out(f"{'':<22}{line}")
+                out(f"{'':<22}" + line.replace("\n", " "))
             if step["hint"]:
                 out(f"{'':<22}hint: {one_line(step['hint'])}")
         if found["runs"]:

@@ -91,7 +91,7 @@ def modifications_of(tensors: Mapping[str, Tensor], manifest: Manifest | None = 
         )
     if manifest is None:
         return {path: [m for parts in forms.values() for m in parts] for path, forms in found.items()}
-    return {path: _in_order(path, forms, manifest) for path, forms in found.items()}
+    return {path: _in_order(path, found.get(path, {}), manifest) for path in {**found, **manifest.forms}}
 
 
 def _in_order(path: str, found: dict[str, list[Modification]], manifest: Manifest) -> list[Modification]:

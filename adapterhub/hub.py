@@ -163,13 +163,13 @@ class Hub(Packages):
         return load(self, base, expression, dtype=dtype, device=device, trainable=trainable, force=force)
 
     def explain(self, expression: str, base: object = None) -> dict[str, Any]:
-        """Why an expression will or will not run, and what to type next. See adapterhub.explain."""
-        from adapterhub.explain import explain
+        """Why an expression will or will not run, and what to type next. See adapterhub.look.explain."""
+        from adapterhub.look.explain import explain
 
         return explain(self, expression, base)
 
     def inspect(self, ref: str, base: object = None, force: bool = False) -> dict[str, Any]:
-        """How strongly an adapter changes each site. See adapterhub.inspect."""
-        from adapterhub.inspect import inspect
+        """How strongly an adapter changes each site. See adapterhub.look.inspect."""
+        from adapterhub.look.inspect import inspect
 
         return inspect(self, ref, base, force=force)

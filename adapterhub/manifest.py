@@ -146,7 +146,7 @@ class Manifest(Struct):
         """What lists print; a terminal obeys control characters."""
         yield from (self.base.name, self.base.architecture, self.base.note, self.licence or "")
         yield from (made.name for made in (self.method, *self.codecs) if made is not None)
-        yield from (form for forms in self.forms.values() for form in forms)
+        yield from (shown for path, forms in self.forms.items() for shown in (path, *forms))
 
     def encode(self) -> bytes:
         """Canonical JSON: keys sorted, no spaces, UTF-8. The same manifest gives the same bytes everywhere."""

@@ -510,3 +510,15 @@ def test_a_form_at_the_wrong_kind_of_site():
             into.check(site)
     with pytest.raises(IncompatibleBase, match="this is none"):
         modifications_of({f"a.prefix.0.{k}": t for k, t in WHOLE["prefix"].items()})["a"][0].check(key)
+
+
+def test_sites_that_only_the_manifest_names_are_missing():
+    from adapterhub.manifest import Base, File, Manifest
+
+    file = File(digest="sha256:" + "0" * 64, size=1)
+    base = Base(name="b", architecture="llama", structure=file.digest, sketch=file)
+    forms = {"a": ["low_rank"], "b": ["low_rank"]}
+    manifest = Manifest(name="me/x", version="0.1.0", base=base, forms=forms)
+    tensors = {"down": torch.ones(2, 3), "up": torch.ones(3, 2), "scale": torch.ones(())}
+    with pytest.raises(IntegrityError, match=r"names .* at b"):
+        modifications_of({f"a.low_rank.0.{key}": tensor for key, tensor in tensors.items()}, manifest)

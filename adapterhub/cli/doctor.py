@@ -49,7 +49,7 @@ def doctor(as_json: Json = False) -> None:
     from contextlib import suppress
     from importlib.metadata import PackageNotFoundError, version
 
-    from adapterhub.checkup import brought, unmet
+    from adapterhub.look.checkup import brought, unmet
 
     facts, problems = {}, []
     facts["python"] = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
@@ -113,7 +113,7 @@ def _hub(problems: list[str]) -> dict[str, Any]:
     """Facts about the hub of this folder; what is wrong with it is added to the problems."""
     import sqlite3
 
-    from adapterhub.checkup import uninstalled
+    from adapterhub.look.checkup import uninstalled
 
     hub = adapterhub.open()
     problems += [str(problem) for problem in hub.verify()]

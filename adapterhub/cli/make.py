@@ -55,7 +55,8 @@ def train(
     method: Annotated[str | None, typer.Option(help="How: lora, bottleneck, ... (adapterhub plugins list).")] = None,
     set_: Set = None,
     on: Annotated[
-        list[str] | None, typer.Option(metavar="REF", help="Train over this frozen adapter (a gate: weigh it); may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="REF", help="Train over this frozen adapter (a gate: weigh it); may be repeated."),
     ] = None,
     continue_: Annotated[str | None, typer.Option("--continue", metavar="REF", help="Go on with this adapter.")] = None,
     eval_data: Annotated[Path | None, typer.Option(help="Held-out JSONL, evaluated at the end.")] = None,

@@ -11,7 +11,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-
 SMALL = 64
 """What a codec that rounds keeps exactly: floating tensors with fewer entries (scales, narrow biases). Integers always."""
 

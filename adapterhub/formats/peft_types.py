@@ -3,8 +3,40 @@
 from __future__ import annotations
 
 TUNERS = frozenset(
-    "ADALORA BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR MISS OFT OSF PEANUT "
-    "PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT".split()
+    [
+        "ADALORA",
+        "BEFT",
+        "BOFT",
+        "C3A",
+        "DEFT",
+        "DELORA",
+        "FOURIERFT",
+        "FROD",
+        "GLORA",
+        "GRALORA",
+        "HIRA",
+        "HRA",
+        "IA3",
+        "LN_TUNING",
+        "LOHA",
+        "LOKR",
+        "MISS",
+        "OFT",
+        "OSF",
+        "PEANUT",
+        "PSOFT",
+        "PVERA",
+        "RANDLORA",
+        "ROAD",
+        "SHIRA",
+        "SUPERTUNING",
+        "TINYLORA",
+        "TRAINABLE_TOKENS",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    ]
 )
 """Types that change modules of the base one by one: PEFT builds them, and each changed module is lowered (`peft_lower`)."""
 CACHES = frozenset({"PREFIX_TUNING", "CARTRIDGE"})

@@ -18,15 +18,15 @@ from adapterhub.attach import Attachment
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.changes import weighted_sum
 from adapterhub.errors import HubError, NotFoldable
-from adapterhub.explain import Program, Step, children, problem, pruned
 from adapterhub.expression import Ensemble, Mix, Node, Ref, Scale, Stack, references
 from adapterhub.fold import fold
 from adapterhub.forward import Plan
 from adapterhub.gate import Gate
+from adapterhub.look.explain import Program, Step, children, problem, pruned
+from adapterhub.look.touched import alike, by_layer
 from adapterhub.modification import Modification
 from adapterhub.plan import assemble, batch, placed
 from adapterhub.sites import Site, current_path, sites
-from adapterhub.touched import alike, by_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,10 +13,10 @@ from adapterhub.changes import change_of
 from adapterhub.errors import NotFoldable
 from adapterhub.factors import numerical_rank, product_svd
 from adapterhub.forms.low_rank import LowRank
+from adapterhub.look.touched import alike, by_layer, require_tensors
 from adapterhub.manifest import Release
 from adapterhub.modification import Modification
 from adapterhub.sites import Site, matrix
-from adapterhub.touched import alike, by_layer, require_tensors
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -9,14 +9,14 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from adapterhub import plugins
-from adapterhub.checkup import needs
 from adapterhub.compose import common_base, expand, warn_missing_parents, weighed
 from adapterhub.errors import HubError
 from adapterhub.expression import Ensemble, Gate, Mix, Node, Ref, Scale, Stack, parse, references
 from adapterhub.index import kind
+from adapterhub.look.checkup import needs
+from adapterhub.look.touched import alike, by_layer
 from adapterhub.manifest import Reference, Release
 from adapterhub.sites import current_path
-from adapterhub.touched import alike, by_layer
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
@@ -97,7 +97,7 @@ def _steps(hub: Hub, text: str, base: object) -> Iterator[Step]:
     yield Step("sites", "ok", *_sites(program))
     if parts.state == "problem":  # nothing can be loaded
         return
-    from adapterhub.rehearse import rehearse
+    from adapterhub.look.rehearse import rehearse
 
     yield from rehearse(program, base)
 

@@ -40,6 +40,7 @@ class Attachment:
             "position_ids" in inspect.signature(base.forward).parameters
             and not family(base.config.model_type).own_positions
         )
+        self._window = getattr(base.config.get_text_config(), "sliding_window", None)
         self._encoder = ""
         self._hooks: dict[str, list] = {}
         self._attending: set[str] = set()
@@ -135,6 +136,11 @@ class Attachment:
             if mask.shape[0] != rows:
                 raise BatchError(
                     f"the attention mask has {mask.shape[0]} rows, the batch has {rows}", "give one mask per row"
+                )
+            if seen and self._window and mask.shape[1] > self._window and (mask.diff(dim=1) < 0).any():
+                raise BatchError(
+                    "padding stands between a row's tokens, and this model's sliding window counts it",
+                    "pad on the left",
                 )
             if self._takes_positions and kwargs.get("position_ids") is None and mask.shape[1] == seen + tokens:
                 positions = (mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -164,3 +164,18 @@ def collate(examples: Iterable[Example], pad: int) -> dict[str, Tensor]:
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any token does, since padding is masked."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def repeated(args: tuple, kwargs: dict, times: int) -> tuple[tuple, dict]:
+    """What `generate` is called with, as for each row given `times` times: it need not repeat them any more."""
+    if kwargs.get("encoder_outputs") is not None:  # these it does repeat
+        return args, kwargs
+    rows = {name for name in kwargs if name == "inputs" or name.startswith(("input_", "inputs_", "decoder_"))}
+    rows |= {name for name in kwargs if name.endswith("attention_mask")}
+    kwargs = {
+        name: value.repeat_interleave(times, 0) if name in rows and isinstance(value, Tensor) else value
+        for name, value in kwargs.items()
+    }
+    if args and isinstance(args[0], Tensor):
+        args = (args[0].repeat_interleave(times, 0), *args[1:])
+    return args, {**kwargs, "num_return_sequences": 1}

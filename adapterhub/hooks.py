@@ -72,12 +72,15 @@ def site_hooks(attachment: Attachment, path: str) -> list:
         modification, step = forward.running[path].pop()
         x = args[0] if args else kwargs["hidden_states"]
         y = output[0] if isinstance(output, tuple) else output
-        change = modification.delta_out(x, y, step)
+        scale = getattr(
+            module, "embed_scale", None
+        )  # Gemma's embedding multiplies what it looks up: ours is the look-up
+        change = modification.delta_out(x, y if scale is None else y / scale, step)
         if path not in forward.memories:
             forward.ran.add(path)
         if change is None:
             return None
-        y = y + change.to(y.dtype)
+        y = y + (change if scale is None else change * scale).to(y.dtype)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     return [

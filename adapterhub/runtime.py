@@ -15,7 +15,7 @@ from adapterhub.adapter import Modifications, as_parameters, check_fit
 from adapterhub.attach import Attachment
 from adapterhub.compose import pin
 from adapterhub.device import precision
-from adapterhub.encoding import opened, pad_left, pad_token
+from adapterhub.encoding import opened, pad_left, pad_token, repeated
 from adapterhub.errors import BatchError, NotFoldable, UsageError
 from adapterhub.expression import Ensemble, Node, Ref, references
 from adapterhub.fold import fold
@@ -203,6 +203,8 @@ class Model:
         repeats = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
         if adapters is not None and not isinstance(adapters, str):
             adapters = [expression for expression in adapters for _ in range(repeats)]
+            if self.base.config.is_encoder_decoder:  # its encoder runs before transformers repeats the rows
+                args, kwargs = repeated(args, kwargs, repeats)
         with torch.no_grad(), self.running(adapters):
             return self.base.generate(*args, **kwargs)
 
@@ -225,7 +227,8 @@ class Model:
         batch, mask = (tensor.to(self.device) for tensor in pad_left(ids, pad))
         kwargs = {"do_sample": False, "pad_token_id": pad, "max_new_tokens": max_new_tokens, **kwargs}
         out = self.generate(input_ids=batch, attention_mask=mask, adapters=adapters, **kwargs)
-        return self.tokenizer.batch_decode(out[:, batch.shape[1] :], skip_special_tokens=True)
+        start = 0 if self.base.config.is_encoder_decoder else batch.shape[1]
+        return self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
 
     # --- training ----------------------------------------------------------------------------------------------
 

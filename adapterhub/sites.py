@@ -60,6 +60,8 @@ class Site:
     """Which of its module's outputs it is; None: all."""
     heads: Heads | None = None
     """Of an attention, and of the projection after it."""
+    model_type: str = ""
+    """transformers' name of the model's architecture."""
     bias: bool = False
     """Whether the module adds a bias of its own to what comes out."""
 
@@ -138,7 +140,7 @@ def sites(model: PreTrainedModel) -> list[Site]:
     biased = {
         path.rpartition(".")[0] for path, _ in model.named_parameters(remove_duplicate=False) if path.endswith(".bias")
     }
-    return [replace(site, bias=site.module in biased) for site in found]
+    return [replace(site, bias=site.module in biased, model_type=model.config.model_type) for site in found]
 
 
 def _heads(config: Any) -> Heads | None:
@@ -214,10 +216,21 @@ def select(sites: Sequence[Site], targets: str | Sequence[str]) -> list[Site]:
         if not hits and target == "ffn":  # a family without a module around its two layers: what the second puts out
             hits = [s for s in sites if s.role == "ffn_down"]
         if not hits:
-            roles = sorted({s.role for s in sites if s.role}) or sorted({s.path.rpartition(".")[2] for s in sites})
-            raise UsageError(
-                f"no site of this base is named {target!r}",
-                f"use all-linear, a module's name, or one of: {', '.join(roles)}",
-            )
+            raise _nothing(sites, target)
         chosen += hits
     return [site for site in sites if site in set(chosen)]
+
+
+def _nothing(sites: Sequence[Site], target: str) -> UsageError:
+    roles = sorted({site.role for site in sites if site.role})
+    if roles or not sites:
+        return UsageError(
+            f"no site of this base is named {target!r}",
+            f"use all-linear, a module's name, or one of: {', '.join(roles)}",
+        )
+    kind, names = sites[0].model_type, sorted({site.path.rpartition(".")[2] for site in sites})
+    return UsageError(
+        f"no site of this base is named {target!r}: the roles of the architecture {kind!r} are not known",
+        f"use all-linear or a module's name ({', '.join(names)}); or name its modules' roles in "
+        f"adapterhub/architectures.toml: model_types = [{kind!r}] and a line for each, as the families there have it",
+    )

@@ -124,5 +124,5 @@ def test_smollm2(device, dtype, tolerance):
     from adapterhub import bases
 
     model = bases.load_model(bases.resolve("smollm2"), dtype, device)
-    among = [site for site in sites(model) if site.layer in (0, 14, 29) or site.path.endswith("model.norm")]
-    hold(model, tolerance, strength=0.1, among=among, vocabulary=40_000)
+    among = [site for site in sites(model) if site.layer in (0, 14, 29)]
+    hold(model, tolerance, strength=0.04, among=among, vocabulary=40_000)

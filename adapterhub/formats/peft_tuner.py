@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from adapterhub import bases
 from adapterhub.adapter import Modifications
 from adapterhub.errors import HubError, IntegrityError, ManifestError
-from adapterhub.formats.peft_config import AGAIN, CONFIG, Config, warn_unknown
 from adapterhub.formats.peft_base import BaseModel
+from adapterhub.formats.peft_config import AGAIN, CONFIG, Config, warn_unknown
 from adapterhub.formats.peft_lora import PREFIX
 from adapterhub.formats.peft_lower import changes, lowered
 from adapterhub.formats.peft_targets import anchored, named, patterned, targeted
@@ -97,7 +97,7 @@ def _check(key: str, value: Any, most: int, depth: int) -> None:
             _check(key, item, most, depth + 1)
         return
     limit = 1 << 63 if "seed" in key or key.endswith("_key") else most
-    small = isinstance(value, int) and abs(value) <= limit or isinstance(value, str) and len(value) < 1000
+    small = (isinstance(value, int) and abs(value) <= limit) or (isinstance(value, str) and len(value) < 1000)
     if not (isinstance(value, float) or small):
         raise ManifestError(
             f"{CONFIG}: {key} is {ascii(value)[:40]}, which fits neither the base nor the tensors", AGAIN

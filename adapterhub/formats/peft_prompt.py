@@ -2,7 +2,7 @@
 
 A prefix is stored as those (Li and Liang, 2021). A soft prompt (Lester et al., 2021) is embeddings of virtual tokens before
 the text: in a model that only looks back, what later tokens see of it are its keys and values, so the base is run on it once.
-PEFT counts virtual tokens as positions, hence the shift.
+PEFT counts virtual tokens as positions: keys of rotary models are turned back by as many, others bring a shift.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from adapterhub.adapter import Modifications
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import AGAIN, CONFIG, Config
+from adapterhub.formats.peft_rotary import turned
 from adapterhub.formats.peft_types import CACHES
 from adapterhub.forms.prefix import Prefix
 from adapterhub.sites import Site
@@ -50,11 +51,14 @@ def read_prompt(label: str, config: Config, stored: Mapping[str, Tensor], base: 
         memories = [(pairs[2 * n], pairs[2 * n + 1]) for n in range(len(places))]
     else:
         memories = _cached(base, prompt)
-    shift = torch.tensor(count)
-    return {
-        site.path: [Prefix(keys=keys.contiguous(), values=values.contiguous(), shift=shift.clone())]
-        for site, (keys, values) in zip(places, memories, strict=True)
-    }
+    parts: Modifications = {}
+    for site, (keys, values) in zip(places, memories, strict=True):
+        # PEFT gives the text the positions after the prompt. Where positions are turns, the keys go back instead.
+        back = turned(keys, -count, base.skeleton)
+        shift = torch.tensor(count if back is None else 0)
+        keys = keys if back is None else back
+        parts[site.path] = [Prefix(keys=keys.contiguous(), values=values.contiguous(), shift=shift)]
+    return parts
 
 
 def _attentions(label: str, config: Config, base: BaseModel) -> list[Site]:

@@ -427,7 +427,7 @@ def test_export_is_whole_or_not_there(tmp_path, hub, plain, tiny_folder, monkeyp
     with pytest.raises(HubError, match="there already"):
         hub.export("me/x", full)
     assert [path.name for path in full.iterdir()] == ["mine"]
-    monkeypatch.setattr("adapterhub.formats.exporter._card", lambda release: 1 / 0)
+    monkeypatch.setattr("adapterhub.formats.exporter._card", lambda release, kind: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         hub.export("me/x", tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]

@@ -72,11 +72,11 @@ class Hub(Packages):
 
         return import_adapter(self, folder, name, version=version, base=base, licence=licence, force=force)
 
-    def export(self, reference: str, folder: str | Path, format: str = "peft") -> Any:
+    def export(self, reference: str, folder: str | Path, format: str = "peft", base: str | Path | None = None) -> Any:
         """Write a release for another program. See adapterhub.formats.exporter."""
         from adapterhub.formats.exporter import export
 
-        return export(self, reference, folder, format=format)
+        return export(self, reference, folder, format=format, base=base)
 
     def train(
         self,

@@ -183,6 +183,14 @@ def matrix(module: nn.Module) -> Tensor | None:
     return weight if isinstance(module, torch.nn.Linear) else weight.mT
 
 
+def named_role(model_type: str, path: str) -> str | None:
+    """The role of the module with this path, from its name alone; None for columns of a fused projection."""
+    known = family(model_type)
+    module, _, last = path.rpartition(".")
+    fused = _first(known.fused, module, None)
+    return None if fused and last in fused["order"] else _first(known.roles, path)
+
+
 def current_path(model_type: str, path: str) -> str:
     """The path that a module is known by now, of one that an older transformers may have named otherwise."""
     for pattern, new in family(model_type).aliases:

@@ -152,7 +152,9 @@ def import_(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Take a PEFT adapter (LoRA, rsLoRA) into the hub.
+    """Take a PEFT adapter into the hub, whatever its type.
+
+    Types without an exact counterpart are refused by name (docs/peft.md).
 
     \b
     Example:
@@ -168,6 +170,9 @@ def export(
     ref: Ref,
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
     format: Annotated[str, typer.Option(help="peft, or bundle for another hub.")] = "peft",
+    base: Annotated[
+        str | None, typer.Option(help="The base model that a prefix is laid out for, if its name is not at hand.")
+    ] = None,
 ) -> None:
     """Write an adapter out, for PEFT or for another hub.
 
@@ -179,5 +184,5 @@ def export(
     if format == "bundle":
         hub.export_bundle(ref, folder)
     else:
-        hub.export(ref, folder, format=format)
+        hub.export(ref, folder, format=format, base=base)
     out(folder)

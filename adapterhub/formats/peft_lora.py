@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +57,9 @@ def read_lora(
     wanted = targeted(config, names, sites)
     ranks = patterned(config.rank_pattern or {}, config.r, names)
     alphas = patterned(config.alpha_pattern or {}, config.lora_alpha, names)
-    groups, rest = _groups(stored)
+    groups, rest = _groups(stored, plain if config.use_dora else ())
     strays = [f"{path}: the base has no such linear layer" for path in sorted(groups.keys() - set(names))]
-    faults: list[str] = []
+    faults = [f"{name}: it belongs to no LoRA" for name in rest if not name.startswith(PREFIX)]
     tensors: dict[str, Tensor] = {}
     for path in [path for path in names if path in groups]:
         if path not in wanted:
@@ -82,12 +82,15 @@ def read_lora(
     return Lora(tensors, frozenset(groups), rest, _options(config, ranks, alphas, list(groups)))
 
 
-def _groups(stored: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """{module path: {"down": ..., "up": ..., ...}}, and every other tensor."""
+def _groups(
+    stored: Mapping[str, Tensor], left: Collection[str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """{module path: {"down": ..., "up": ..., ...}}, and every other tensor, with those of the modules `left`: DoRA of an
+    embedding is another formula than the form's."""
     groups: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for name, tensor in stored.items():
-        if hit := STORED.fullmatch(name):
+        if (hit := STORED.fullmatch(name)) and hit[1] not in left:
             groups.setdefault(hit[1], {})[KEYS[hit[2]]] = tensor
         else:
             rest[name] = tensor

@@ -69,9 +69,11 @@ def _matrix(base: nn.Module, peft: nn.Module, width: int, gains: bool) -> list[M
     if gains and delta.any() and (scaling := _scaling(weight, bias, delta, shift)):
         return [scaling]
     parts: list[Modification] = [cheapest(delta)] if delta.any() else []
-    if shift.any():
-        parts.append(Affine.of(shift=shift.float()))
-    return parts
+    if not shift.any():
+        return parts
+    if parts and isinstance(parts[0], Dense):
+        return [Dense(weight=parts[0].weight, bias=shift.float())]
+    return [*parts, Affine.of(shift=shift.float())]
 
 
 def _measured(module: nn.Module, width: int, tokens: bool) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 A prefix is stored as those (Li and Liang, 2021). A soft prompt (Lester et al., 2021) is embeddings of virtual tokens before
 the text: in a model that only looks back, what later tokens see of it are its keys and values, so the base is run on it once.
-PEFT counts virtual tokens as positions, hence the shift.
+PEFT counts virtual tokens as positions: keys of rotary models are turned back by as many, others bring a shift.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from adapterhub.adapter import Modifications
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import AGAIN, CONFIG, Config
+from adapterhub.formats.peft_rotary import turned
 from adapterhub.formats.peft_types import CACHES
 from adapterhub.forms.prefix import Prefix
 from adapterhub.sites import Site
@@ -27,7 +28,11 @@ NAME = "prompt_embeddings"
 def read_prompt(label: str, config: Config, stored: Mapping[str, Tensor], base: BaseModel) -> Modifications:
     """A Prefix at each attention. Raises IntegrityError for tensors of another shape than the base's, IncompatibleBase for a
     base where that is not the same."""
-    places = _attentions(label, config, base)
+    if why := _refusal(config):
+        raise IncompatibleBase(
+            f"{label} cannot be represented exactly as prefixes: {why}", "what loads is in docs/peft.md"
+        )
+    places = attentions(label, base)
     if stored.keys() != {NAME} or stored[NAME].ndim != 2 or not stored[NAME].is_floating_point():
         names = ", ".join(f"{name} {tuple(t.shape)}" for name, t in stored.items())[:300]
         raise IntegrityError(f"{label} should hold {NAME} alone, and holds {names or 'nothing'}", AGAIN)
@@ -36,7 +41,7 @@ def read_prompt(label: str, config: Config, stored: Mapping[str, Tensor], base: 
     if count < 1 or config.raw.get("num_virtual_tokens", count) != count:
         raise IntegrityError(f"{label}: {count} virtual tokens, where {CONFIG} says otherwise", AGAIN)
     heads = places[0].heads
-    assert heads is not None  # _attentions asks for it
+    assert heads is not None  # `attentions` asks for it
     wanted = len(places) * 2 * heads.keys * heads.width
     if config.peft_type not in CACHES:
         wanted = base.skeleton.get_input_embeddings().weight.shape[1]
@@ -50,15 +55,31 @@ def read_prompt(label: str, config: Config, stored: Mapping[str, Tensor], base: 
         memories = [(pairs[2 * n], pairs[2 * n + 1]) for n in range(len(places))]
     else:
         memories = _cached(base, prompt)
-    shift = torch.tensor(count)
-    return {
-        site.path: [Prefix(keys=keys.contiguous(), values=values.contiguous(), shift=shift.clone())]
-        for site, (keys, values) in zip(places, memories, strict=True)
-    }
+    parts: Modifications = {}
+    for site, (keys, values) in zip(places, memories, strict=True):
+        # PEFT gives the text the positions after the prompt. Where positions are turns, the keys go back instead.
+        back = turned(keys, -count, base.skeleton)
+        shift = torch.tensor(count if back is None else 0)
+        keys = keys if back is None else back
+        parts[site.path] = [Prefix(keys=keys.contiguous(), values=values.contiguous(), shift=shift)]
+    return parts
 
 
-def _attentions(label: str, config: Config, base: BaseModel) -> list[Site]:
-    """The decoder's attentions in order; IncompatibleBase unless every later token sees all of a prefix."""
+def _refusal(config: Config) -> str | None:
+    """What a config says that the prompt alone does not hold."""
+    if config.modules_to_save:
+        return "it brings modules besides the prompt"
+    if config.raw.get("num_transformer_submodules", 1) not in (1, None):
+        return "it has a prompt for an encoder and one for a decoder"
+    if config.task_type not in (None, "CAUSAL_LM"):
+        return f"its task is {ascii(config.task_type)[:30]}, and PEFT reads the answer elsewhere then"
+    return None
+
+
+def attentions(label: str, base: BaseModel) -> list[Site]:
+    """The decoder's attentions in order; IncompatibleBase unless PEFT's prefixes and ours are the same there."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as OTHER_LAYOUTS
+
     model = base.skeleton
     settings = model.config.get_text_config()
     found = [site for site in base.sites if site.role == "attention"]
@@ -68,24 +89,20 @@ def _attentions(label: str, config: Config, base: BaseModel) -> list[Site]:
         why = "the base is no decoder alone"
     elif not found or any(site.heads is None for site in found):
         why = "adapterhub knows no attention of this base"
-    elif kinds != {"full_attention"}:
+    elif kinds != {"full_attention"} or _window(settings):
         why = "the base's attention forgets what lies further back, a prompt too"
-    elif config.modules_to_save:
-        why = "it brings modules besides the prompt"
-    elif config.raw.get("num_transformer_submodules", 1) not in (1, None):
-        why = "it has a prompt for an encoder and one for a decoder"
-    elif config.task_type not in (None, "CAUSAL_LM"):
-        why = f"its task is {ascii(config.task_type)[:30]}, and PEFT reads the answer elsewhere then"
-    else:
-        from peft.utils.constants import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as OTHER_LAYOUTS
-
-        if settings.model_type in OTHER_LAYOUTS:
-            why = f"{settings.model_type} has a cache of another layout"
+    elif settings.model_type in OTHER_LAYOUTS:
+        why = f"{settings.model_type} has a cache of another layout"
     if why:
         raise IncompatibleBase(
-            f"{label} cannot be represented exactly as prefixes: {why}", "what loads is in docs/peft.md"
+            f"{label} and PEFT's prefixes are not the same on this base: {why}", "what loads is in docs/peft.md"
         )
     return found
+
+
+def _window(settings: Any) -> bool:
+    """Whether a model without `layer_types` looks back no further than so many tokens."""
+    return getattr(settings, "sliding_window", None) is not None and getattr(settings, "use_sliding_window", True)
 
 
 @torch.no_grad()

@@ -2,42 +2,11 @@
 
 from __future__ import annotations
 
-TUNERS = frozenset(
-    [
-        "ADALORA",
-        "BEFT",
-        "BOFT",
-        "C3A",
-        "DEFT",
-        "DELORA",
-        "FOURIERFT",
-        "FROD",
-        "GLORA",
-        "GRALORA",
-        "HIRA",
-        "HRA",
-        "IA3",
-        "LN_TUNING",
-        "LOHA",
-        "LOKR",
-        "MISS",
-        "OFT",
-        "OSF",
-        "PEANUT",
-        "PSOFT",
-        "PVERA",
-        "RANDLORA",
-        "ROAD",
-        "SHIRA",
-        "SUPERTUNING",
-        "TINYLORA",
-        "TRAINABLE_TOKENS",
-        "UNILORA",
-        "VBLORA",
-        "VERA",
-        "WAVEFT",
-    ]
-)
+TUNERS = frozenset({
+    "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA",
+    "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD",
+    "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+})  # fmt: skip
 """Types that change modules of the base one by one: PEFT builds them, and each changed module is lowered (`peft_lower`)."""
 CACHES = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
 """Types whose tensor is the keys and values themselves."""
@@ -53,5 +22,5 @@ REFUSED = {
     "XLORA": "it mixes other adapters token by token, and those are not in the file",
 }
 """Types that have no exact counterpart here, and why."""
-UNMEASURED = frozenset({"BOFT", "FROD", "SHIRA", "UNILORA"})
+UNMEASURED = frozenset({"ADALORA", "BOFT", "FROD", "SHIRA", "UNILORA"})
 """Types that PEFT cannot build without memory behind the tensors: their sizes are bounded by the config alone."""

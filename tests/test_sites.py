@@ -49,6 +49,21 @@ LAYERS = {
             "ffn_down": ("mlp.c_proj", 128, 32),
         },
     ),
+    "gpt_neox": (
+        "gpt_neox.layers.",
+        {
+            "block": ("", 32, 32),
+            "attention": ("attention", 32, 32),
+            "query_key_value": ("attention.query_key_value", 32, 96),
+            "query": ("attention.query_key_value.query", 32, 32),
+            "key": ("attention.query_key_value.key", 32, 32),
+            "value": ("attention.query_key_value.value", 32, 32),
+            "attention_output": ("attention.dense", 32, 32),
+            "ffn": ("mlp", 32, 32),
+            "ffn_up": ("mlp.dense_h_to_4h", 32, 64),
+            "ffn_down": ("mlp.dense_4h_to_h", 64, 32),
+        },
+    ),
     "bert": ("bert.encoder.layer.", BERT_LIKE),
     "roberta": ("roberta.encoder.layer.", BERT_LIKE),
     "vit": (
@@ -70,6 +85,7 @@ LAYERS = {
 grouped queries in the Llama-like ones."""
 OUTSIDE = {
     **{name: {"embedding": 1, "head": 1, "norm": 5} for name in ("llama", "mistral", "qwen2", "gemma", "gpt2")},
+    "gpt_neox": {"embedding": 1, "head": 1, "norm": 5},
     "bert": {"embedding": 1, "head": 1, "norm": 5, "": 1},
     "roberta": {"embedding": 1, "head": 1, "norm": 5, "": 1},
     "vit": {"head": 1, "norm": 5},
@@ -122,7 +138,7 @@ def split_by_transformers(model, kernel_inputs):
     return model
 
 
-@pytest.mark.parametrize("name", ["gpt2"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
 def test_columns_are_what_transformers_splits_off(name):
     """Each output of the fused projection belongs to one site, and it is the one its name says."""
     model, seen, puts_out = tiny(name), [], []

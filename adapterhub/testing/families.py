@@ -64,6 +64,7 @@ FAMILIES = {
             "eos_token_id": 2,
         },
     ),
+    "gpt_neox": ("GPTNeoXForCausalLM", {**_TEXT, "bos_token_id": 1, "eos_token_id": 2}),
     "bert": ("BertForMaskedLM", _TEXT),
     "roberta": ("RobertaForMaskedLM", _TEXT),
     "t5": ("T5ForConditionalGeneration", _T5),

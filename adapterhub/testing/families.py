@@ -25,7 +25,17 @@ _GROUPED = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_T5 = {"num_layers": 2, "d_model": 32, "num_heads": 4, "d_ff": 64, "d_kv": 8, "vocab_size": 96, "pad_token_id": 0}
+_T5 = {
+    "decoder_start_token_id": 0,
+    "eos_token_id": 2,
+    "num_layers": 2,
+    "d_model": 32,
+    "num_heads": 4,
+    "d_ff": 64,
+    "d_kv": 8,
+    "vocab_size": 96,
+    "pad_token_id": 0,
+}
 _WHISPER = {
     "vocab_size": 96,
     "d_model": 32,

@@ -2,7 +2,8 @@
 
 transformers lets a model's attention be any registered function. Ours are two, over its own `sdpa` and `eager`: where a
 plan brings memories they lengthen keys, values, mask and position bias, and call the kernel that was there; elsewhere
-they only pass the call on. The cache never holds a prefix.
+they only pass the call on. The cache never holds a prefix. Every token sees the whole of it: a sliding window or a
+sequence's length do not take it out of sight (kept in a cache, as PEFT keeps it, it would slide away).
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ def programs(model, strength, among=None):
         return made
 
     forms = [form for form in plugins.names("forms") if form != "prefix"]
-    rows = {form: weighed(one(form, seed), strength) for seed, form in enumerate(forms)}
+    # A random magnitude is another length for every row of a weight: DoRA moves most.
+    rows = {
+        form: weighed(one(form, seed), strength * (0.5 if form == "dora" else 1)) for seed, form in enumerate(forms)
+    }
     rows["prefix"] = prefix(20)
     rows["another prefix"] = prefix(21)
     rows["stack"] = stacked([rows["bottleneck"], rows["low_rank"], rows["prefix"]])

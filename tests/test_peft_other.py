@@ -168,6 +168,37 @@ def test_module_names_of_older_transformers(tmp_path, hub):
         assert apart(logits(hub, tmp_path / "vit", f"me/x{n}"), wanted) < 1e-5
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_change_the_base_load_once_converted(start, tmp_path, hub, tiny_model, tiny_folder):
+    """PEFT writes the difference from the start as a LoRA of twice the rank, which belongs to the plain base."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=start)
+        theirs = get_peft_model(tiny_model(), config).eval()
+        theirs.peft_config["default"].init_lora_weights = True
+        theirs.save_pretrained(tmp_path / "start")
+        theirs.peft_config["default"].init_lora_weights = start
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.15)
+        with torch.no_grad():
+            wanted = theirs(IDS).logits
+        theirs.save_pretrained(tmp_path / "x", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert json.loads((tmp_path / "x" / "adapter_config.json").read_text())["r"] == 6
+    hub.import_adapter(tmp_path / "x", name="me/x", base=tiny_folder)
+    assert apart(logits(hub, tiny_folder, "me/x"), wanted) < 1e-5
+
+
+def test_projections_that_are_not_in_the_file(tmp_path, hub, tiny_model, tiny_folder):
+    """VeRA's may be left out: PEFT makes them of the config's key again, and so they are read."""
+    config = peft.VeraConfig(r=4, target_modules=["q_proj"], save_projection=False)
+    wanted = saved(tmp_path / "x", tiny_model(), config)
+    assert not any("vera_A" in name for name in load_file(tmp_path / "x" / TENSORS))
+    hub.import_adapter(tmp_path / "x", name="me/x", base=tiny_folder)
+    assert apart(logits(hub, tiny_folder, "me/x"), wanted) < 1e-5
+
+
 # --- bases -----------------------------------------------------------------------------------------------------------
 
 

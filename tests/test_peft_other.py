@@ -199,6 +199,36 @@ def test_projections_that_are_not_in_the_file(tmp_path, hub, tiny_model, tiny_fo
     assert apart(logits(hub, tiny_folder, "me/x"), wanted) < 1e-5
 
 
+def test_gains_by_older_names(tmp_path, hub):
+    """(IA)3's feed-forward modules are named twice in the config."""
+    tiny("vit").save_pretrained(tmp_path / "vit")
+    config = peft.IA3Config(target_modules=["k_proj", "mlp.fc2"], feedforward_modules=["mlp.fc2"])
+    wanted = saved(tmp_path / "x", tiny("vit"), config)
+    old = {
+        "vit.layers.": "vit.encoder.layer.",
+        "attention.k_proj": "attention.attention.key",
+        "mlp.fc2": "output.dense",
+    }
+
+    def rename(stored):
+        for now, then in old.items():
+            stored = {name.replace(now, then): tensor for name, tensor in stored.items()}
+        return stored
+
+    rewrite(tmp_path / "x", rename)
+    down = r".*layer\.\d\.output\.dense"
+    edit(tmp_path / "x", target_modules=rf".*\.key|{down}", feedforward_modules=down)
+    hub.import_adapter(tmp_path / "x", name="me/x", base=tmp_path / "vit")
+    assert apart(logits(hub, tmp_path / "vit", "me/x"), wanted) < 1e-5
+
+
+def test_numbers_of_the_training_may_be_large(tmp_path, hub, tiny_model, tiny_folder):
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10**6, tfinal=10**5)
+    wanted = saved(tmp_path / "x", tiny_model(), config)
+    hub.import_adapter(tmp_path / "x", name="me/x", base=tiny_folder)
+    assert apart(logits(hub, tiny_folder, "me/x"), wanted) < 1e-5
+
+
 # --- bases -----------------------------------------------------------------------------------------------------------
 
 
@@ -268,10 +298,14 @@ def test_damaged_prompts(tensors, words, prompt, hub, tiny_folder):
         hub.import_adapter(prompt, name="me/x", base=tiny_folder)
 
 
-@pytest.mark.parametrize("name", ["mistral", "t5", "bert"])
-def test_bases_that_do_not_see_a_prompt_as_a_prefix(name, prompt, hub, tmp_path):
-    tiny(name).save_pretrained(tmp_path / name)
-    with pytest.raises(IncompatibleBase, match=r"no decoder alone|further back"):
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [("mistral", "", "further back"), ("t5", "", "no decoder alone"), ("bert", "", "no decoder alone"),
+     ("bert", "BertLMHeadModel", "looks both ways")],
+)  # fmt: skip
+def test_bases_that_do_not_see_a_prompt_as_a_prefix(name, kind, words, prompt, hub, tmp_path):
+    tiny(name, kind=kind).save_pretrained(tmp_path / name)
+    with pytest.raises(IncompatibleBase, match=words):
         hub.import_adapter(prompt, name="me/x", base=tmp_path / name)
 
 

@@ -168,6 +168,67 @@ def test_module_names_of_older_transformers(tmp_path, hub):
         assert apart(logits(hub, tmp_path / "vit", f"me/x{n}"), wanted) < 1e-5
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_change_the_base_load_once_converted(start, tmp_path, hub, tiny_model, tiny_folder):
+    """PEFT writes the difference from the start as a LoRA of twice the rank, which belongs to the plain base."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=start)
+        theirs = get_peft_model(tiny_model(), config).eval()
+        theirs.peft_config["default"].init_lora_weights = True
+        theirs.save_pretrained(tmp_path / "start")
+        theirs.peft_config["default"].init_lora_weights = start
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.15)
+        with torch.no_grad():
+            wanted = theirs(IDS).logits
+        theirs.save_pretrained(tmp_path / "x", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert json.loads((tmp_path / "x" / "adapter_config.json").read_text())["r"] == 6
+    hub.import_adapter(tmp_path / "x", name="me/x", base=tiny_folder)
+    assert apart(logits(hub, tiny_folder, "me/x"), wanted) < 1e-5
+
+
+def test_projections_that_are_not_in_the_file(tmp_path, hub, tiny_model, tiny_folder):
+    """VeRA's may be left out: PEFT makes them of the config's key again, and so they are read."""
+    config = peft.VeraConfig(r=4, target_modules=["q_proj"], save_projection=False)
+    wanted = saved(tmp_path / "x", tiny_model(), config)
+    assert not any("vera_A" in name for name in load_file(tmp_path / "x" / TENSORS))
+    hub.import_adapter(tmp_path / "x", name="me/x", base=tiny_folder)
+    assert apart(logits(hub, tiny_folder, "me/x"), wanted) < 1e-5
+
+
+def test_gains_by_older_names(tmp_path, hub):
+    """(IA)3's feed-forward modules are named twice in the config."""
+    tiny("vit").save_pretrained(tmp_path / "vit")
+    config = peft.IA3Config(target_modules=["k_proj", "mlp.fc2"], feedforward_modules=["mlp.fc2"])
+    wanted = saved(tmp_path / "x", tiny("vit"), config)
+    old = {
+        "vit.layers.": "vit.encoder.layer.",
+        "attention.k_proj": "attention.attention.key",
+        "mlp.fc2": "output.dense",
+    }
+
+    def rename(stored):
+        for now, then in old.items():
+            stored = {name.replace(now, then): tensor for name, tensor in stored.items()}
+        return stored
+
+    rewrite(tmp_path / "x", rename)
+    down = r".*layer\.\d\.output\.dense"
+    edit(tmp_path / "x", target_modules=rf".*\.key|{down}", feedforward_modules=down)
+    hub.import_adapter(tmp_path / "x", name="me/x", base=tmp_path / "vit")
+    assert apart(logits(hub, tmp_path / "vit", "me/x"), wanted) < 1e-5
+
+
+def test_numbers_of_the_training_may_be_large(tmp_path, hub, tiny_model, tiny_folder):
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10**6, tfinal=10**5)
+    wanted = saved(tmp_path / "x", tiny_model(), config)
+    hub.import_adapter(tmp_path / "x", name="me/x", base=tiny_folder)
+    assert apart(logits(hub, tiny_folder, "me/x"), wanted) < 1e-5
+
+
 # --- bases -----------------------------------------------------------------------------------------------------------
 
 
@@ -237,10 +298,14 @@ def test_damaged_prompts(tensors, words, prompt, hub, tiny_folder):
         hub.import_adapter(prompt, name="me/x", base=tiny_folder)
 
 
-@pytest.mark.parametrize("name", ["mistral", "t5", "bert"])
-def test_bases_that_do_not_see_a_prompt_as_a_prefix(name, prompt, hub, tmp_path):
-    tiny(name).save_pretrained(tmp_path / name)
-    with pytest.raises(IncompatibleBase, match=r"no decoder alone|further back"):
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [("mistral", "", "further back"), ("t5", "", "no decoder alone"), ("bert", "", "no decoder alone"),
+     ("bert", "BertLMHeadModel", "looks both ways")],
+)  # fmt: skip
+def test_bases_that_do_not_see_a_prompt_as_a_prefix(name, kind, words, prompt, hub, tmp_path):
+    tiny(name, kind=kind).save_pretrained(tmp_path / name)
+    with pytest.raises(IncompatibleBase, match=words):
         hub.import_adapter(prompt, name="me/x", base=tmp_path / name)
 
 

@@ -50,21 +50,21 @@ class Lora:
 def read_lora(
     label: str, config: LoraConfig, stored: Mapping[str, Tensor], skeleton: nn.Module, sites: Sequence[Site]
 ) -> Lora:
-    """The LoRA at linear layers and plain embeddings. Raises IntegrityError or IncompatibleBase listing every tensor that is
+    """The LoRA at linear layers and embeddings. Raises IntegrityError or IncompatibleBase listing every tensor that is
     no part of a whole at a targeted site with the rank that the config says; bounded_re.BadExpression."""
-    plain = {site.path for site in sites if type(skeleton.get_submodule(site.module)) is nn.Embedding}
-    names = [site.path for site in sites if not site.columns and (site.linear or site.path in plain)]
+    tables = {site.path for site in sites if isinstance(skeleton.get_submodule(site.module), nn.Embedding)}
+    names = [site.path for site in sites if not site.columns and (site.linear or site.path in tables)]
     wanted = targeted(config, names, sites)
     ranks = patterned(config.rank_pattern or {}, config.r, names)
     alphas = patterned(config.alpha_pattern or {}, config.lora_alpha, names)
-    groups, rest = _groups(stored, plain if config.use_dora else ())
+    groups, rest = _groups(stored, tables if config.use_dora else ())
     strays = [f"{path}: the base has no such linear layer" for path in sorted(groups.keys() - set(names))]
     faults = [f"{name}: it belongs to no LoRA" for name in rest if not name.startswith(PREFIX)]
     tensors: dict[str, Tensor] = {}
     for path in [path for path in names if path in groups]:
         if path not in wanted:
             faults.append(f"{path}: its LoRA is not among target_modules, and PEFT would ignore it")
-        elif fault := _fault(groups[path], ranks[path], config, path in plain):
+        elif fault := _fault(groups[path], ranks[path], config, path in tables):
             faults.append(f"{path}: {fault}")
         else:
             scale = torch.tensor(rank_and_scale(path, ranks[path], alphas[path], config.use_rslora, {}, {})[1])

@@ -64,7 +64,8 @@ def _matrix(base: nn.Module, peft: nn.Module, width: int, gains: bool) -> list[M
     tokens = isinstance(base, nn.Embedding)
     weight, bias = _measured(base, width, tokens)
     now, shift = _measured(peft, width, tokens)
-    delta = _clean(now - weight, now)
+    # Of an embedding that multiplies what it looks up (Gemma's), the change is that of the look-up.
+    delta = _clean(now - weight, now) / getattr(base, "embed_scale", 1)
     shift = _clean(shift - bias, torch.stack([shift, bias]))
     if gains and delta.any() and (scaling := _scaling(weight, bias, delta, shift)):
         return [scaling]

@@ -11,7 +11,7 @@ from torch import Tensor
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import Config
 from adapterhub.formats.peft_lora import PREFIX
-from adapterhub.formats.peft_targets import anchored, patterned, targeted
+from adapterhub.formats.peft_targets import anchored, named, patterned, targeted
 from adapterhub.sites import current_path
 
 
@@ -33,10 +33,12 @@ def current(config: Config, stored: Mapping[str, Tensor], base: BaseModel) -> tu
     if not older:
         return config, renamed
     names = {older.get(name, name): name for name, _ in base.skeleton.named_modules() if name}
-    chosen = targeted(config, list(names), base.sites)
-    changed: dict[str, Any] = {"target_modules": sorted(names[name] for name in chosen)}
-    changed |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    changed: dict[str, Any] = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    if config.target_modules is not None:
+        changed["target_modules"] = sorted(names[name] for name in targeted(config, list(names), base.sites))
     for key, value in config.raw.items():
+        if key == "feedforward_modules" and isinstance(value, str | list):
+            changed[key] = sorted(names[name] for name in named(value, list(names)))
         if key.endswith("_pattern") and isinstance(value, dict):
             found = patterned(value, None, list(names))
             changed[key] = {anchored(names[name]): v for name, v in found.items() if v is not None}

@@ -84,11 +84,14 @@ def attentions(label: str, base: BaseModel) -> list[Site]:
     settings = model.config.get_text_config()
     found = [site for site in base.sites if site.role == "attention"]
     kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
+    back = all(getattr(model.get_submodule(site.path), "is_causal", False) for site in found)
     why = None
     if not model.can_generate() or settings.is_encoder_decoder or any(site.part for site in found):
         why = "the base is no decoder alone"
     elif not found or any(site.heads is None for site in found):
         why = "adapterhub knows no attention of this base"
+    elif not back:
+        why = "the base's attention looks both ways, so a prompt is not the same for every text"
     elif kinds != {"full_attention"} or _window(settings):
         why = "the base's attention forgets what lies further back, a prompt too"
     elif settings.model_type in OTHER_LAYOUTS:

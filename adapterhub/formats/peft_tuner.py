@@ -35,6 +35,9 @@ DROPPED = {
 }  # fmt: skip
 """Fields that PEFT does not get: they say how the adapter was made, or have been worked into the others."""
 
+NO_SIZE = ("seed", "_key", "alpha", "step", "tinit", "tfinal", "deltaT")
+"""What stands in the names of numbers that PEFT makes nothing of that size of."""
+
 
 def read_tuner(
     label: str,
@@ -96,7 +99,7 @@ def _check(key: str, value: Any, most: int, depth: int) -> None:
         for item in value if isinstance(value, list) else [*value, *value.values()]:
             _check(key, item, most, depth + 1)
         return
-    limit = 1 << 63 if "seed" in key or key.endswith("_key") else most
+    limit = 1 << 63 if any(word in key for word in NO_SIZE) else most
     small = (isinstance(value, int) and abs(value) <= limit) or (isinstance(value, str) and len(value) < 1000)
     if not (isinstance(value, float) or small):
         raise ManifestError(

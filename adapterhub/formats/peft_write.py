@@ -4,7 +4,7 @@ tuning for prefixes, LoRA for all else that adds up. What none of them says is r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ from torch import Tensor
 
 from adapterhub import bases
 from adapterhub.adapter import Modifications, check_fit
-from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
+from adapterhub.errors import HubError, NotFound, UsageError
 from adapterhub.formats import peft_write_lora
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_lora import PREFIX
 from adapterhub.formats.peft_prompt import NAME, attentions
 from adapterhub.formats.peft_rotary import turned
+from adapterhub.formats.peft_write_whole import wholes
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.dora import DoRA
+from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
 from adapterhub.forms.sparse import Sparse
 from adapterhub.manifest import Release
@@ -30,51 +32,69 @@ from adapterhub.sites import named_role
 
 Files = tuple[dict[str, Any], dict[str, Tensor]]
 """adapter_config.json and adapter_model.safetensors."""
-NO_MATRIX = ("attention", "block", "ffn", "norm")
 CONV1D = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 """transformers' models whose layers are its Conv1D, which PEFT's SHiRA and BEFT do not take."""
 
 
 def written(release: Release, parts: Modifications, base: str | Path | None) -> Files:
-    """What PEFT loads with the same logits. Raises UsageError listing what has no counterpart; NotFound when a prefix is
-    to be laid out and there is no base."""
+    """What PEFT loads with the same logits. Raises UsageError listing what has no counterpart; NotFound when the base is
+    needed (for a prefix; for modules that PEFT replaces whole) and is not to be had."""
     kind = release.manifest.base.architecture
-    roles = {path: named_role(kind, path) for path in parts}
-    faults = [
-        f"{path}: {'columns of a fused projection' if role is None else f'no weight, but the whole of a module ({role})'}"
-        for path, role in roles.items()
-        if role is None or (role in NO_MATRIX and not all(isinstance(part, Prefix) for part in parts[path]))
-    ]
-    embeddings = {path for path, role in roles.items() if role == "embedding"}
-    if kind.startswith("gemma"):
-        faults += [f"{path}: PEFT scales the LoRA of this family's embedding" for path in sorted(embeddings)]
-    every = [part for here in parts.values() for part in here]
-    single = all(len(here) == 1 for here in parts.values())
-    config: dict[str, Any] = {}
-    tensors: dict[str, Tensor] = {}
-    if not every:
-        faults.append("it holds no tensors")
-    elif single and all(isinstance(part, Prefix) for part in every):
+    if parts and all(isinstance(part, Prefix) for here in parts.values() for part in here):
         config, tensors = _prefix(release, parts, base)
-    elif single and not embeddings and all(isinstance(p, Affine) and "shift" not in p.tensors for p in every):
-        config, tensors = _ia3(parts)
-    elif single and not embeddings and kind not in CONV1D and all(isinstance(p, Affine) and p.additive for p in every):
-        config, tensors = _beft(parts)
     else:
-        biased = any(isinstance(p, Affine) or (isinstance(p, Dense) and "bias" in p.tensors) for p in every)
-        mixed = len({isinstance(part, DoRA) for part in every}) > 1
-        for path, here in sorted(parts.items()):
-            faults += peft_write_lora.faults(path, here, embeddings, mixed, biased)
-        if not faults:
-            rank = _shira_rank(parts) if single and not embeddings and kind not in CONV1D else None
-            config, tensors = _shira(parts, rank) if rank else peft_write_lora.lora(release, parts, embeddings)
-    if faults:
-        raise UsageError(
-            f"{release} cannot be written for PEFT:\n  " + "\n  ".join(dict.fromkeys(faults)),
-            f"for another hub: adapterhub export {release} --format bundle OUT",
-        )
+        config, tensors = _changes(release, parts, base)
     always = {"base_model_name_or_path": release.manifest.base.name, "inference_mode": True, "task_type": _task(kind)}
     return always | config, tensors
+
+
+def _changes(release: Release, parts: Modifications, base: str | Path | None) -> Files:
+    """Gains, shifts and changes of weights: as the type that suits them, and what it does not say as whole modules."""
+    kind = release.manifest.base.architecture
+    roles = {path: named_role(kind, path) for path in parts}
+    faults = [f"{path}: columns of a fused projection" for path, role in roles.items() if role is None]
+    for path, here in parts.items():
+        odd = [part for part in here if not isinstance(part, Affine | Dense | DoRA | LowRank | Sparse)]
+        faults += [f"{path}: {getattr(part, 'form', 'a composition')} is no change of a weight" for part in odd]
+    norms = {path for path, role in roles.items() if role == "norm"}
+    plain = {path: here for path, here in parts.items() if path not in norms}
+    embeddings = {path for path, role in roles.items() if role == "embedding"}
+    linear = {path: here for path, here in plain.items() if path not in embeddings and len(here) == 1}
+    gains = {p: here for p, here in linear.items() if isinstance(here[0], Affine) and "shift" not in here[0].tensors}
+    own = kind not in CONV1D and len(linear) == len(plain)
+    if faults or not parts:
+        raise _refused(release, faults or ["it holds no tensors"])
+    if gains:
+        chosen, (config, tensors) = set(gains), _ia3(gains)
+    elif own and plain and all(isinstance(here[0], Affine) and here[0].additive for here in plain.values()):
+        chosen, (config, tensors) = set(plain), _beft(plain)
+    elif own and plain and (rank := _shira_rank(plain)):
+        chosen, (config, tensors) = set(plain), _shira(plain, rank)
+    elif pairs := peft_write_lora.suited(plain, embeddings):
+        chosen, (config, tensors) = set(pairs), peft_write_lora.lora(release, pairs, embeddings)
+    else:
+        chosen, config, tensors = set(), {"peft_type": "LN_TUNING", "target_modules": sorted(norms)}, {}
+        if not norms:
+            raise _refused(release, [f"{path}: a shift, which PEFT's types do not add to it" for path in plain])
+    if rest := {path: here for path, here in parts.items() if path not in chosen}:
+        inner = norms if config["peft_type"] == "LN_TUNING" else set()
+        tensors |= wholes(release, rest, _base(release, base, "PEFT has whole modules only for some of it"), inner)
+        config["modules_to_save"] = sorted(rest.keys() - inner) or None
+    return config, tensors
+
+
+def _refused(release: Release, faults: Iterable[str]) -> UsageError:
+    return UsageError(
+        f"{release} cannot be written for PEFT:\n  " + "\n  ".join(faults),
+        f"for another hub: adapterhub export {release} --format bundle OUT",
+    )
+
+
+def _base(release: Release, base: str | Path | None, why: str) -> BaseModel:
+    try:
+        return BaseModel(bases.resolve(base or release.manifest.base.name))
+    except HubError as error:
+        raise NotFound(f"{why}, and the base model is not at hand: {error}", "give it: --base PATH") from None
 
 
 def _task(kind: str) -> str | None:
@@ -126,19 +146,13 @@ def _shira(parts: Mapping[str, Sequence[Modification]], rank: int) -> Files:
 
 
 def _prefix(release: Release, parts: Modifications, base: str | Path | None) -> Files:
-    try:
-        model = BaseModel(bases.resolve(base or release.manifest.base.name))
-    except HubError as error:
-        raise NotFound(f"a prefix is laid out for its base model: {error}", "give it: --base PATH") from None
+    model = _base(release, base, "a prefix is laid out for its base model")
     check_fit(parts, model.sites, str(release))
     places = attentions(str(release), model)
     missing = [site.path for site in places if site.path not in parts]
     counts = {parts[site.path][0].keys.shape[1] for site in places if site.path in parts}
     if missing or len(counts) != 1:
-        raise UsageError(
-            f"{release} cannot be written for PEFT: {missing[0] + ' has no prefix' if missing else 'its prefixes are unlike long'}",
-            f"for another hub: adapterhub export {release} --format bundle OUT",
-        )
+        raise _refused(release, [f"{path} has no prefix" for path in missing] or ["its prefixes are unlike long"])
     (count,) = counts
     pieces = []
     for site in places:
@@ -147,10 +161,7 @@ def _prefix(release: Release, parts: Modifications, base: str | Path | None) -> 
         if part.advance == 0:  # PEFT gives the text the positions after the prefix
             keys = turned(part.keys, count, model.skeleton)
         if keys is None:
-            raise IncompatibleBase(
-                f"{release} cannot be written for PEFT: its tokens move up {part.advance} positions, PEFT's {count}",
-                f"for another hub: adapterhub export {release} --format bundle OUT",
-            )
+            raise _refused(release, [f"its tokens move up {part.advance} positions, and PEFT's {count}"])
         pieces += [keys, part.values]
     heads, _, width = pieces[0].shape
     prompt = torch.stack([piece.float() for piece in pieces]).permute(2, 0, 1, 3).reshape(count, -1).contiguous()

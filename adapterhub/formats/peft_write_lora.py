@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterhub.adapter import Modifications
 from adapterhub.formats.peft_lora import PREFIX
 from adapterhub.formats.peft_targets import anchored
 from adapterhub.forms.affine import Affine
@@ -26,7 +27,7 @@ Factors = LowRank | DoRA
 def lora(
     release: Release, parts: Mapping[str, Sequence[Modification]], embeddings: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors) for additive parts whose faults `faults` has not found."""
+    """(config, tensors) of what is `suited`."""
     factors, shifts = {}, {}
     for path, here in sorted(parts.items()):
         factors[path], shifts[path] = _one(here)
@@ -46,23 +47,19 @@ def lora(
     return _config(release, factors, biased), tensors
 
 
-def faults(
-    path: str, here: Sequence[Modification], embeddings: Collection[str], mixed: bool, biased: bool
-) -> list[str]:
-    """Why one module's parts are no LoRA. mixed: the adapter holds DoRA and others; biased: it holds shifts."""
-    found = []
-    for part in here:
-        if not isinstance(part, LowRank | DoRA | Dense | Sparse | Affine) or not part.additive:
-            found.append(f"{path}: {getattr(part, 'form', 'a composition')} is no change of a weight that adds up")
-    if mixed:
-        found.append(f"{path}: DoRA beside other changes; PEFT's use_dora is for all modules")
-    elif any(isinstance(part, DoRA) for part in here) and (len(here) > 1 or biased):
-        found.append(f"{path}: DoRA and another change of the same adapter; PEFT has no type for both")
-    if path in embeddings and biased:
-        found.append(f"{path}: PEFT's LoRA of an embedding has no bias")
-    if all(isinstance(part, Affine) for part in here):
-        found.append(f"{path}: a shift alone, beside other changes; PEFT has no type for both")
-    return found
+def suited(parts: Modifications, embeddings: Collection[str]) -> Modifications:
+    """Those that one LoRA holds: what adds up and is more than a shift. PEFT's use_dora and lora_bias are for all modules of an
+    adapter: DoRA stands alone, and beside a shift there is no embedding."""
+    doras = {path: here for path, here in parts.items() if any(isinstance(part, DoRA) for part in here)}
+    if doras:
+        return {path: here for path, here in doras.items() if len(here) == 1}
+    pairs = {
+        path: here
+        for path, here in parts.items()
+        if all(part.additive for part in here) and not all(isinstance(part, Affine) for part in here)
+    }
+    biased = any(isinstance(p, Affine) or "bias" in p.tensors for path in pairs for p in pairs[path])
+    return {path: here for path, here in pairs.items() if not (biased and path in embeddings)}
 
 
 def _one(here: Sequence[Modification]) -> tuple[Factors, Tensor | None]:

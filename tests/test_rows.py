@@ -37,7 +37,7 @@ def programs(model, strength, among=None):
         for path in list(parts)[-1:] if among else parts:
             [part] = parts[path]
             shift = torch.tensor(part.keys.shape[1] if moves else 0)
-            made[path] = [Prefix(keys=part.keys, values=0.4 * strength * part.values, shift=shift)]
+            made[path] = [Prefix(keys=part.keys, values=0.2 * part.values, shift=shift)]
         return made
 
     forms = [form for form in plugins.names("forms") if form != "prefix"]
@@ -52,7 +52,7 @@ def programs(model, strength, among=None):
     mixed = [weighed(prefix(seed), weight) for seed, weight in ((22, 0.7), (23, 0.6))]
     rows["mixed prefixes"] = {path: [Mix([Stack(m[path]) for m in mixed])] for path in mixed[0]}
     if moves_positions(model):
-        rows["prefix that moves"] = prefix(24, moves=True)
+        rows["prefix that moves"] = prefix(20, moves=True)
     rows["base"] = {}
     return rows
 

@@ -1,6 +1,7 @@
 """The promise of a batch: each row gives what it gives alone and unpadded, whatever the others run, in every family."""
 
 import inspect
+from types import MethodType
 
 import pytest
 import torch
@@ -91,6 +92,19 @@ def hold(model, tolerance, strength=None, among=None, vocabulary=96):
 KINDS = [*FAMILIES, "audio"]
 
 
+def in_float64(model):
+    """The model in float64 throughout. transformers' RMS norms round to float32 on the way, which makes 1e-8 of a last bit;
+    what is on trial is what the adapters do, so the norms keep what they get."""
+
+    def norm(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for module in model.double().modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(norm, module)
+    return model
+
+
 def make(name, kernel, **changes):
     if name == "audio":  # the encoder by itself: it gets no mask at all
         return tiny("whisper", kind="WhisperForAudioClassification", attn_implementation=kernel, **changes)
@@ -99,7 +113,7 @@ def make(name, kernel, **changes):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_sdpa_in_float64(name, device):
-    hold(make(name, "sdpa").to(device, torch.float64), 1e-9)
+    hold(in_float64(make(name, "sdpa")).to(device), 1e-9)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit", "audio"])
@@ -109,7 +123,7 @@ def test_sdpa_in_float32(name, device):
 
 @pytest.mark.parametrize("name", EAGER_IN_FLOAT64)
 def test_eager_in_float64(name, device):
-    hold(make(name, "eager").to(device, torch.float64), 1e-9)
+    hold(in_float64(make(name, "eager")).to(device), 1e-9)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -128,5 +142,6 @@ def test_smollm2(device, dtype, tolerance):
     from adapterhub import bases
 
     model = bases.load_model(bases.resolve("smollm2"), dtype, device)
+    model = in_float64(model) if dtype == torch.float64 else model
     among = [site for site in sites(model) if site.layer in (0, 14, 29) and site.role not in ("block", "norm")]
     hold(model, tolerance, strength=0.05, among=among, vocabulary=40_000)

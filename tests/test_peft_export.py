@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import adapterhub
 from adapterhub import bases
 from adapterhub.bases.fingerprint import fingerprint
-from adapterhub.errors import NotFound, UsageError
+from adapterhub.errors import IncompatibleBase, NotFound, UsageError
 from adapterhub.formats.peft import TENSORS
 from adapterhub.formats.peft_config import CONFIG
 from adapterhub.formats.peft_lora import PREFIX
@@ -83,7 +83,7 @@ def test_sparse_keeps_its_size(tmp_path, hub, tiny_folder):
     assert stored[f"{PREFIX}{DOWN}.shira_weight"].count_nonzero() == 3
 
 
-def test_what_one_type_does_not_say_goes_along_whole(tmp_path, hub, tiny_folder, gpt2):
+def test_what_one_type_does_not_say_goes_along_whole(tmp_path, hub, tiny_folder, gpt2, tiny_model, tiny_saved):
     gains = {K: [Affine.of(gain=torch.randn(16))], DOWN: [Affine.of(gain=torch.randn(64), into=True)]}
     publish(hub, tiny_folder, gains | {"lm_head": [random(Dense, "lm_head", tiny_folder)]}, "me/a")
     config = same(hub, tiny_folder, tmp_path / "a", "me/a")
@@ -92,6 +92,10 @@ def test_what_one_type_does_not_say_goes_along_whole(tmp_path, hub, tiny_folder,
     with pytest.raises(NotFound, match="base model is not at hand") as caught:
         hub.export("me/a", tmp_path / "b")
     assert "--base" in caught.value.hint and not (tmp_path / "b").exists()
+
+    other = tiny_saved(tmp_path / "other", tiny_model(seed=7))
+    with pytest.raises(IncompatibleBase, match="another model"):
+        hub.export("me/a", tmp_path / "b", base=other)
 
     dora = random(DoRA, Q, tiny_folder)
     publish(hub, tiny_folder, {Q: [dora], K: [random(LowRank, K, tiny_folder)]}, "me/c")

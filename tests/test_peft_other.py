@@ -124,6 +124,17 @@ def test_weights_of_the_base_in_the_file(tmp_path, hub, tiny_model, tiny_folder)
         hub.import_adapter(tmp_path / "x", name="me/z", base=tiny_folder)
 
 
+@pytest.mark.parametrize("extra", [{"lora_bias": True}, {"use_dora": True}, {"modules_to_save": ["lm_head", "norm"]}])
+def test_half_precision_in_the_file(extra, tmp_path, hub, tiny_model, tiny_folder):
+    """PEFT computes with the stored numbers in float32, and so do we: nothing is rounded once more."""
+    saved(tmp_path / "x", tiny_model(), LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], **extra))
+    rewrite(tmp_path / "x", lambda stored: {name: tensor.bfloat16() for name, tensor in stored.items()})
+    hub.import_adapter(tmp_path / "x", name="me/x", base=tiny_folder)
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "x").eval()(IDS).logits
+    assert apart(logits(hub, tiny_folder, "me/x"), theirs) < 1e-5
+
+
 def test_dora_over_another_weight_of_the_base_is_refused(tmp_path, hub, tiny_model, tiny_folder):
     saved(tmp_path / "x", tiny_model(), LoraConfig(r=3, target_modules=["q_proj"], use_dora=True))
     rewrite(tmp_path / "x", lambda stored: stored | {f"{PREFIX}{Q}.base_layer.weight": torch.ones(32, 32)})

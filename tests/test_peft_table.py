@@ -101,6 +101,18 @@ LORA = {
     ),
     "LORA, trainable_token_indices": lora("Llama, tied", trainable_token_indices=[3, 9]),
     "LORA, target_parameters": lora("Llama", [], target_parameters=["q_proj.weight"]),
+    "LORA, KaSA": lora("Llama", kasa_config=peft.KasaConfig()),
+    "LORA, VeLoRA": lora("Llama", velora_config=peft.VeloraConfig()),
+    "LORA, BD-LoRA": (
+        "Llama",
+        lambda: LoraConfig(
+            r=4,
+            target_modules=LLAMA,
+            use_bdlora=peft.BdLoraConfig(
+                nblocks=2, target_modules_bd_a=["q_proj", "v_proj"], target_modules_bd_b=["down_proj"]
+            ),
+        ),
+    ),
     "LORA, classification": lora("BERT", ["query", "value"], task_type="SEQ_CLS"),
     "LORA, encoder and decoder": lora("T5", ["q", "v"], task_type="SEQ_2_SEQ_LM"),
     "LORA, images": lora("ViT", ["q_proj", "fc2"], **HEAD),

@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub import durable
+from adapterhub import bases, durable
 from adapterhub.adapter import Adapter, Modifications
+from adapterhub.bases.fingerprint import check_base
 from adapterhub.compose import expand, warn_missing_parents
-from adapterhub.errors import UsageError
+from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
 from adapterhub.expression import Ref, references
 from adapterhub.formats.peft import TENSORS
+from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import CONFIG
-from adapterhub.formats.peft_write import written
+from adapterhub.formats.peft_write import FindBase, written
 from adapterhub.manifest import Reference, Release
 from adapterhub.plan import assemble
 from adapterhub.tensors import dump
@@ -31,14 +33,15 @@ def export(
     with the same logits. A composition of adapters that add up becomes one. base: the base model, which a prefix is laid
     out for (None: the one that the release names). Returns the folder.
 
-    Raises UsageError for an unknown format and for what PEFT has no type for; NameInUse when the folder is there already.
+    Raises UsageError for an unknown format and for what PEFT has no type for; NotFound or IncompatibleBase when the base is
+    needed and is not at hand or another; NameInUse when the folder is there already.
     Warns (ParentsWarning) of an adapter trained over another that is not in it: PEFT has no word for that."""
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}", f"formats: {', '.join(FORMATS)}; or bundle, for another hub")
     release = hub.resolve(reference)
     node = expand(hub, Ref(Reference(release.name, release.version)))
     warn_missing_parents([hub.resolve(reference) for reference in dict.fromkeys(references(node))])
-    config, tensors = written(release, assemble(node, _loader(hub), join=True), base)
+    config, tensors = written(release, assemble(node, _loader(hub), join=True), _finder(hub, release, base))
     folder = durable.user_path(folder)
     with durable.new_folder(folder) as out:
         durable.write_bytes(out / TENSORS, dump(tensors))
@@ -52,6 +55,23 @@ def _loader(hub: Hub):
         return Adapter.load(hub, hub.resolve(key)).modifications()
 
     return load
+
+
+def _finder(hub: Hub, release: Release, base: str | Path | None) -> FindBase:
+    record = release.manifest.base
+
+    def find(why: str) -> BaseModel:
+        try:
+            resolved = bases.resolve(base or record.name)
+        except HubError as error:
+            raise NotFound(f"{why}, and the base model is not at hand: {error}", "give it: --base PATH") from None
+        try:
+            check_base(record, hub.store.read(record.sketch.digest), resolved)
+        except IncompatibleBase as error:
+            raise IncompatibleBase(str(error), "give the base that it was made for: --base PATH") from None
+        return BaseModel(resolved)
+
+    return find
 
 
 def _card(release: Release, kind: str) -> str:

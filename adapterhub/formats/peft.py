@@ -13,7 +13,7 @@ from adapterhub.adapter import Modifications, modifications_of
 from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile
 from adapterhub.formats import bounded_re
 from adapterhub.formats.peft_base import BaseModel
-from adapterhub.formats.peft_config import AGAIN, CONFIG, Config, LoraConfig
+from adapterhub.formats.peft_config import AGAIN, CONFIG, MEASURED, Config, LoraConfig
 from adapterhub.formats.peft_lora import read_lora
 from adapterhub.formats.peft_names import current
 from adapterhub.formats.peft_prompt import read_prompt
@@ -52,7 +52,7 @@ def read(folder: Path, config: Config, base: BaseModel) -> PeftAdapter:
 
 
 def _lora(label: str, config: LoraConfig, stored: Mapping[str, Tensor], base: BaseModel) -> PeftAdapter:
-    if config.target_parameters or config.raw.get("ensure_weight_tying"):  # LoRA elsewhere than at modules of its own
+    if any(config.raw.get(key) for key in MEASURED):
         return PeftAdapter(read_tuner(label, config, stored, base), None)
     lora = read_lora(label, config, stored, base.skeleton, base.sites)
     parts = modifications_of(lora.tensors)

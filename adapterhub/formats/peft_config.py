@@ -29,16 +29,21 @@ REFUSED = {
     "layer_replication": "layers that the base does not have",
     "alora_invocation_tokens": "aLoRA, which starts at certain tokens",
     "arrow_config": "Arrow, which routes between adapters",
+    "monteclora_config": "MonteCLoRA, whose sampler is in the file beside the factors",
     "use_qalora": "QA-LoRA, which pools its input",
-    "use_bdlora": "BD-LoRA, whose factors are block diagonal",
-    "kasa_config": "KaSA, which changes the base's weights",
-    "monteclora_config": "MonteCLoRA, which samples its weights",
-    "velora_config": "VeLoRA, which projects its input",
 }
+MEASURED = (
+    "ensure_weight_tying",
+    "kasa_config",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "velora_config",
+)
+"""Keys with which PEFT's LoRA is more than factors at modules of its own: what it computes is measured (`peft_tuner`)."""
 NEUTRAL = {
     "auto_mapping", "inference_mode", "revision", "megatron_config", "megatron_core", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "init_lora_weights", "fan_in_fan_out",
-    "ensure_weight_tying",
 }  # fmt: skip
 """Keys that say nothing about what a trained LoRA does, or that `_refusals` looks at."""
 Texts = str | list[str]
@@ -75,7 +80,6 @@ class LoraConfig(Config, frozen=True):
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, float] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    target_parameters: list[str] | None = None
 
 
 def read_config(folder: Path) -> Config:
@@ -97,9 +101,9 @@ def read_config(folder: Path) -> Config:
     except msgspec.ValidationError as error:
         raise ManifestError(f"{CONFIG}: {error}", AGAIN) from None
     if cls is LoraConfig:
-        if config.target_modules is None and not config.target_parameters:
+        if config.target_modules is None and not raw.get("target_parameters"):
             raise ManifestError(f"{CONFIG} names no target_modules", "add those that the adapter was trained with")
-        warn_unknown(raw, {*LoraConfig.__struct_fields__, *REFUSED, *NEUTRAL})
+        warn_unknown(raw, {*LoraConfig.__struct_fields__, *REFUSED, *MEASURED, *NEUTRAL})
     return msgspec.structs.replace(config, raw=raw)
 
 

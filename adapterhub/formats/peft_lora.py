@@ -124,8 +124,8 @@ def _forms(path: str, group: Mapping[str, Tensor], scale: Tensor) -> dict[str, T
     named = {f"{path}.{form}.0.{key}": t for key, t in group.items() if key != "bias"} | {
         f"{path}.{form}.0.scale": scale
     }
-    if "bias" in group:  # B's bias is scaled as B is
-        named[f"{path}.affine.0.shift"] = (group["bias"].float() * scale).to(group["bias"].dtype)
+    if "bias" in group:  # B's bias is scaled as B is; the product may not fit in the bias's own dtype
+        named[f"{path}.affine.0.shift"] = group["bias"].float() * scale
         named[f"{path}.affine.0.side"] = torch.tensor(0, dtype=torch.uint8)
     return named
 

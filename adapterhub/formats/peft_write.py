@@ -4,16 +4,14 @@ tuning for prefixes, LoRA for all else that adds up. What none of them says is r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapterhub import bases
 from adapterhub.adapter import Modifications, check_fit
-from adapterhub.errors import HubError, NotFound, UsageError
+from adapterhub.errors import UsageError
 from adapterhub.formats import peft_write_lora
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_lora import PREFIX
@@ -32,13 +30,15 @@ from adapterhub.sites import named_role
 
 Files = tuple[dict[str, Any], dict[str, Tensor]]
 """adapter_config.json and adapter_model.safetensors."""
+FindBase = Callable[[str], BaseModel]
+"""The base of the release, held against its record; the text is what it is needed for."""
 CONV1D = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 """transformers' models whose layers are its Conv1D, which PEFT's SHiRA and BEFT do not take."""
 
 
-def written(release: Release, parts: Modifications, base: str | Path | None) -> Files:
-    """What PEFT loads with the same logits. Raises UsageError listing what has no counterpart; NotFound when the base is
-    needed (for a prefix; for modules that PEFT replaces whole) and is not to be had."""
+def written(release: Release, parts: Modifications, base: FindBase) -> Files:
+    """What PEFT loads with the same logits; the base is asked for only for a prefix, and for modules that PEFT replaces
+    whole. Raises UsageError listing what has no counterpart."""
     kind = release.manifest.base.architecture
     if parts and all(isinstance(part, Prefix) for here in parts.values() for part in here):
         config, tensors = _prefix(release, parts, base)
@@ -48,7 +48,7 @@ def written(release: Release, parts: Modifications, base: str | Path | None) -> 
     return always | config, tensors
 
 
-def _changes(release: Release, parts: Modifications, base: str | Path | None) -> Files:
+def _changes(release: Release, parts: Modifications, base: FindBase) -> Files:
     """Gains, shifts and changes of weights: as the type that suits them, and what it does not say as whole modules."""
     kind = release.manifest.base.architecture
     roles = {path: named_role(kind, path) for path in parts}
@@ -78,7 +78,7 @@ def _changes(release: Release, parts: Modifications, base: str | Path | None) ->
             raise _refused(release, [f"{path}: a shift, which PEFT's types do not add to it" for path in plain])
     if rest := {path: here for path, here in parts.items() if path not in chosen}:
         inner = norms if config["peft_type"] == "LN_TUNING" else set()
-        tensors |= wholes(release, rest, _base(release, base, "PEFT has whole modules only for some of it"), inner)
+        tensors |= wholes(release, rest, base("PEFT has whole modules only for some of it"), inner)
         config["modules_to_save"] = sorted(rest.keys() - inner) or None
     return config, tensors
 
@@ -88,13 +88,6 @@ def _refused(release: Release, faults: Iterable[str]) -> UsageError:
         f"{release} cannot be written for PEFT:\n  " + "\n  ".join(faults),
         f"for another hub: adapterhub export {release} --format bundle OUT",
     )
-
-
-def _base(release: Release, base: str | Path | None, why: str) -> BaseModel:
-    try:
-        return BaseModel(bases.resolve(base or release.manifest.base.name))
-    except HubError as error:
-        raise NotFound(f"{why}, and the base model is not at hand: {error}", "give it: --base PATH") from None
 
 
 def _task(kind: str) -> str | None:
@@ -145,8 +138,8 @@ def _shira(parts: Mapping[str, Sequence[Modification]], rank: int) -> Files:
     return {"peft_type": "SHIRA", "r": rank, "mask_type": "random", "target_modules": sorted(parts)}, tensors
 
 
-def _prefix(release: Release, parts: Modifications, base: str | Path | None) -> Files:
-    model = _base(release, base, "a prefix is laid out for its base model")
+def _prefix(release: Release, parts: Modifications, base: FindBase) -> Files:
+    model = base("a prefix is laid out for its base model")
     check_fit(parts, model.sites, str(release))
     places = attentions(str(release), model)
     missing = [site.path for site in places if site.path not in parts]

@@ -102,8 +102,10 @@ def tolerance(codec: type[Codec], device: str) -> None:
     else:
         for name, tensor in tensors.items():
             wanted, got = tensor.double(), decoded[name].double()
-            error = float((got - wanted).norm() / wanted.norm())
-            assert error <= codec.tolerance, f"{name} is off by {error:.2g}, declared {codec.tolerance:.2g}"
+            error, size = float((got - wanted).norm()), float(wanted.norm())
+            assert error <= codec.tolerance * size, (
+                f"{name} is off by {error:.2g} of {size:.2g}, declared {codec.tolerance:.2g}"
+            )
 
 
 def smaller(codec: type[Codec], device: str) -> None:
@@ -159,10 +161,10 @@ def hostile(codec: type[Codec], device: str) -> None:
     for name, tensor in list(encoded.items())[:8]:
         if tensor.ndim:
             cases.append({**encoded, name: tensor[: len(tensor) // 2].clone()})
-        for _ in range(20 if tensor.dtype == torch.uint8 and tensor.ndim else 0):
+        for _ in range(20 if tensor.dtype in (torch.uint8, torch.int8) and tensor.ndim else 0):
             damaged = tensor.clone()
-            place = torch.randint(len(tensor), (3,), generator=generator)
-            damaged[place] = torch.randint(256, (3,), generator=generator, dtype=torch.uint8)
+            place = torch.randint(tensor.numel(), (3,), generator=generator)
+            damaged.view(-1)[place] = torch.randint(256, (3,), generator=generator, dtype=torch.uint8).to(tensor.dtype)
             cases.append({**encoded, name: damaged})
     for case in cases:
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from collections.abc import Sequence
+from itertools import permutations, product
 
 import torch
 from torch import Tensor
 
 from adapterhub import plugins
+from adapterhub.composers import Stack
 from adapterhub.errors import NotFoldable
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.merge import merge_modifications
@@ -35,26 +37,52 @@ def _same(got: Tensor, wanted: Tensor, what: str) -> None:
     assert got.shape == wanted.shape and error <= ROUNDING, f"{what}: off by {error:.2g} of the largest entry"
 
 
-def itself(merger: type[Merger], device: str) -> None:
-    """One adapter at weight 1 comes out as itself: its dense change, and adapters of every form that folds, scaled as
-    LoRA (alpha / r) and as rsLoRA (alpha / sqrt r) scale."""
-    for delta in (*_deltas(), torch.randn(SITE.outputs)):
-        _same(_combine(merger, [delta], [1.0]), delta, "one change at weight 1 is not itself")
-    torch.manual_seed(1)
+def _adapters(seed: int) -> list[Modification]:
+    """One of every form that suits the site, random, bound to the base's weight; two scaled as LoRA (alpha / r) and as rsLoRA
+    (alpha / sqrt r) scale."""
+    torch.manual_seed(seed)
     down, up = torch.randn(8, SITE.inputs), torch.randn(SITE.outputs, 8)
-    adapters: list[Modification] = [
+    found: list[Modification] = [
         LowRank(down=down, up=up, scale=torch.tensor(scale)) for scale in (16 / 8, 16 / 8**0.5)
     ]
-    adapters += [m for form in plugins.names("forms") if (m := plugins.load("forms", form).random(SITE)) is not None]
-    weight = torch.randn(SITE.outputs, SITE.inputs)
-    for modification in adapters:
-        try:
-            wanted, _ = modification.delta_weight(weight, None)
-        except NotFoldable:
-            continue
+    found += [m for form in plugins.names("forms") if (m := plugins.load("forms", form).random(SITE)) is not None]
+    for modification in found:
+        modification.bind(_base(SITE.path)[0])
+    return found
+
+
+def _base(path: str) -> tuple[Tensor, Tensor]:
+    """The base's weight and bias at the site."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(SITE.outputs, SITE.inputs, generator=generator)
+    return weight, torch.randn(SITE.outputs, generator=generator)
+
+
+def _changes(parts: Sequence[Modification]) -> tuple[Tensor, Tensor] | None:
+    """(ΔW, Δb) in float64 by folding one after the other, zeros where there is none; None for what does not fold."""
+    weight, bias = (tensor.double() for tensor in _base(SITE.path))
+    try:
+        changes = Stack([part.to(dtype=torch.float64) for part in parts]).delta_weight(weight, bias)
+    except NotFoldable:
+        return None
+    like = zip(changes, (weight, bias), strict=True)
+    return tuple(torch.zeros_like(base) if change is None else change for change, base in like)
+
+
+def itself(merger: type[Merger], device: str) -> None:
+    """One adapter at weight 1 comes out as itself: its dense change, and adapters of every form, bit for bit."""
+    for delta in (*_deltas(), torch.randn(SITE.outputs)):
+        _same(_combine(merger, [delta], [1.0]), delta, "one change at weight 1 is not itself")
+    for modification in _adapters(1):
+        if (change := _changes([modification])) is not None:
+            delta = change[0].float()
+            _same(_combine(merger, [delta], [1.0]), delta, f"one {modification.form} at weight 1 is not itself")
         merged = merge_modifications([{SITE.path: [modification]}], [1.0], merger(), merger.Config())
-        (part,) = merged.modifications[SITE.path]
-        _same(part.delta_weight(weight, None)[0], wanted, f"one {modification.form} at weight 1 is not itself")
+        ((part,),) = merged.modifications.values()
+        same = part.form == modification.form and part.tensors.keys() == modification.tensors.keys()
+        assert same and all(torch.equal(t, modification.tensors[k]) for k, t in part.tensors.items()), (
+            f"one {modification.form} at weight 1 is not itself, bit for bit"
+        )
 
 
 def inputs_kept(merger: type[Merger], device: str) -> None:
@@ -92,12 +120,23 @@ def scaling(merger: type[Merger], device: str) -> None:
 
 
 def weighted_sum(merger: type[Merger], device: str) -> None:
-    """A merger that declares itself linear is the weighted sum, which joining relies on."""
+    """A merger that declares itself linear is the weighted sum, which joining relies on: of dense changes, and of adapters of
+    every two forms that fold."""
     if not merger.linear:
         raise Declined("declares linear = False")
     deltas, weights = _deltas(), [1.0, -0.5, 0.25]
     wanted = sum(weight * delta.double() for weight, delta in zip(weights, deltas, strict=True))
     _same(_combine(merger, deltas, weights), wanted, "not the weighted sum")
+    folds = [[m for m in _adapters(seed) if _changes([m]) is not None] for seed in (1, 3)]
+    for one, other in product(*folds):
+        adapters, weights = [{SITE.path: [one]}, {SITE.path: [other]}], [1.0, -0.5]
+        merged = merge_modifications(adapters, weights, merger(), merger.Config(), base=_base).modifications[SITE.path]
+        for part in merged:
+            part.bind(_base(SITE.path)[0])
+        ones, others, got = _changes([one]), _changes([other]), _changes(merged)
+        for kind, a, b, total in zip(("weight", "bias"), ones, others, got, strict=True):
+            if (a - 0.5 * b).any():
+                _same(total, a - 0.5 * b, f"the {kind} of {one.form} - 0.5*{other.form}")
 
 
 LAWS = (itself, inputs_kept, order, scaling, weighted_sum)

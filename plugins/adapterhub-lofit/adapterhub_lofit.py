@@ -1,0 +1,139 @@
+"""LoFiT: select attention heads by training, then add an offset at those (Yin et al., "LoFiT: Localized Fine-tuning on LLM
+Representations", 2024). One method, `lofit`; its adapters are of the form `affine`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterhub import Method, Modification, Site, Stage
+from adapterhub.errors import UsageError
+from adapterhub.forms.affine import Affine
+from adapterhub.sites import select
+
+
+class Offsets(Affine):
+    """An affine shift of a site's input, of which the chosen heads' numbers train: the others are 0 and stay 0."""
+
+    heads: tuple[str, ...] = ()
+    mask: Tensor | None = None
+    """(inputs,) 1 at the chosen heads, else 0. No gradient passes where it is 0."""
+
+    def _change(self, h: Tensor) -> Tensor:
+        return (self.shift * self.mask.to(self.shift)).expand_as(h)
+
+
+class LoFiT(Method):
+    """z + v: at a few heads of what goes into the attention's output projection, one vector each, at every token."""
+
+    starts_at_base = False  # v is drawn from N(0, 1e-3)
+
+    @dataclass(frozen=True)
+    class Config:
+        k: int | None = None
+        """How many heads; None: a tenth of all."""
+        heads: tuple[str, ...] = ()
+        """Which heads, as a recipe names them ("3.7": layer 3, query head 7); then none are selected."""
+        l1: float = 1e-3
+        """Times the sum of the gains' magnitudes, in the selection."""
+        select_share: float = 0.5
+        """The selection's share of the steps."""
+        select_lr: float = 0.5
+        """Its learning rate, as a multiple of the run's."""
+
+        def __post_init__(self) -> None:
+            if (self.k or 1) < 1 or not 0 < self.select_share < 1 or not (0 <= self.l1 < math.inf > self.select_lr > 0):
+                raise UsageError(
+                    "LoFiT needs k >= 1, l1 >= 0, select_lr > 0 and a select_share between 0 and 1",
+                    "for example --set k=16 --set l1=1e-3 --set select_share=0.5",
+                )
+
+    def stages(self, config: Config) -> Sequence[Stage]:
+        def gains(sites: Sequence[Site], before: Mapping[str, Modification]) -> dict[str, Affine]:
+            chosen = _sites(sites)
+            _count(chosen, config)
+            return {site.path: Affine.of(gain=1e-3 * torch.randn(site.inputs), into=True) for site in chosen}
+
+        def offsets(sites: Sequence[Site], before: Mapping[str, Modification]) -> dict[str, Offsets]:
+            names = config.heads or _strongest(_sites(sites), before, config)
+            return _offsets(_sites(sites), names)
+
+        def norm(parts: Mapping[str, Modification]) -> Tensor:
+            return config.l1 * sum(part.gain.abs().sum() for part in parts.values())
+
+        tune = Stage("offsets", offsets, 1 - config.select_share, note=_named)
+        if config.heads:
+            return [tune]
+        options = {"l1": config.l1}  # how many heads are taken decides nothing of the gains: another k shares them
+        return [
+            Stage("select", gains, config.select_share, lr=config.select_lr, penalty=norm, options=options),
+            tune,
+        ]
+
+    def after_step(self, modifications: Mapping[str, Modification]) -> None:
+        if not all(isinstance(part, Offsets) for part in modifications.values()):
+            raise UsageError(
+                "in a loop of your own LoFiT's offsets would spread to heads that were not selected",
+                "go on with: adapterhub train --continue",
+            )
+
+
+def _sites(sites: Sequence[Site]) -> list[Site]:
+    """The attentions' output projections: what goes in are the query heads' results side by side."""
+    found = [site for site in select(sites, "attention_output") if site.heads]
+    if not found or any(site.heads.queries * site.heads.width != site.inputs for site in found):
+        raise UsageError(
+            "the heads of this base's attention are not known", "LoFiT needs attention_output sites of heads"
+        )
+    return found
+
+
+def _name(site: Site, head: int) -> str:
+    return ".".join(filter(None, [site.part, str(site.layer), str(head)]))
+
+
+def _count(sites: Sequence[Site], config: LoFiT.Config) -> int:
+    total = sum(site.heads.queries for site in sites)
+    count = max(1, total // 10) if config.k is None else config.k
+    if count > total:
+        raise UsageError(f"k is {count}, and this base has {total} heads", f"give k from 1 to {total}")
+    return count
+
+
+def _strongest(sites: Sequence[Site], before: Mapping[str, Modification], config: LoFiT.Config) -> list[str]:
+    """The k heads whose vectors are longest, over all layers; among equals the earlier. Of an adapter that goes on those
+    are its offsets', else the gains'."""
+    scored = []
+    for site in sites:
+        if (part := before.get(site.path)) is not None:
+            vector = part.tensors["shift" if "shift" in part.tensors else "gain"]
+            norms = vector.view(site.heads.queries, site.heads.width).norm(dim=1).tolist()
+            scored += [(norm, _name(site, head)) for head, norm in enumerate(norms)]
+    scored.sort(key=lambda pair: -pair[0])
+    return [name for _, name in scored[: _count(sites, config)]]
+
+
+def _offsets(sites: Sequence[Site], names: Sequence[str]) -> dict[str, Offsets]:
+    known = {_name(site, head): (site, head) for site in sites for head in range(site.heads.queries)}
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"this base has no head {unknown[0]!r}", f"heads are named {min(known)} to {max(known)}")
+    made = {}
+    for site in sites:
+        heads = tuple(name for name in known if name in names and known[name][0] is site)
+        if not heads:
+            continue
+        mask = torch.zeros(site.heads.queries, site.heads.width)
+        mask[[known[name][1] for name in heads]] = 1
+        mask = mask.flatten()
+        part = Offsets.of(shift=torch.where(mask > 0, 1e-3 * torch.randn(site.inputs), 0.0), into=True)
+        part.heads, part.mask = heads, mask
+        made[site.path] = part
+    return made
+
+
+def _named(parts: Mapping[str, Modification]) -> dict[str, list[str]]:
+    return {"heads": [name for part in parts.values() for name in part.heads]}

@@ -126,12 +126,9 @@ def site_errors(before: Modifications, after: Modifications) -> dict[str, tuple[
     errors = {}
     for path, parts in before.items():
         (own, others), (new, others_left) = _split(parts), _split(after[path])
-        if all(isinstance(m, LowRank) for m in (*own, *new)):
-            measured = _of_factors(own, new)
-        else:
-            measured = _of_changes(own, new)
+        of = _of_factors if all(isinstance(m, LowRank) for m in (*own, *new)) else _of_changes
         old, left = _flat(others), _flat(others_left)
-        both = zip(measured, (old.norm(), left.norm(), (old - left).norm()), strict=True)
+        both = zip(of(own, new), (old.norm(), left.norm(), (old - left).norm()), strict=True)
         size, left, distance = (math.hypot(one, float(other)) for one, other in both)
         errors[path] = (distance / size if size else 0.0, left)
     return errors

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from adapterhub import plugins
 from adapterhub.codecs import rice
 from adapterhub.codecs.compeft import ComPEFT
+from adapterhub.codecs.int8 import Int8
 from adapterhub.codecs.svd import SVD
+from adapterhub.codecs.topk import TopK
 from adapterhub.errors import CodecError, UsageError
 from adapterhub.tensors import dump
 from adapterhub.testing import check_part
@@ -291,9 +293,57 @@ def test_svd_leaves_other_forms_and_refuses_when_there_is_nothing_to_drop():
     tensors = sample()
     encoded = SVD().encode(tensors, SVD.Config(rank=2))
     same = [name for name in tensors if encoded[name] is tensors[name]]
-    assert same == [name for name in tensors if "bottleneck" in name or name.endswith("scale")]
+    factors = {name for name in tensors if ".low_rank." in name and name.endswith((".up", ".down"))}
+    assert set(same) == set(tensors) - factors
     with pytest.raises(CodecError, match="no low-rank pair"):
         SVD().encode(pair(8), SVD.Config())
     for options in ({"rank": 0}, {"energy": 0.0}, {"energy": 1.1}):
         with pytest.raises(UsageError):
             SVD().encode(tensors, SVD.Config(**options))
+
+
+# --- topk and int8 ------------------------------------------------------------------------------------------------
+
+
+def test_topk_keeps_exactly_k_of_the_sum_and_the_first_of_equal_ones():
+    weight = torch.full((4, 8), 0.5)
+    weight[2, 3], weight[0, 0], weight[3, 7] = -9.0, 0.0, 2.0
+    encoded = TopK().encode({f"{SITE.replace('low_rank', 'dense')}.weight": weight}, TopK.Config(density=5 / 32))
+    site = SITE.removesuffix(".low_rank.0")
+    assert encoded[f"{site}.sparse.0.shape"].tolist() == [4, 8]
+    # The two largest, and the first three of those that are equal.
+    assert encoded[f"{site}.sparse.0.index"].tolist() == [1, 2, 3, 2 * 8 + 3, 3 * 8 + 7]
+    assert encoded[f"{site}.sparse.0.values"].tolist() == [0.5, 0.5, 0.5, -9.0, 2.0]
+
+
+def test_topk_of_a_low_rank_change_is_numpys():
+    tensors = pair(3)
+    encoded = TopK().encode(tensors, TopK.Config(density=0.1))
+    flat = delta(tensors).reshape(-1)
+    wanted = np.sort(np.argsort(-np.abs(flat))[: round(0.1 * flat.size)])
+    site = SITE.removesuffix(".low_rank.0")
+    np.testing.assert_array_equal(encoded[f"{site}.sparse.0.index"].numpy(), wanted)
+    np.testing.assert_allclose(encoded[f"{site}.sparse.0.values"].numpy(), flat[wanted], rtol=1e-5)
+
+
+def test_topk_globally_goes_where_the_changes_are_large():
+    small, large = torch.full((10, 10), 0.01), torch.arange(100.0).reshape(10, 10) + 1
+    tensors = {"a.dense.0.weight": small, "b.dense.0.weight": large}
+    kept = {
+        scope: [
+            TopK().encode(tensors, TopK.Config(density=0.2, scope=scope))[f"{p}.sparse.0.values"].numel() for p in "ab"
+        ]
+        for scope in ("weight", "global")
+    }
+    assert kept == {"weight": [20, 20], "global": [0, 40]}
+
+
+def test_int8_is_off_by_half_a_step_of_each_row_at_most():
+    torch.manual_seed(0)
+    weight = torch.randn(12, 40) * torch.logspace(-6, 3, 12)[:, None]
+    name = "a.dense.0.weight"
+    encoded = Int8().encode({name: weight}, Int8.Config())
+    assert {str(t.dtype) for t in encoded.values()} == {"torch.int8", "torch.float32"}
+    back = Int8().decode(encoded)[name]
+    step = weight.abs().max(1, keepdim=True).values / 127
+    assert ((back - weight).abs() <= 0.5 * step * (1 + 1e-5)).all() and (back - weight).abs().max() > 0

@@ -25,8 +25,11 @@ DECLINED = {
     ("methods", "lt_sft"): set(),
     ("methods", "prefix"): {"start"},
     ("mergers", "linear"): set(),
+    ("mergers", "ties"): {"weighted_sum"},
     ("codecs", "compeft"): set(),
+    ("codecs", "int8"): set(),
     ("codecs", "svd"): set(),
+    ("codecs", "topk"): set(),
 }
 """Part -> the laws it declines; it runs all others of its group."""
 

@@ -29,9 +29,9 @@ from adapterhub.trainer import Schedule
 
 STEPS = 24
 """Of each stage."""
-RATES = (1e-2, 1e-1)
+RATES = (1e-2, 1e-1, 1.0)
 """Learning rates. What starts near 1 (a gain) or shares the attention with tokens (a prefix) moves far in few steps only
-at the second."""
+at the second, and what is a few numbers (offsets of a head) at the third."""
 
 
 def _plan(method: type[Method], lr: float = RATES[0]) -> list[Planned]:
@@ -103,7 +103,7 @@ def start(method: type[Method], device: str) -> None:
 
 
 def learn(method: type[Method], device: str) -> None:
-    """A few passes over twelve rows lower their loss, at one of two learning rates."""
+    """A few passes over twelve rows lower their loss, at one of three learning rates."""
     for lr in RATES:
         with TemporaryDirectory() as folder:
             losses = _train(_plan(method, lr), _bare(device), Path(folder))

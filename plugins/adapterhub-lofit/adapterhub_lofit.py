@@ -35,7 +35,7 @@ class LoFiT(Method):
     @dataclass(frozen=True)
     class Config:
         k: int | None = None
-        """How many heads; None: a tenth of all."""
+        """How many heads; None: as many as there are layers, the paper's 32 for Llama 2 7B."""
         heads: tuple[str, ...] = ()
         """Which heads, as a recipe names them ("3.7": layer 3, query head 7); then none are selected."""
         l1: float = 1e-3
@@ -98,7 +98,7 @@ def _name(site: Site, head: int) -> str:
 
 def _count(sites: Sequence[Site], config: LoFiT.Config) -> int:
     total = sum(site.heads.queries for site in sites)
-    count = max(1, total // 10) if config.k is None else config.k
+    count = len(sites) if config.k is None else config.k
     if count > total:
         raise UsageError(f"k is {count}, and this base has {total} heads", f"give k from 1 to {total}")
     return count

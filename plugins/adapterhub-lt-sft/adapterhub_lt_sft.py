@@ -14,6 +14,7 @@ from adapterhub import Method, Modification, Site, Stage
 from adapterhub.errors import UsageError
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.sparse import Sparse
+from adapterhub.magnitude import largest
 from adapterhub.sites import select
 
 
@@ -55,7 +56,7 @@ class LTSFT(Method):
             if any(isinstance(part, Sparse) for part in before.values()):  # an adapter that goes on keeps its places
                 index = {path: part.index for path, part in before.items()}
             else:
-                found = largest([before[site.path].weight for site in chosen], _count(chosen, config))
+                found = strongest([before[site.path].weight for site in chosen], _count(chosen, config))
                 index = {site.path: where for site, where in zip(chosen, found, strict=True) if len(where)}
             for site in chosen:
                 if site.path in index:
@@ -98,14 +99,13 @@ def _count(sites: Sequence[Site], config: LTSFT.Config) -> int:
     return count
 
 
-def largest(changes: Sequence[Tensor], count: int) -> list[Tensor]:
+def strongest(changes: Sequence[Tensor], count: int) -> list[Tensor]:
     """Of each tensor, the places (int64, rising, in the flattened tensor) of those of its numbers that are among the
     `count` of largest magnitude of all; among equals the earlier ones. Exactly `count` in all."""
-    flat = torch.cat([change.flatten() for change in changes]).abs()
-    least = flat.kthvalue(len(flat) - count + 1).values
-    above, equal = flat > least, (flat == least).nonzero().flatten()
-    above[equal[: count - int(above.sum())]] = True
-    return [part.nonzero().flatten() for part in above.split([change.numel() for change in changes])]
+    places = largest(torch.cat([change.flatten() for change in changes]), count)
+    ends = torch.tensor([change.numel() for change in changes]).cumsum(0)
+    parts = places.tensor_split(torch.searchsorted(places, ends)[:-1])
+    return [part - (end - change.numel()) for part, end, change in zip(parts, ends, changes, strict=True)]
 
 
 def _told(parts: Mapping[str, Modification]) -> dict[str, int]:

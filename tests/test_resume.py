@@ -192,3 +192,58 @@ def test_sigkill_at_five_random_steps(tiny_folder, path, tmp_path):
     resumed = run(tmp_path / "hub", 0)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout == whole.stdout != "", kills
+
+
+STAGED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+import adapterhub
+from pathlib import Path
+from adapterhub import durable, stages
+from adapterhub.trainer import _Watch
+import json
+method, hub, base, data, settings, kill = sys.argv[1:]
+stage, _, at = kill.partition(":")
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def on_step_end(self, args, state, control, **k):
+    if Path(args.output_dir).name == stage and state.global_step == int(at):
+        die()
+
+_Watch.on_step_end = on_step_end
+if stage == "keeping":  # its tensors are written, the mark that it is whole is not
+    write = durable.write_bytes
+    durable.write_bytes = lambda path, data: die() if path.parent.name == "stages" and path.suffix == ".json" else write(path, data)
+if stage == "kept":  # it is whole, the next has not begun
+    keep = stages._keep
+    stages._keep = lambda *args: (keep(*args), die())
+release = adapterhub.open(hub, create=True).train(base, method, data, "me/a", **json.loads(settings))
+print(release.digest, json.dumps(release.manifest.recipe["found"], sort_keys=True))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options", "first", "last"),
+    [
+        ("lt_sft", {"density": 0.02, "l1": 0.1}, "probe", "train"),
+        ("lofit", {"k": 3, "l1": 1e-3}, "select", "offsets"),
+    ],
+)
+def test_sigkill_in_every_stage_and_between_them(tiny_folder, path, tmp_path, method, options, first, last):
+    settings = {"options": options, "steps": 20, "save_every": 3, "batch_size": 5, "lr": 1e-2}
+
+    def run(hub: Path, kill: str = "") -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", STAGED, method, hub, tiny_folder, path, json.dumps(settings), kill]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+    whole = run(tmp_path / "whole")
+    for kill in (f"{first}:2", f"{first}:8", "keeping", "kept", f"{last}:1", f"{last}:7"):
+        killed = run(tmp_path / "hub", kill)
+        assert killed.returncode == -signal.SIGKILL, (kill, killed.stderr)
+    resumed = run(tmp_path / "hub")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout == whole.stdout != ""

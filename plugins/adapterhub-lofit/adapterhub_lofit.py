@@ -46,7 +46,8 @@ class LoFiT(Method):
         """Its learning rate, as a multiple of the run's."""
 
         def __post_init__(self) -> None:
-            if (self.k or 1) < 1 or not 0 < self.select_share < 1 or not (0 <= self.l1 < math.inf > self.select_lr > 0):
+            counted, shared = self.k is None or self.k >= 1, 0 < self.select_share < 1
+            if not (counted and shared and 0 <= self.l1 < math.inf > self.select_lr > 0):
                 raise UsageError(
                     "LoFiT needs k >= 1, l1 >= 0, select_lr > 0 and a select_share between 0 and 1",
                     "for example --set k=16 --set l1=1e-3 --set select_share=0.5",

@@ -67,6 +67,10 @@ class Method:
         """{site path: fresh modification}, float32 on the CPU; random numbers from torch's global generator (seeded)."""
         raise NotImplementedError
 
+    def take_up(self, modifications: Mapping[str, Modification]) -> None:
+        """Called once, before stored modifications of this method train in a loop of one's own: what `build` would have
+        given them that is not stored (parameters that shall get no gradient, for example)."""
+
     def after_step(self, modifications: Mapping[str, Modification]) -> None:
         """Called after each optimiser step, without gradients: put tensors back where they must lie, in place."""
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from adapterhub.adapter import Adapter, Modifications, bind, check_fit, check_range
+from adapterhub import plugins
+from adapterhub.adapter import Adapter, Modifications, as_parameters, bind, check_fit, check_range
 from adapterhub.compose import expand, warn_missing_parents
 from adapterhub.errors import UsageError
 from adapterhub.expression import Node, parse, references
@@ -17,6 +18,7 @@ from adapterhub.sites import Site, current_path
 if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint
     from adapterhub.hub import Hub
+    from adapterhub.method import Method
 
 
 class Residents:
@@ -71,6 +73,25 @@ class Residents:
         parts = {path if path in self._at else current_path(architecture, path): here for path, here in parts.items()}
         check_fit(parts, self.sites, key)
         return parts
+
+    def parameters(self, parts: Modifications) -> Modifications:
+        """The same as float32 parameters, bound to the base."""
+        parts = as_parameters(parts, self.device_at)
+        self.bind(parts)
+        return parts
+
+    def trainable(self, key: str) -> Modifications:
+        """One adapter as parameters, as its method trains it."""
+        parts = self.parameters(self.load(key))
+        if (method := self.method(key)) is not None:
+            method.take_up({path: part for path, [part] in parts.items()})
+        return parts
+
+    def method(self, key: str) -> Method | None:
+        """The method that made an adapter, if it is installed."""
+        made = self.hub.resolve(key).manifest.method
+        installed = made is not None and made.name in plugins.names("methods")
+        return plugins.load("methods", made.name)() if installed else None
 
     def bind(self, parts: Modifications) -> None:
         for path, here in parts.items():

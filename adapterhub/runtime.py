@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from adapterhub import plugins
-from adapterhub.adapter import Modifications, as_parameters, check_fit
+from adapterhub.adapter import Modifications, check_fit
 from adapterhub.attach import Attachment
 from adapterhub.compose import pin
 from adapterhub.device import precision
@@ -110,7 +109,7 @@ class Model:
             key = str(pin(self.hub, Ref(Reference.parse(text))))
             if key not in leaves:
                 raise UsageError(f"{text!r} is not in {expression!r}, so it cannot be trained there", "add it: 'a + b'")
-            chosen[key] = self._trainable.get(key) or self._as_parameters(self._residents.load(key))
+            chosen[key] = self._trainable.get(key) or self._residents.trainable(key)
         before = self._default, self._trainable, self._plans
         self._default, self._trainable, self._plans = expression, chosen, {}
         try:
@@ -123,13 +122,8 @@ class Model:
         """Put fresh modifications, to be trained, on top of what runs by default."""
         parts = {path: [part] if isinstance(part, Modification) else list(part) for path, part in modifications.items()}
         check_fit(parts, self.sites, "the new adapter")
-        self._new = self._as_parameters(parts)
+        self._new = self._residents.parameters(parts)
         self._plans.clear()
-
-    def _as_parameters(self, parts: Modifications) -> Modifications:
-        parts = as_parameters(parts, self._residents.device_at)
-        self._residents.bind(parts)
-        return parts
 
     def parts(self, expression: str | None) -> Modifications:
         """What an expression (no ensemble) does at each site."""
@@ -256,9 +250,7 @@ class Model:
         """In a loop of your own, after each optimiser step: what the adapters' methods keep true (LoReFT's R stays
         orthonormal). Nothing for most methods."""
         for key, parts in self._trainable.items():
-            made = self.hub.resolve(key).manifest.method
-            if made is not None and made.name in plugins.names("methods"):
-                method = plugins.load("methods", made.name)()
+            if (method := self._residents.method(key)) is not None:
                 method.after_step({path: part for path, [part] in parts.items()})
 
     def _trainable_key(self, text: str) -> str:

@@ -75,12 +75,10 @@ class LoFiT(Method):
             tune,
         ]
 
-    def after_step(self, modifications: Mapping[str, Modification]) -> None:
-        if not all(isinstance(part, Offsets) for part in modifications.values()):
-            raise UsageError(
-                "in a loop of your own LoFiT's offsets would spread to heads that were not selected",
-                "go on with: adapterhub train --continue",
-            )
+    def take_up(self, modifications: Mapping[str, Modification]) -> None:
+        for part in modifications.values():  # as stored: zeros at the heads that were not taken
+            taken = (part.tensors["shift"] != 0).detach()
+            part.tensors["shift"].register_hook(lambda gradient, taken=taken: gradient * taken)
 
 
 def _sites(sites: Sequence[Site]) -> list[Site]:

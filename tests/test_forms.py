@@ -522,3 +522,20 @@ def test_sites_that_only_the_manifest_names_are_missing():
     tensors = {"down": torch.ones(2, 3), "up": torch.ones(3, 2), "scale": torch.ones(())}
     with pytest.raises(IntegrityError, match=r"names .* at b"):
         modifications_of({f"a.low_rank.0.{key}": tensor for key, tensor in tensors.items()}, manifest)
+
+
+def test_a_dora_keeps_small_changes_of_length_on_a_bfloat16_base():
+    """A row that grows by 1/500 would not grow at all if its length were rounded to 8 bits."""
+    weight = torch.eye(6)
+    part = DoRA(
+        down=torch.zeros(2, 6), up=torch.zeros(6, 2), scale=torch.tensor(1.0), magnitude=torch.full((6,), 1.002)
+    ).to(dtype=torch.bfloat16)
+    part.bind(weight.bfloat16())
+    change = part.delta_out(torch.ones(1, 1, 6, dtype=torch.bfloat16), torch.zeros(1, 1, 6), Step())
+    assert torch.allclose(change.float(), torch.full((1, 1, 6), 0.002), rtol=1e-2)
+
+
+def test_a_dora_of_a_row_of_zeros_is_finite():
+    part = DoRA(down=torch.zeros(2, 6), up=torch.zeros(6, 2), scale=torch.tensor(1.0), magnitude=torch.ones(6))
+    part.bind(torch.zeros(6, 6))
+    assert not part.delta_out(torch.ones(1, 1, 6), torch.zeros(1, 1, 6), Step()).any()

@@ -24,7 +24,7 @@ def source(path: str, name: str) -> str:
 
 def test_quoted_classes_are_the_files():
     quotes = QUOTE.findall(PAGE.read_text())
-    assert [name for _, name, _ in quotes] == ["Subspace", "LoReFT", "CausalConv"]
+    assert [name for _, name, _ in quotes] == ["Subspace", "LoReFT", "LTSFT", "CausalConv"]
     for path, name, shown in quotes:
         assert shown == source(path, name), f"{name} differs: python tests/test_plugins_page.py"
 

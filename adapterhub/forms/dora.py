@@ -45,13 +45,17 @@ class DoRA(Modification):
             lengths = weight.detach().to(self.up.device, self.up.dtype).norm(dim=1)
             self.tensors["magnitude"] = nn.Parameter(lengths) if self.up.requires_grad else lengths
         if weight is not None and not self.magnitude.requires_grad:
-            self._ratio = self._lengths().to(self.magnitude.dtype)
+            self._ratio = self._lengths()
 
     def to(self, device=None, dtype=None) -> Modification:
         moved = super().to(device, dtype)
         if moved is not self and self._ratio is not None:
-            moved._ratio = self._ratio.to(device, dtype)
+            moved._ratio = self._ratio.to(device)
         return moved
+
+    def _dtype(self, name: str, wanted: torch.dtype | None) -> torch.dtype:
+        own = super()._dtype(name, wanted)  # what a row's length changes by is less than 16 bits tell
+        return torch.promote_types(own, self.tensors[name].dtype) if name == "magnitude" else own
 
     def _base(self) -> Tensor:
         if self._weight is None:
@@ -59,28 +63,30 @@ class DoRA(Modification):
         return self._weight
 
     def _lengths(self) -> Tensor:
-        """m / |V| (outputs,), in float32 at least."""
+        """m / |V| (outputs,), in float32 at least; 0 where V is a row of zeros, which has no direction."""
         with torch.no_grad():
             wide = torch.promote_types(self._base().dtype, torch.float32)
             changed = self._base().to(self.up.device, wide) + (self.scale.to(wide) * self.up.to(wide)) @ self.down.to(
                 wide
             )
             norm = changed.norm(dim=1)
-        return self.magnitude.to(wide) / norm
+        return torch.where(norm > 0, self.magnitude.to(wide) / norm.where(norm > 0, 1), 0)
 
-    def _factor(self) -> Tensor:
-        return self._lengths().to(self.magnitude.dtype) if self._ratio is None else self._ratio
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """(m / |V| - 1, m / |V|), each (outputs,), subtracted before they are rounded to the dtype of the factors."""
+        ratio = self._lengths() if self._ratio is None else self._ratio
+        return (ratio - 1).to(self.up.dtype), ratio.to(self.up.dtype)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor:
-        ratio, dropped = self._factor(), x
+        (excess, ratio), dropped = self._factors(), x
         if self.dropout and step.training and x.is_floating_point():
             dropped = dropout(x, self.dropout)
         low = linear(times(self.scale, project(dropped, self.down)), self.up)
-        return (ratio - 1) * project(x, self._base().to(self.up)) + ratio * low
+        return excess * project(x, self._base().to(self.up)) + ratio * low
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
-        base, ratio = self._base().to(self.up), self._factor()[:, None]
-        return (ratio - 1) * base + ratio * (times(self.scale, self.up) @ self.down), None
+        base, (excess, ratio) = self._base().to(self.up), self._factors()
+        return excess[:, None] * base + ratio[:, None] * (times(self.scale, self.up) @ self.down), None
 
     def scaled(self, weight: float) -> Modification:
         return self if weight == 1 else super().scaled(weight)

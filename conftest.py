@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of fixtures and of what tests start, too
 
 import pytest
 
@@ -12,11 +13,9 @@ def _threads(request):
     """One thread: tiny models gain nothing from more, and equal bits need equal threads. Slow tests take what there is."""
     import torch
 
-    threads = torch.get_num_threads()
-    if request.node.get_closest_marker("slow") is None:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1 if request.node.get_closest_marker("slow") is None else os.cpu_count())
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

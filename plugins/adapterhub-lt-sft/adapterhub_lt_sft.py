@@ -35,6 +35,8 @@ class LTSFT(Method):
         """Times the mean magnitude of the change over all these weights, added to the loss in both stages."""
         probe_share: float = 0.5
         """The full fine-tuning's share of the steps."""
+        mask: str = "largest"
+        """largest, or random: K places drawn at random and no full fine-tuning, to compare with."""
 
         def __post_init__(self) -> None:
             few = 0 < self.density <= 1 and (self.k is None or self.k >= 1)
@@ -43,6 +45,8 @@ class LTSFT(Method):
                     "LT-SFT needs a density above 0 and up to 1 or k >= 1, a probe_share between 0 and 1, and l1 >= 0",
                     "for example --set density=0.01 --set probe_share=0.5",
                 )
+            if self.mask not in ("largest", "random"):
+                raise UsageError(f"unknown mask {self.mask!r}", "one of: largest, random")
 
     def stages(self, config: Config) -> Sequence[Stage]:
         def everything(sites: Sequence[Site], before: Mapping[str, Modification]) -> dict[str, Dense]:
@@ -56,7 +60,11 @@ class LTSFT(Method):
             if any(isinstance(part, Sparse) for part in before.values()):  # an adapter that goes on keeps its places
                 index = {path: part.index for path, part in before.items()}
             else:
-                found = strongest([before[site.path].weight for site in chosen], _count(chosen, config))
+                if config.mask == "random":
+                    moved = torch.randperm(_size(chosen)).double().split([_size([site]) for site in chosen])
+                else:
+                    moved = [before[site.path].weight for site in chosen]
+                found = strongest(moved, _count(chosen, config))
                 index = {site.path: where for site, where in zip(chosen, found, strict=True) if len(where)}
             for site in chosen:
                 if site.path in index:
@@ -72,11 +80,13 @@ class LTSFT(Method):
         def sparse_norm(parts: Mapping[str, Modification]) -> Tensor:
             return sum(config.l1 / part.among * part.values.abs().sum() for part in parts.values())
 
+        penalty = sparse_norm if config.l1 else None
+        train = Stage("train", places, 1 - config.probe_share, penalty=penalty, note=_told)
+        if config.mask == "random":
+            return [train]
         options = {"target_modules": config.target_modules, "l1": config.l1}  # K decides nothing of the probe
-        return [
-            Stage("probe", everything, config.probe_share, penalty=dense_norm if config.l1 else None, options=options),
-            Stage("train", places, 1 - config.probe_share, penalty=sparse_norm if config.l1 else None, note=_told),
-        ]
+        penalty = dense_norm if config.l1 else None
+        return [Stage("probe", everything, config.probe_share, penalty=penalty, options=options), train]
 
 
 def _changeable(sites: Sequence[Site], config: LTSFT.Config) -> list[Site]:

@@ -101,10 +101,25 @@ def test_training_keeps_the_places_of_its_probe_and_shares_it(tiny_folder, tmp_p
     assert any(not torch.equal(before[n], now[n]) for n in before if n.endswith("values"))
 
 
+def test_a_random_mask_has_k_places_by_the_seed_and_needs_no_probe():
+    base = sites(tiny_llama())
+    (only,) = LTSFT().stages(config(k=500, mask="random"))
+
+    def places(seed):
+        torch.manual_seed(seed)
+        return {path: part.index.tolist() for path, part in only.build(base, {}).items()}
+
+    drawn = places(0)
+    assert sum(map(len, drawn.values())) == 500 and drawn == places(0) != places(1)
+    sizes = {site.path: site.outputs * site.inputs for site in select(base, "all-linear")}
+    share = 500 / sum(sizes.values())  # each matrix gets its part, within five standard deviations
+    assert all(abs(len(drawn.get(path, [])) - share * n) < 5 * (share * n) ** 0.5 for path, n in sizes.items())
+
+
 @pytest.mark.parametrize(
     "options",
     [{"density": 0.0}, {"density": 1.5}, {"k": 0}, {"k": 10**9}, {"probe_share": 1.0}, {"l1": -1.0},
-     {"target_modules": "norm"}],
+     {"target_modules": "norm"}, {"mask": "best"}],
 )  # fmt: skip
 def test_wrong_options_are_refused(options):
     with pytest.raises(UsageError) as caught:

@@ -119,7 +119,8 @@ def _strongest(sites: Sequence[Site], before: Mapping[str, Modification], config
 def _offsets(sites: Sequence[Site], names: Sequence[str]) -> dict[str, Offsets]:
     known = {_name(site, head): (site, head) for site in sites for head in range(site.heads.queries)}
     if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"this base has no head {unknown[0]!r}", f"heads are named {min(known)} to {max(known)}")
+        first, *_, final = known
+        raise UsageError(f"this base has no head {unknown[0]!r}", f"heads are named {first} to {final}")
     made = {}
     for site in sites:
         heads = tuple(name for name in known if name in names and known[name][0] is site)

@@ -93,6 +93,20 @@ def test_training_moves_the_chosen_heads_and_shares_the_selection(tiny_folder, t
     assert len(list((hub.root / "training/stages").glob("*.safetensors"))) == 1  # one selection for both
     assert train("me/given", heads=five) == sorted(five)  # named as a recipe names them, and nothing is selected
 
+    after = hub.train(str(tiny_folder), data=path, continue_from="me/two", steps=3, lr=1e-2, device="cpu")
+    assert after.manifest.recipe["found"]["offsets"]["heads"] == two  # none is selected anew
+    before, now = (Adapter.load(hub, hub.resolve(f"me/two@{version}")).tensors for version in ("0.1.0", after.version))
+    for name in (name for name in before if name.endswith("shift")):
+        assert torch.equal(before[name] != now[name], before[name] != 0)
+
+
+def test_a_wrong_head_is_told_the_first_and_the_last_in_the_order_of_layers():
+    """By the layers' numbers, not by their letters: 9.3 is not the last of twelve layers."""
+    (stage,) = LoFiT().stages(config(heads=["12.0"]))
+    with pytest.raises(UsageError) as caught:
+        stage.build(sites(tiny_llama(num_hidden_layers=12)), {})
+    assert caught.value.hint == "heads are named 0.0 to 11.3"
+
 
 @pytest.mark.parametrize(
     "options", [{"k": 0}, {"k": 9}, {"heads": ["0.4"]}, {"heads": ["x"]}, {"select_share": 0.0}, {"l1": -1.0}]

@@ -158,7 +158,7 @@ class Attachment:
         if sequences is None:
             sequences = Sequences(plan, states=None if torch.is_grad_enabled() else {})
         sequences.seen = seen + tokens
-        self.forward = Forward(module, plan, mask, sequences, self._training, memories)
+        self.forward = Forward(module, plan, mask, sequences, self._training, memories, begins=not seen)
         if torch.is_grad_enabled():
             self._follow_checkpoints()
         return args, kwargs
@@ -217,13 +217,13 @@ class Attachment:
         missed = (forward.plan.sites.keys() | forward.memories.keys()) - forward.ran
         if kwargs.get("encoder_outputs") is not None:  # the encoder ran before, by itself
             missed = {path for path in missed if not path.startswith(f"{self._encoder}.")}
-        if missed and not forward.plan.checked:
+        if missed and forward.begins and not forward.plan.checked:
             raise BatchError(
                 "the model read these modules' weights without calling them, so their adapters never ran:\n  "
                 + "\n  ".join(sorted(missed)),
                 "leave these sites out (target_modules)",
             )
-        forward.plan.checked = True
+        forward.plan.checked |= not missed
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             self._by_cache[cache] = forward.sequences

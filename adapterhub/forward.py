@@ -65,6 +65,8 @@ class Forward:
     sequences: Sequences
     training: bool
     memories: Mapping[str, Memory]
+    begins: bool
+    """Nothing is in the cache yet: every site runs (later, a cross-attention takes its keys from the cache)."""
     running: dict[str, list[tuple[Modification, Step]]] = field(default_factory=dict)
     """By site: modifications whose input has gone in and whose output has not come out yet."""
     ran: set[str] = field(default_factory=set)

@@ -196,6 +196,17 @@ def test_t5_generates_for_each_row_what_it_does_alone(routed):
     assert torch.equal(twice, torch.stack(want).repeat_interleave(2, 0))
 
 
+def test_t5_goes_on_from_a_cache_under_other_adapters(routed):
+    """Its cross-attention takes keys and values from the cache then: that they do not run is no fault."""
+    model, _ = routed
+    ids, start = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0]])
+    with torch.no_grad():
+        first = model(input_ids=ids, decoder_input_ids=start, use_cache=True)
+        given = {"encoder_outputs": (first.encoder_last_hidden_state,), "past_key_values": first.past_key_values}
+        then = model(decoder_input_ids=torch.tensor([[9]]), adapters=["me/low-rank"], **given).logits
+    assert then.shape[:2] == (1, 1)
+
+
 @pytest.mark.parametrize("name", ["t5", "gpt2"])
 def test_complete(name, tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)

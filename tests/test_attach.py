@@ -7,7 +7,7 @@ import torch
 
 from adapterhub.attach import Attachment
 from adapterhub.composers import Mix, Scaled, Stack
-from adapterhub.errors import UsageError
+from adapterhub.errors import BatchError, UsageError
 from adapterhub.fold import fold
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.modification import Modification, Step
@@ -151,3 +151,15 @@ def test_a_folded_base_is_folded_once_and_its_other_models_refuse():
         with pytest.raises(UsageError, match="folded"):
             model.use(None)
     assert Model(base)(input_ids=IDS).logits.isfinite().all()  # a new one takes the base as it is now
+
+
+def test_ids_once_and_embeddings_then_is_told_each_time():
+    """An adapter of the embedding has no say where the embedding is not asked: never in silence."""
+    base = tiny_llama()
+    adapter = random_adapter(LowRank, base, 1)
+    program = build([adapter], None, "one")
+    with torch.no_grad(), Attachment.of(base).running(program):
+        base(input_ids=IDS)
+        with pytest.raises(BatchError, match="embed_tokens"):
+            base(inputs_embeds=base.model.embed_tokens.weight[IDS])
+        base(input_ids=IDS)

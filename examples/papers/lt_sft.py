@@ -65,7 +65,8 @@ def measure(base: Path, folder: Path, seed: int, steps: int, rows: int) -> dict[
         hub.train(str(base), "lt_sft", files[data], name, options=options, **given | settings)
 
     for mask in ("largest", "random"):
-        train(f"{mask}-language", "language", mask)
+        # One seed draws one set of places: two random adapters of one seed would share them all, and overlap wholly.
+        train(f"{mask}-language", "language", mask, **({"seed": seed + 1000} if mask == "random" else {}))
         train(f"{mask}-task", "task", mask)
     train("control", "there", "largest", on=["largest-language"])
     ways = {

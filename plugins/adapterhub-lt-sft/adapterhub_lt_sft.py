@@ -36,7 +36,8 @@ class LTSFT(Method):
         probe_share: float = 0.5
         """The full fine-tuning's share of the steps."""
         mask: str = "largest"
-        """largest, or random: K places drawn at random and no full fine-tuning, to compare with."""
+        """largest, or random: K places drawn at random and no full fine-tuning, to compare with. The run's seed draws them:
+        equal seeds give equal places."""
 
         def __post_init__(self) -> None:
             few = 0 < self.density <= 1 and (self.k is None or self.k >= 1)

@@ -24,7 +24,7 @@ from adapterhub.manifest import Parent, Release
 from adapterhub.mergers import Merger
 from adapterhub.modification import Modification
 from adapterhub.publish import publish_tensors
-from adapterhub.residents import Residents
+from adapterhub.residents import Residents, current
 from adapterhub.sites import matrix, sites
 
 if TYPE_CHECKING:
@@ -72,6 +72,9 @@ def merge(
     names = [str(release) for release in releases]
     if base is None:
         adapters, weight_at = [Adapter.load(hub, release).modifications() for release in releases], None
+        if len(releases) > 1:  # one may have been made by an older transformers, under other paths
+            named = zip(adapters, names, strict=True)
+            adapters = [current(parts, record.architecture, name) for parts, name in named]
     else:
         adapters, weight_at = _on_base(hub, base, names)
     merged = merge_modifications(adapters, weights, rule(), config, names, weight_at)

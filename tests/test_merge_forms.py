@@ -182,6 +182,25 @@ def test_another_base_is_refused_and_a_live_adapter_is_left_as_it_is(hub, tiny_m
     assert torch.equal(part.delta_weight(own, None)[0], before)
 
 
+def test_older_paths_are_the_same_modules(hub):
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(7)
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    model = ViTModel(ViTConfig(image_size=8, patch_size=4, **config)).eval()
+    new, old = "layers.0.attention.q_proj", "encoder.layer.0.attention.attention.query"
+    one, two = (LowRank.random(at(model, new)) for _ in range(2))
+    put(hub, "me/new", {new: [one]}, model)
+    put(hub, "me/old", {old: [two]}, model)
+    ((part,),) = merged(hub, hub.merge(["me/new", "me/old"], name="me/both")).values()
+    wanted = 1.5 * (one.up @ one.down + two.up @ two.down)
+    assert torch.allclose(part.weight, wanted, atol=1e-5)  # two of rank 4 take more than 16 x 16
+    assert hub.merge(["me/old"], name="me/same").manifest.files == hub.resolve("me/old").manifest.files
+    put(hub, "me/torn", {new: [one], old: [two]}, model)
+    with pytest.raises(IncompatibleBase, match="twice"):
+        hub.load(model, "me/torn")
+
+
 def test_equal_changes_and_what_cancels_take_no_room():
     torch.manual_seed(5)
     pair = LowRank(down=torch.randn(3, 20), up=torch.randn(24, 3), scale=torch.tensor(2.0))

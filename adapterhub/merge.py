@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from adapterhub.manifest import Parent, Release
 from adapterhub.mergers import Merger
 from adapterhub.modification import Modification
 from adapterhub.publish import publish_tensors
-from adapterhub.residents import Residents
+from adapterhub.residents import Residents, current
 from adapterhub.sites import matrix, sites
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ def merge(
     names = [str(release) for release in releases]
     if base is None:
         adapters, weight_at = [Adapter.load(hub, release).modifications() for release in releases], None
+        if len(releases) > 1:  # one may have been made by an older transformers, under other paths
+            named = zip(adapters, names, strict=True)
+            adapters = [current(parts, record.architecture, name) for parts, name in named]
     else:
         adapters, weight_at = _on_base(hub, base, names)
     merged = merge_modifications(adapters, weights, rule(), config, names, weight_at)
@@ -220,9 +224,7 @@ def _deltas(parts: Sequence[list[Modification]], where: _Where) -> list[tuple[Te
     changes = []
     for here, name in zip(parts, where.names, strict=True):
         try:
-            for part in here:
-                part.bind(weight)
-            changes.append(change_of(here, known))
+            changes.append(change_of([_bound(part, weight) for part in here], known))
         except NotFoldable as reason:
             raise NotMergeable(
                 f"{name} cannot be merged so: at {where.path}, {reason}",
@@ -231,6 +233,15 @@ def _deltas(parts: Sequence[list[Modification]], where: _Where) -> list[tuple[Te
                 else "give the base model: adapterhub merge ... --base NAME",
             ) from None
     return changes
+
+
+def _bound(part: Modification, weight: Tensor | None) -> Modification:
+    """A copy that has met the weight, where there is one: the caller's own may be in use on its model."""
+    if weight is None:
+        return part
+    part = copy(part)
+    part.bind(weight)
+    return part
 
 
 def _require_weight_changes(adapters: Sequence[Modifications], weights: Sequence[float], names: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from adapterhub import plugins
 from adapterhub.adapter import Adapter, Modifications, as_parameters, bind, check_fit, check_range
 from adapterhub.compose import expand, warn_missing_parents
-from adapterhub.errors import UsageError
+from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.expression import Node, parse, references
 from adapterhub.sites import Site, current_path
 
@@ -69,8 +69,7 @@ class Residents:
         record = release.manifest.base
         check_base(record, self.hub.store.read(record.sketch.digest), self.fingerprint, force=self.force)
         parts = Adapter.load(self.hub, release).modifications()
-        architecture = self.base.config.model_type
-        parts = {path if path in self._at else current_path(architecture, path): here for path, here in parts.items()}
+        parts = current(parts, self.base.config.model_type, key, self._at)
         check_fit(parts, self.sites, key)
         return parts
 
@@ -100,3 +99,19 @@ class Residents:
 
     def device_at(self, path: str) -> torch.device:
         return next(self.base.get_submodule(self._at[path].module).parameters()).device
+
+
+def current(parts: Modifications, architecture: str, name: str, known: Container[str] = ()) -> Modifications:
+    """The same under the paths that their modules have by now; those in `known` are right as they are.
+
+    Raises IncompatibleBase if two paths are one module's, the older and the newer: their order is not known."""
+    renamed: Modifications = {}
+    for path, here in parts.items():
+        new = path if path in known else current_path(architecture, path)
+        if new in renamed:
+            raise IncompatibleBase(
+                f"{name} names the module {new} twice, by its older path and its newer",
+                "make it again with one path for each module",
+            )
+        renamed[new] = here
+    return renamed

@@ -476,6 +476,25 @@ def test_import_run_eval_merge_compress_compose_export(run, hub, lora, rows, tin
     assert run("export me/a --format gguf", tmp_path / "out2")[0] == 2
 
 
+def test_merge_with_its_base(run, hub, tiny_model, tiny_folder):
+    import torch
+
+    from adapterhub.bases.fingerprint import fingerprint
+    from adapterhub.forms.dora import DoRA
+    from adapterhub.publish import publish_tensors
+    from adapterhub.sites import select, sites
+
+    torch.manual_seed(0)
+    base, sketch = fingerprint(tiny_model(), name="tiny")
+    parts = {site.path: [DoRA.random(site)] for site in select(sites(tiny_model()), "query")}
+    publish_tensors(hub, parts, name="me/a", base=base, sketch=sketch)
+    status, _, err = run("merge me/a --weights 0.5 --name me/half")
+    assert status == 1 and "--base" in err and "Traceback" not in err
+    status, out, err = run(f"merge me/a --weights 0.5 --base {shlex.quote(str(tiny_folder))} --name me/half")
+    assert status == 0 and out.startswith("me/half@0.1.0"), err
+    assert {form for forms in hub.resolve("me/half").manifest.forms.values() for form in forms} == {"dense"}
+
+
 def test_train_and_go_on(run, hub, rows, tiny_folder):
     common = f"train --base {shlex.quote(str(tiny_folder))} --data {rows} --steps 2 --batch-size 4 --json"
     status, out, err = run(f"{common} --method lora --set r=2 --set target_modules=q_proj,v_proj --name me/a --lr 0.01")

@@ -347,3 +347,85 @@ def test_int8_is_off_by_half_a_step_of_each_row_at_most():
     back = Int8().decode(encoded)[name]
     step = weight.abs().max(1, keepdim=True).values / 127
     assert ((back - weight).abs() <= 0.5 * step * (1 + 1e-5)).all() and (back - weight).abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_int8_of_16_bits_comes_back_in_them_at_the_ends_of_their_range(dtype):
+    tensors = {"a.dense.0.weight": torch.linspace(-1, 1, 200).view(5, 40).to(dtype) * torch.finfo(dtype).max}
+    tensors["b.dense.0.weight"] = torch.full((4, 16), torch.finfo(dtype).smallest_normal).to(dtype)
+    decoded = Int8().decode(Int8().encode(tensors, Int8.Config()))
+    for name, tensor in tensors.items():
+        assert decoded[name].dtype == dtype
+        assert (decoded[name].double() - tensor.double()).abs().max() <= tensor.double().abs().max() / 127
+
+
+def test_int8_keeps_what_is_not_worth_it_or_must_be_exact():
+    tensors = {
+        "a.low_rank.0.scale": torch.tensor(0.1),
+        "a.bottleneck.0.up_bias": torch.randn(63),
+        "a.dora.0.magnitude": torch.rand(500),
+        "a.sparse.0.index": torch.arange(500),
+        "a.dense.0.weight": torch.randn(20, 20, dtype=torch.float64),
+    }
+    with pytest.raises(CodecError, match="finds no tensor"):
+        Int8().encode(tensors, Int8.Config())
+    long = {"a.sparse.0.values": torch.randn(1000) * torch.logspace(-5, 0, 1000)}
+    decoded = Int8().decode(Int8().encode(tensors | long, Int8.Config()))
+    assert all(torch.equal(decoded[name], tensor) for name, tensor in tensors.items())
+    values, got = long["a.sparse.0.values"], decoded["a.sparse.0.values"]
+    for start in range(0, 1000, 64):  # every 64 numbers have their own step
+        block = values[start : start + 64]
+        assert (got[start : start + 64] - block).abs().max() <= block.abs().max() / 254 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: {k: v for k, v in t.items() if k.endswith(".int8")},
+        lambda t: {k: v for k, v in t.items() if not k.endswith(".int8")},
+        lambda t: {k: v.short() if k.endswith(".int8") else v for k, v in t.items()},
+        lambda t: {k: v.double() if "steps" in k else v for k, v in t.items()},
+        lambda t: {k: v[:-1] if "steps" in k else v for k, v in t.items()},
+        lambda t: t | {"a.dense.0.weight.steps.float16": t["a.dense.0.weight.steps.float32"]},
+        lambda t: t | {"a.dense.0.weight": torch.ones(2)},
+        lambda t: {k.replace("float32", "complex64"): v for k, v in t.items()},
+        lambda t: {k: v * 1e38 if "steps" in k else v for k, v in t.items()},
+    ],
+)
+def test_hostile_int8_is_refused(change):
+    encoded = Int8().encode({"a.dense.0.weight": 300 * torch.randn(6, 40).sign()}, Int8.Config())
+    with pytest.raises(CodecError):
+        Int8().decode(change(encoded))
+
+
+def test_compeft_keeps_magnitudes_of_rows():
+    """They are lengths of the base's own rows: half of them zero would undo half of the layer."""
+    tensors = {"a.dora.0.magnitude": torch.rand(500), "a.dora.0.up": torch.randn(500, 4)}
+    _, decoded = compeft(tensors)
+    assert torch.equal(decoded["a.dora.0.magnitude"], tensors["a.dora.0.magnitude"])
+
+
+def test_topk_takes_all_of_a_site_together_and_leaves_the_rest():
+    torch.manual_seed(9)
+    site = "model.layers.0.q"
+    pair = {"up": torch.randn(12, 2), "down": torch.randn(2, 10), "scale": torch.tensor(0.5)}
+    tensors = {f"{site}.low_rank.0.{key}": tensor for key, tensor in pair.items()}
+    tensors |= {f"{site}.dense.0.weight": torch.randn(12, 10), f"{site}.dense.0.bias": torch.randn(12)}
+    tensors |= {f"{site}.sparse.0.index": torch.tensor([7]), f"{site}.sparse.0.values": torch.tensor([50.0])}
+    tensors |= {f"{site}.sparse.0.shape": torch.tensor([12, 10])}
+    tensors |= {f"{site}.affine.0.shift": torch.ones(12), f"{site}.affine.0.side": torch.tensor(0, dtype=torch.uint8)}
+    encoded = TopK().encode(tensors, TopK.Config(density=0.1))
+    whole = 0.5 * (pair["up"].double() @ pair["down"].double()) + tensors[f"{site}.dense.0.weight"].double()
+    whole = whole.numpy().reshape(-1)
+    whole[7] += 50
+    places = np.sort(np.argsort(-np.abs(whole))[:12])
+    assert encoded[f"{site}.sparse.0.index"].tolist() == places.tolist() and 7 in places
+    np.testing.assert_allclose(encoded[f"{site}.sparse.0.values"].numpy(), whole[places], rtol=1e-6)
+    assert torch.equal(encoded[f"{site}.affine.0.shift"], torch.ones(12))
+    assert torch.equal(encoded[f"{site}.affine.1.shift"], tensors[f"{site}.dense.0.bias"])
+    assert len(encoded) == 7
+    with pytest.raises(CodecError, match="finds no"):
+        TopK().encode({"a.prefix.0.keys": torch.randn(2, 3, 4)}, TopK.Config())
+    for density in (0.0, 1.5, float("nan")):
+        with pytest.raises(UsageError):
+            TopK().encode(tensors, TopK.Config(density=density))

@@ -9,6 +9,7 @@ import adapterhub
 from adapterhub.adapter import Adapter
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import CodecError, NoEffect, PluginError, UsageError
+from adapterhub.forms.affine import Affine
 from adapterhub.forms.bottleneck import Bottleneck
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.publish import publish_tensors
@@ -122,3 +123,51 @@ def test_what_cannot_be_compressed_is_refused(hub, tiny_model):
             hub.compress(ref, codec=codec, options=options, name="me/c")
         assert caught.value.hint
     assert "me/c" not in hub.index.names()
+
+
+def test_a_codec_that_changes_the_form_is_measured_and_runs(hub, tiny_model):
+    """topk of a LoRA: the error is NumPy's of the changes of the weights, and the release runs as the sparse forms it holds."""
+    release = hub.compress("me/a", codec="topk", options={"density": 0.15}, name="me/b")
+    measured, before = release.manifest.metrics["compress"], Adapter.load(hub, hub.resolve("me/a"))
+    after = Adapter.load(hub, hub.resolve("me/b")).modifications()
+    errors = []
+    for path, delta in changes(before).items():
+        (part,) = after[path]
+        if delta.ndim == 1:
+            assert part.form == "bottleneck"
+            errors.append(0.0)
+            continue
+        flat = delta.reshape(-1)
+        left = np.zeros_like(flat)
+        places = np.argsort(-np.abs(flat))[: round(0.15 * flat.size)]
+        left[places] = flat[places]
+        assert part.form == "sparse" and release.manifest.forms[path] == ["sparse"]
+        np.testing.assert_allclose(part.dense().double().numpy().reshape(-1), left, rtol=1e-6)
+        errors.append(np.linalg.norm(left - flat) / np.linalg.norm(flat))
+    assert measured["worst_error"] == pytest.approx(max(errors), rel=1e-5)
+    assert measured["median_error"] == pytest.approx(np.median(errors), rel=1e-5)
+    model = hub.load(tiny_model(), "me/b")
+    ids = torch.arange(3, 9)[None]
+    assert not torch.equal(model(input_ids=ids).logits, tiny_model()(input_ids=ids).logits)
+    again = hub.compress("me/b", codec="int8", name="me/c")  # decoded first; the forms are those of topk
+    assert again.manifest.forms == release.manifest.forms
+
+
+def test_int8_is_near(hub):
+    release = hub.compress("me/a", codec="int8", name="me/b")
+    measured = release.manifest.metrics["compress"]
+    assert measured["bytes_after"] < 0.55 * measured["bytes_before"] and 0 < measured["worst_error"] < 0.01
+    old, new = changes(Adapter.load(hub, hub.resolve("me/a"))), changes(Adapter.load(hub, release))
+    worst = max(np.linalg.norm(new[path] - old[path]) / np.linalg.norm(old[path]) for path in old)
+    assert measured["worst_error"] == pytest.approx(worst, rel=1e-5)
+
+
+def test_other_forms_where_the_order_matters_are_refused(hub, tiny_model):
+    site = next(site for site in sites(tiny_model()) if site.role == "query")
+    base, sketch = fingerprint(tiny_model(), name="tiny")
+    parts = [LowRank.random(site), Affine.of(gain=torch.randn(site.outputs))]
+    publish_tensors(hub, {site.path: parts}, name="me/order", base=base, sketch=sketch)
+    with pytest.raises(CodecError, match="order matters") as caught:
+        hub.compress("me/order", codec="topk", name="me/c")
+    assert "int8" in caught.value.hint
+    hub.compress("me/order", codec="int8", name="me/c")

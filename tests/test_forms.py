@@ -24,19 +24,9 @@ from adapterhub.methods.lora import LoRA
 from adapterhub.modification import Step
 from adapterhub.sites import Columns, Heads, Site
 from adapterhub.testing.bed import alone
+from adapterhub.testing.families import tiny
 
 QUERY = Site("model.layers.1.self_attn.q_proj", "query", 6, 5, True)
-
-
-def tiny_gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=96, initializer_range=0.2)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.requires_grad_(False)
 
 
 def numbers(*shape, seed=0):
@@ -211,7 +201,7 @@ def test_token_ids_stand_for_one_hot_rows():
 
 def test_columns_of_a_fused_projection():
     """Key, value and query of GPT-2's c_attn, each its own form, and one on the whole: against a weight folded by hand."""
-    base, own = tiny_gpt2().double(), tiny_gpt2().double()
+    base, own = tiny("gpt2").requires_grad_(False).double(), tiny("gpt2").requires_grad_(False).double()
     path, d = "transformer.h.0.attn.c_attn", 32
     a, b, dw, h, g = numbers(2, d), numbers(d, 2, seed=1), numbers(d, d), numbers(d, seed=2), numbers(3 * d, seed=3)
     adapter = {
@@ -230,7 +220,7 @@ def test_columns_of_a_fused_projection():
         module.weight.copy_(torch.tensor(w.T))
         module.bias.copy_(torch.tensor(bias))
         want = own(ids[None]).logits[0]
-        bare = tiny_gpt2().double()(ids[None]).logits[0]
+        bare = tiny("gpt2").requires_grad_(False).double()(ids[None]).logits[0]
     got = alone(Attachment.of(base), adapter, ids)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     assert (got - bare).abs().max() > 0.1
@@ -254,7 +244,7 @@ def attention(q, k, v, memories):
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_prefixes_are_memories_of_the_attention(kernel):
     """Alone, stacked, scaled and mixed on GPT-2's first attention: what comes out of it before its last projection."""
-    base = tiny_gpt2().double()
+    base = tiny("gpt2").requires_grad_(False).double()
     base.set_attn_implementation(kernel)
     path, heads = "transformer.h.0.attn", (4, 8)
     held = {

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache
 
 import adapterhub
 from adapterhub import plugins
@@ -15,6 +15,7 @@ from adapterhub.errors import UsageError
 from adapterhub.runtime import Model
 from adapterhub.sites import sites
 from adapterhub.testing.bed import distance, tiny_llama
+from adapterhub.testing.families import tiny
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 CLOSE = 1e-5
@@ -22,16 +23,8 @@ CLOSE = 1e-5
 
 
 def tiny_gpt2():
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2,
-        bos_token_id=1, eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # they start at zero
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    """Its biases are random, and nothing is dropped where peft trains it."""
+    return tiny("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
 BASES = {"llama": tiny_llama, "gpt2": tiny_gpt2}

@@ -120,6 +120,9 @@ def check_fit(modifications: Mapping[str, Sequence[Modification]], sites: Sequen
             faults.append(f"{path}: no such site in this base")
             continue
         for modification in parts:
+            if by_path[path].columns and modification.changes_input:
+                faults.append(f"{path}: it changes the input, which these columns share with the others")
+                continue
             try:
                 modification.check(by_path[path])
             except IncompatibleBase as error:

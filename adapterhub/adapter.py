@@ -36,7 +36,8 @@ class Adapter:
             raise IntegrityError(f"{release} holds no tensors", "get it again from its source")
         from adapterhub.tensors import load as load_tensors
 
-        tensors = load_tensors(hub.store.checked(manifest.files["tensors"]))
+        with hub.store.shared():
+            tensors = load_tensors(hub.store.read(manifest.files["tensors"]))
         for codec in reversed(manifest.codecs):
             tensors = part("codecs", codec.name, manifest, codec)().decode(tensors)
         return cls(manifest, tensors)

@@ -164,11 +164,13 @@ def common_base(hub: Hub, releases: list[Release]) -> Base:
 
 def base_difference(hub: Hub, one: Base, other: Base) -> str:
     """Why two recorded bases are different models; "" if they are the same or copies of each other."""
+    if one.tokenizer and other.tokenizer and one.tokenizer != other.tokenizer:
+        return "they have different tokenizers"
     if (one.structure, one.sketch.digest, one.computes) == (other.structure, other.sketch.digest, other.computes):
         return ""
     from adapterhub.bases.fingerprint import Fingerprint, compare
 
-    verdict = compare(*(Fingerprint(base, hub.store.read(base.sketch.digest)) for base in (one, other)))
+    verdict = compare(*(Fingerprint(base, hub.store.read(base.sketch)) for base in (one, other)))
     return verdict.reason if verdict.kind == "another" else ""
 
 

@@ -71,6 +71,7 @@ def compress(
         base=parent.base,
         method=parent.method,
         forms=forms_of(modifications),
+        plugins=parent.plugins | plugins.needed([codec], "codecs"),
         codecs=[Made(name=codec, options=asdict(config), distribution=plugins.distribution("codecs", codec))],
         parents=[
             Parent(name=release.name, version=release.version, digest=release.digest, relation="compress"),

@@ -9,8 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,11 +18,23 @@ from adapterhub.errors import HubError, NameInUse, NotFound
 CHUNK = 1 << 20
 TEMPORARY = ".tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.EOPNOTSUPP)
+
+watch: Callable[[str, Path, bytes | Path | None], None] | None = None
+"""Told of every step before it is done: "write" (with the bytes), "fsync" (a file or folder), "rename" and "link" (with
+where to), "unlink", "commit". Crash tests count the steps, end the process at one, or raise an OSError in its place."""
 
 
-def write(path: Path, chunks: Iterable[bytes], size: int) -> None:
+def announce(step: str, path: Path, detail: bytes | Path | None = None) -> None:
+    """Tell `watch` of a step that is about to be done."""
+    if watch is not None:
+        watch(step, path, detail)
+
+
+def write(path: Path, chunks: Iterable[bytes], size: int, unsynced: set[Path] | None = None) -> None:
     """Write the chunks, `size` bytes in all, to path. What raises while they come leaves the old state.
 
+    unsynced: the folder joins this set instead of being synced at once, for many files in few folders: `sync` it then.
     Raises HubError, with path and bytes needed, when the disk is full, broken or read-only."""
     temporary = _beside(path)
     with _told(path, size):
@@ -32,18 +43,17 @@ def write(path: Path, chunks: Iterable[bytes], size: int) -> None:
         try:
             try:
                 for chunk in chunks:
-                    view = memoryview(chunk)
-                    while view:
-                        view = view[os.write(handle, view) :]
+                    _write(handle, temporary, chunk)
+                announce("fsync", temporary)
                 os.fsync(handle)
             finally:
                 os.close(handle)
-            os.replace(temporary, path)
+            _rename(temporary, path)
         except BaseException:
             with suppress(OSError):
-                os.unlink(temporary)
+                _unlink(temporary)
             raise
-        _sync(path.parent)
+        _settle(path.parent, unsynced)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -53,6 +63,61 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_file(path: Path, source: Path) -> None:
     """Copy a file."""
     write(path, read_chunks(source), source.stat().st_size)
+
+
+def append(path: Path, chunks: Iterable[bytes], size: int) -> None:
+    """Add the chunks to a file that is not whole yet (made when missing), for a download that goes on where it stopped.
+
+    What has come stays, whatever ends it; nobody reads the file before its bytes are hashed. size: bytes to come."""
+    with _told(path, size):
+        make_folder(path.parent)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            for chunk in chunks:
+                _write(handle, path, chunk)
+        finally:
+            os.close(handle)
+
+
+def link(path: Path, source: Path, unsynced: set[Path] | None = None) -> bool:
+    """Give a file that never changes a second name; False where that cannot be (another file system, another owner)."""
+    state = source.stat()
+    if state.st_uid != os.geteuid() or state.st_mode & 0o022:
+        return False  # somebody else could write to it later
+    temporary = _beside(path)
+    with _told(path, 0):
+        make_folder(path.parent)
+        try:
+            announce("link", source, temporary)
+            os.link(source, temporary)
+        except OSError as error:
+            if error.errno in _NO_LINK:
+                return False
+            raise
+        try:
+            _rename(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                _unlink(temporary)
+            raise
+        _settle(path.parent, unsynced)
+    return True
+
+
+def move(source: Path, path: Path) -> None:
+    """Sync a file written by `append` and rename it, durably. On one file system."""
+    with _told(path, 0):
+        make_folder(path.parent)
+        _sync(source)
+        _rename(source, path)
+        _sync(path.parent)
+
+
+def sync(folders: Iterable[Path]) -> None:
+    """Sync folders that `write` and `link` were told to leave."""
+    for folder in sorted(folders):
+        with _told(folder, 0):
+            _sync(folder)
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
@@ -75,11 +140,25 @@ def make_folder(path: Path) -> None:
         _sync(path.parent)
 
 
-def remove(path: Path) -> None:
+def remove(path: Path, unsynced: set[Path] | None = None) -> None:
     """Remove a file; one that is gone already is fine."""
     with _told(path, 0), suppress(FileNotFoundError):
-        os.unlink(path)
-        _sync(path.parent)
+        _unlink(path)
+        _settle(path.parent, unsynced)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and all in it, following no link; what cannot be removed stays."""
+    for below, folders, files in os.walk(path, topdown=False):
+        with suppress(OSError):
+            for name in files:
+                _unlink(Path(below, name))
+        for name in folders:
+            inner = Path(below, name)
+            with suppress(OSError):
+                _unlink(inner) if inner.is_symlink() else os.rmdir(inner)
+    with suppress(OSError):
+        os.rmdir(path)
 
 
 def user_path(text: str | Path) -> Path:
@@ -104,33 +183,77 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         with _told(path, 0):
             _sync(temporary)
-            os.replace(temporary, path)
+            _rename(temporary, path)
             _sync(path.parent)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
         raise
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold the operating system's lock on a file (made when missing); waits for other processes and threads.
+def lock(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+    """Hold the operating system's lock on a file (made when missing): alone, or with others who share it.
 
-    It ends with the process, however that ends."""
+    It ends with the process, however that ends. Without `wait` yields False, and holds nothing, when it is taken."""
     with _told(path, 0):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = _open_lock(path, shared)
+    if handle is None:  # a store that nobody can write to needs no lock to be read
+        yield True
+        return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        yield held
     finally:
         os.close(handle)
+
+
+def _open_lock(path: Path, shared: bool) -> int | None:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if not shared or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.urandom(4).hex()}{TEMPORARY}")
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _write(handle: int, path: Path, chunk: bytes) -> None:
+    view = memoryview(chunk)
+    while view:
+        announce("write", path, view)
+        view = view[os.write(handle, view) :]
+
+
+def _rename(source: Path, path: Path) -> None:
+    announce("rename", source, path)
+    os.replace(source, path)
+
+
+def _unlink(path: Path) -> None:
+    announce("unlink", path)
+    os.unlink(path)
+
+
+def _settle(folder: Path, unsynced: set[Path] | None) -> None:
+    if unsynced is None:
+        _sync(folder)
+    else:
+        unsynced.add(folder)
+
+
+def _sync(path: Path) -> None:
+    announce("fsync", path)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -43,6 +43,10 @@ class NameInUse(HubError):
     """A version that exists already with other bytes."""
 
 
+class TagMoved(HubError):
+    """A tag that no longer means what its mover expected."""
+
+
 class IncompatibleBase(HubError):
     """The adapter was made for another base model, or its tensors match no site of this one."""
 

@@ -69,12 +69,14 @@ class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
 
 class File(Struct):
-    """A blob that a manifest refers to."""
+    """Bytes that a manifest refers to: one blob, or a list of parts."""
 
     digest: str
     """"sha256:<64 hex digits>"."""
     size: int
-    """Bytes."""
+    """Bytes of the file."""
+    parts: bool = False
+    """The digest is that of the list of its parts (`adapterhub.parts`): the file is their bytes, one after the other."""
 
 
 class Base(Struct):
@@ -88,6 +90,8 @@ class Base(Struct):
     """Digest of the sorted (name, shape) of all tensors."""
     sketch: File
     """The blob with whole rows of each tensor."""
+    tokenizer: str = ""
+    """Digest of what its tokenizer does; "" where there is none, or it is not known."""
     computes: dict[str, Any] = {}
     """What the configuration says beyond shapes of how the weights are used: heads, layers, activation, rope, norms."""
     note: str = ""
@@ -111,7 +115,13 @@ class Parent(Struct):
     digest: str
     """The parent's manifest digest."""
     relation: str
-    """"on" (trained over it), "gate" (weighed by it, in this order), "continue", "merge", "compress" or "compose"."""
+    """"on" (trained over it), "gate" (weighed by it, in this order) or "compose": it is needed to run. "continue", "merge",
+    "compress": where it comes from."""
+
+    @property
+    def needed(self) -> bool:
+        """Whether a release runs only with it. What is not needed does not travel: its name and digest tell of it."""
+        return self.relation in ("on", "gate", "compose")
 
 
 class Manifest(Struct):
@@ -130,6 +140,8 @@ class Manifest(Struct):
     parents: list[Parent] = []
     codecs: list[Made] = []
     """In the order of encoding."""
+    plugins: dict[str, str] = {}
+    """Distributions besides adapterhub whose forms, composers or codecs it needs to run -> the version it was made with."""
     recipe: dict[str, Any] = {}
     """What it takes to make it again: data digest, seed, steps, library versions; merger and weights."""
     metrics: dict[str, Any] = {}
@@ -138,14 +150,20 @@ class Manifest(Struct):
     """"tensors" (safetensors), and what else belongs to it: "log" (loss curve, JSON)."""
 
     @property
-    def blobs(self) -> list[File]:
-        """Every blob it needs, the base's sketch included."""
+    def needs(self) -> list[File]:
+        """Every file it needs, the base's sketch included."""
         return [*self.files.values(), self.base.sketch]
+
+    @property
+    def required(self) -> list[Parent]:
+        """The parents without which it does not run."""
+        return [parent for parent in self.parents if parent.needed]
 
     def _shown(self) -> Iterator[str]:
         """What lists print; a terminal obeys control characters."""
         yield from (self.base.name, self.base.architecture, self.base.note, self.licence or "")
         yield from (made.name for made in (self.method, *self.codecs) if made is not None)
+        yield from (text for pair in self.plugins.items() for text in pair)
         yield from (shown for path, forms in self.forms.items() for shown in (path, *forms))
 
     def encode(self) -> bytes:
@@ -172,9 +190,11 @@ class Manifest(Struct):
         for named in (manifest, *manifest.parents):
             check_name(named.name)
             check_version(named.version)
-        for addressed in (*manifest.blobs, *manifest.parents):
+        for addressed in (*manifest.needs, *manifest.parents):
             check_digest(addressed.digest)
-        if any(file.size < 0 for file in manifest.blobs):
+        if manifest.base.tokenizer:
+            check_digest(manifest.base.tokenizer)
+        if any(file.size < 0 for file in manifest.needs):
             raise ManifestError(f"{manifest.name}@{manifest.version} has a file of negative size", again)
         for shown in manifest._shown():
             if not shown.isprintable():

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from packaging.version import Version
 
-from adapterhub import bundle, durable
+from adapterhub import durable
 from adapterhub.compose import check_expressions
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UsageError
-from adapterhub.index import Index, Row
+from adapterhub.formats.safetensors_header import read_header
+from adapterhub.index import ANY, Index, Row
 from adapterhub.manifest import TAG, VERSION, File, Manifest, Parent, Reference, Release, check_version, digest_of
-from adapterhub.store import DATABASE, Problem, Store, identify
+from adapterhub.store import DATABASE, Problem, Store
+
+if TYPE_CHECKING:
+    from adapterhub.sources import Source
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,15 @@ class Packages:
         return self.index.releases(name)
 
     def resolve(self, reference: str | Reference) -> Release:
-        """`name`: its newest version; `name@0.1.0`; `name@tag`. Raises NotFound, with a near name as the hint."""
+        """`name`: its newest version, one that is not yanked if there is one; `name@0.1.0`; `name@tag`.
+
+        Raises NotFound, with a near name as the hint."""
         wanted = Reference.parse(reference) if isinstance(reference, str) else reference
         rows = self._named(wanted)
-        row = next((row for row in rows if wanted.at in (None, row.version, *row.tags)), None)
+        if wanted.at is None:
+            row = next((row for row in rows if row.yanked is None), rows[0])
+        else:
+            row = next((row for row in rows if wanted.at in (row.version, *row.tags)), None)
         release = row and self.index.get(row.name, row.version)
         if release is None:
             raise NotFound(f"{wanted.name} has no {wanted.at}", f"it has {', '.join(r.version for r in rows)}")
@@ -60,13 +70,19 @@ class Packages:
     def _named(self, wanted: Reference) -> list[Row]:
         rows = self.index.releases(wanted.name)
         if not rows:
-            names = self.index.names()
-            near = get_close_matches(wanted.name, names, 1) or [n for n in names if n.endswith("/" + wanted.name)]
+            near = self._near(wanted.name)
             raise NotFound(
                 f"no adapter named {wanted.name!r} in {self.root}",
                 f"did you mean {near[0]}?" if near else "adapterhub list shows what is there",
             )
         return rows
+
+    def _near(self, name: str) -> list[str]:
+        """Names that a user may have meant: in a large hub only those are looked at that share its beginning."""
+        names = self.index.names(limit=1000)
+        if len(names) == 1000:
+            names = self.index.names(name[:3], limit=1000) + self.index.names("/" + name, limit=10)
+        return get_close_matches(name, names, 1) or [n for n in names if n.endswith("/" + name)]
 
     # --- adding ------------------------------------------------------------------------------------------------
 
@@ -77,7 +93,7 @@ class Packages:
         sketch: bytes | None = None,
         version: str | None = None,
     ) -> tuple[Release, bool]:
-        """Store the files and add the release; returns it and whether it is new.
+        """Store the files and add the release; returns it and whether it is new. "tensors" is a safetensors file.
 
         The manifest's version, files and base.sketch are filled in here; sketch None keeps the manifest's own, whose blob
         must be here. Without a version the first is 0.1.0, then the next minor of the newest. The same content
@@ -88,85 +104,103 @@ class Packages:
         with self._adding() as put:
             base = manifest.base
             base = msgspec.structs.replace(base, sketch=put(sketch) if sketch is not None else base.sketch)
-            stored = {role: put(content) for role, content in files.items()}
+            stored = {role: put(content, role == "tensors") for role, content in files.items()}
             manifest = msgspec.structs.replace(manifest, base=base, files=stored)
             if sketch is None:
-                self.store.checked(base.sketch)
+                self.store.read(base.sketch)
             for parent in manifest.parents:
                 self.exact(parent)
-            rows = self.index.releases(manifest.name)
-            for row in rows if version is None else [row for row in rows if row.version == version]:
-                release = _release(manifest, row.version)
-                if release.digest == row.digest:
-                    return release, False
-            release = _release(manifest, version or _next(rows))
-            self.index.add([release])
-        return release, True
+            while True:
+                rows = self.index.releases(manifest.name)
+                for row in rows if version is None else [row for row in rows if row.version == version]:
+                    release = _release(manifest, row.version)
+                    if release.digest == row.digest:
+                        return release, False
+                release = _release(manifest, version or _next(manifest.name, rows, self.index.gone(manifest.name)))
+                try:
+                    self.index.add([release])
+                    return release, True
+                except NameInUse:  # another process took the number between our look and our step
+                    if version is not None or not self.index.get(release.name, release.version):
+                        raise
 
     def install(self, source: str | Path) -> list[Release]:
-        """Copy a release with its parents from a bundle's folder or another hub (`HUB:name[@version]`); itself first.
+        """Bring a release with the parents it needs from a bundle's folder or another hub (`HUB:name[@version]`); itself
+        first.
 
         Raises IntegrityError for bytes that are not what their digest says, UnsafeFile for what we do not open,
         NameInUse for a version that is here with other content."""
-        from adapterhub.formats.safetensors_header import read_header
+        from adapterhub.sources import from_text
 
-        origin = bundle.source(str(source))
-        releases = bundle.closure(origin, origin.root())
-        files = {file for release in releases for file in release.manifest.blobs}
-        with self._adding() as put:
-            for file in _progress("install", sorted(files, key=lambda file: file.digest)):
-                put(origin.blob(file), file)
-            for release in releases:
-                if "tensors" in release.manifest.files:
-                    read_header(self.store.path(release.manifest.files["tensors"].digest))
+        origin, chosen = from_text(str(source))
+        return self.bring(origin, [origin.release(chosen.name, chosen.version, chosen.digest)])
+
+    def bring(self, source: Source, roots: Sequence[Release]) -> list[Release]:
+        """Bring these releases of a source, with the parents they need: every byte hashed, all rows at once.
+
+        Raises as `install` does."""
+        from adapterhub.sources import closure
+
+        releases = closure(source, roots)
+        files = {file for release in releases for file in release.manifest.needs}
+        with self._adding(files):
+            source.fetch(files, self.store)
+            for file in (release.manifest.files.get("tensors") for release in releases):
+                if file is not None:
+                    read_header(self.store.header(file), file.size)
             self.index.add(releases)
+            for release in releases:
+                for envelope in source.signatures(release.digest):
+                    self.index.sign(release.digest, envelope)
         return releases
 
     @contextmanager
-    def _adding(self) -> Iterator[Callable[..., File]]:
-        """Alone among the writers of this hub: put blobs with what is yielded, then add rows. A failure takes them away."""
-        put: list[File] = []
+    def _adding(self, files: Collection[File] = ()) -> Iterator[Callable[[bytes | Path, bool], File]]:
+        """Nothing is taken away from the store meanwhile: put blobs with what is yielded, then add rows.
 
-        def keep(content: bytes | Path, expected: File | None = None) -> File:
-            file = expected or identify(content)
-            put.append(file)
-            return self.store.put(content, file)
+        After a failure what has come is taken away again, unless others are at work: then gc finds it."""
+        came = list(files)
 
-        with self._locked():
-            try:
-                yield keep
-            except BaseException:
-                with suppress(HubError):  # the first error is the one to tell
-                    needed = self._needed()
-                    for file in put if not self.index.check() else ():
-                        if file.digest not in needed:
-                            self.store.remove(file.digest)
-                raise
+        def put(content: bytes | Path, tensors: bool = False) -> File:
+            file = self.store.put_tensors(content) if tensors else self.store.put(content)
+            came.append(file)
+            return file
 
-    def _locked(self) -> AbstractContextManager[None]:
-        return durable.lock(self.root / "hub.lock")
+        try:
+            with self.store.shared():
+                yield put
+        except BaseException:
+            with suppress(HubError), self.store.alone(wait=False) as held:  # the first error is the one to tell
+                if held and not self.index.check():
+                    self._drop(came)
+            raise
 
-    def _needed(self) -> set[str]:
-        return {file.digest for file in self.index.files()}
+    def _drop(self, files: Collection[File]) -> None:
+        """Remove what these files are made of and no release needs."""
+        kept = {blob for file in self.index.files() for blob in self.store.blobs(file)}
+        for file in files:
+            with suppress(IntegrityError):  # a list of parts that never came
+                self.store.remove(blob.digest for blob in self.store.blobs(file) if blob not in kept)
 
     # --- the rest of the package manager -----------------------------------------------------------------------
 
-    def tag(self, reference: str | Reference, tag: str) -> Release:
-        """Let `name@tag` mean this release; a tag that is there already moves."""
+    def tag(self, reference: str | Reference, tag: str, expected: str | None = ANY) -> Release:
+        """Let `name@tag` mean this release; a tag that is there already moves.
+
+        expected: the version that it must mean now (None: nothing). Raises TagMoved when it means another."""
         if not TAG.fullmatch(tag):
             raise UsageError(f"{tag!r} is not a tag", "use [a-z][a-z0-9._-]*, for example stable")
         release = self.resolve(reference)
-        with self._locked():
-            self.index.set_tag(release.name, tag, release.version)
+        self.index.set_tag(release.name, tag, release.version, expected)
         return release
 
     def remove(self, reference: str | Reference, force: bool = False) -> list[str]:
         """Remove one version (`name@version`, `name@tag`) or all (`name`), then the blobs that nothing else needs.
 
-        While the index is damaged (`verify` says how) blobs stay; the next removal after its repair takes them.
+        While the index or a list of parts is damaged (`verify` says how) blobs stay; gc takes them after the repair.
         Returns what went. Raises HubError when something that stays was made from it, unless forced."""
         wanted = Reference.parse(reference) if isinstance(reference, str) else reference
-        with self._locked():
+        with self.store.alone():
             rows = [row for row in self._named(wanted) if wanted.at in (None, row.version, *row.tags)]
             if not rows:
                 raise NotFound(f"{wanted.name} has no {wanted.at}", f"adapterhub show {wanted.name}")
@@ -176,17 +210,28 @@ class Packages:
                 raise HubError(
                     f"{wanted} is needed by {', '.join(sorted(needed))}", "remove those first, or use --force"
                 )
+            files = self._files(rows)
             self.index.remove([row.digest for row in rows])
             if not self.index.check():  # a damaged index does not know which bytes others need: then all of them stay
-                self.store.sweep(self._needed())
+                with suppress(IntegrityError):
+                    self._drop(files)
         return going
+
+    def _files(self, rows: Sequence[Row]) -> list[File]:
+        files: list[File] = []
+        for row in rows:
+            with suppress(IntegrityError):  # a damaged manifest does not say
+                release = self.index.get(row.name, row.version)
+                files += release.manifest.needs if release else []
+        return files
 
     def verify(self) -> list[Problem]:
         """Hash every manifest and blob, and look for every parent. Empty when all is sound."""
         problems: list[Problem] = []
         try:
             problems += [Problem(self.root / DATABASE, reason) for reason in self.index.check()]
-            problems += self._orphans()
+            for child, parent in self.index.missing_parents():
+                problems.append(Problem(self.root / DATABASE, f"the parent {parent} is missing", (child,)))
             needed = self.index.files()
             damaged = [*self.store.verify(_progress("verify", needed))]
             needed = self.index.files() if damaged else needed  # another process may have removed some meanwhile
@@ -195,19 +240,10 @@ class Packages:
             problems.append(Problem(self.root / DATABASE, str(error)))
         return problems
 
-    def _orphans(self) -> Iterator[Problem]:
-        rows = self.index.releases()
-        here = {row.digest for row in rows}
-        for row in rows:
-            with suppress(IntegrityError, ManifestError):  # a damaged manifest is among the index's own problems
-                release = self.index.get(row.name, row.version)
-                for parent in release.manifest.parents if release else ():
-                    if parent.digest not in here:
-                        lost = f"the parent {parent.name}@{parent.version} is missing"
-                        yield Problem(self.root / DATABASE, lost, (str(row),))
-
     def export_bundle(self, reference: str | Reference, folder: str | Path) -> Release:
-        """Write a release and its parents as a bundle: a plain folder that `install` takes."""
+        """Write a release and the parents it needs as a bundle: a plain folder that `install` takes."""
+        from adapterhub.sources import bundle
+
         release = self.resolve(reference)
         bundle.write(self, release, durable.user_path(folder))
         return release
@@ -226,14 +262,15 @@ def _release(manifest: Manifest, version: str) -> Release:
     return Release(Manifest.decode(data), digest_of(data))
 
 
-def _next(rows: Sequence[Row]) -> str:
-    """The first version, or the next minor of the newest."""
-    if not rows:
+def _next(name: str, rows: Sequence[Row], gone: Collection[str]) -> str:
+    """The first version, or the next minor of the newest that was ever there."""
+    known = [row.version for row in rows] + list(gone)
+    if not known:
         return "0.1.0"
-    newest = Version(rows[0].version)
+    newest = max(map(Version, known))
     following = f"{newest.major}.{newest.minor + 1}.0"
     if not VERSION.fullmatch(following):
-        raise NameInUse(f"after {rows[0]} there is no next minor version", "give a version, or take another name")
+        raise NameInUse(f"after {name}@{newest} there is no next minor version", "give a version, or take another name")
     return following
 
 

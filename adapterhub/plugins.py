@@ -5,6 +5,7 @@ Groups: adapterhub.forms, .composers, .methods, .mergers, .codecs, .bases. Built
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -42,6 +43,18 @@ def names(group: str) -> list[str]:
 def distribution(group: str, name: str) -> str:
     """ "adapterhub-loreft 0.1.0": which installed distribution brings this part."""
     return _owner(_point(group, name))
+
+
+def needed(parts: Iterable[str], *groups: str) -> dict[str, str]:
+    """Distributions besides adapterhub that bring these parts (forms and composers, unless other groups are given) ->
+    their versions: what a manifest says is needed to run."""
+    wanted, found = set(parts), {}
+    for group in groups or ("forms", "composers"):
+        for name in wanted & set(names(group)):
+            point = _point(group, name)
+            if point.dist and point.dist.name != "adapterhub":
+                found[point.dist.name] = point.dist.version
+    return dict(sorted(found.items()))
 
 
 def _point(group: str, name: str) -> EntryPoint:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterhub import plugins
 from adapterhub.adapter import Modifications, forms_of
 from adapterhub.compose import expand, weighed
 from adapterhub.expression import Ensemble, Node, Ref, beneath, references
@@ -45,6 +46,7 @@ def publish_tensors(
         base=base,
         method=method,
         forms=forms_of(parts),
+        plugins=plugins.needed(part.form for here in parts.values() for part in here),
         parents=list(parents),
         recipe=dict(recipe or {}),
         metrics=dict(metrics or {}),

@@ -47,7 +47,7 @@ class Start:
         from adapterhub.bases.fingerprint import check_base
 
         record = self.goes_on.manifest.base
-        check_base(record, hub.store.read(record.sketch.digest), model.fingerprint, force=force)
+        check_base(record, hub.store.read(record.sketch), model.fingerprint, force=force)
         stored = Adapter.load(hub, self.goes_on).modifications()
         if self.method is None:
             return [Stage("train", lambda sites, before: stored)]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterhub import durable
+from adapterhub import durable, parts
 from adapterhub.errors import HubError, IntegrityError
+from adapterhub.formats.safetensors_header import extent
 from adapterhub.manifest import File, check_digest, digest_of
 
 DATABASE = "hub.db"
 """The file that makes a folder a hub; the index lives in it, the blobs beside it."""
-_REPAIR = "install or import the adapter again to mend it; adapterhub verify lists all damage"
+WORKERS = 8
+"""Blobs that are written or fetched side by side: a disk commits what several wait for at once."""
+_REPAIR = "adapterhub repair mends it from where it came; adapterhub verify lists all damage"
 
 
 @dataclass(frozen=True)
@@ -35,68 +40,150 @@ class Store:
     """The blobs of one hub."""
 
     def __init__(self, root: Path):
-        self.folder = Path(root) / "blobs" / "sha256"
+        self.root = Path(root)
+        self.folder = self.root / "blobs" / "sha256"
+
+    # --- locks -------------------------------------------------------------------------------------------------
+
+    def shared(self) -> AbstractContextManager[bool]:
+        """Held while blobs are put or read: nothing is taken away meanwhile. Many may hold it."""
+        return durable.lock(self.root / "hub.lock", shared=True)
+
+    def alone(self, wait: bool = True) -> AbstractContextManager[bool]:
+        """Held while blobs are taken away."""
+        return durable.lock(self.root / "hub.lock", wait=wait)
+
+    # --- putting -----------------------------------------------------------------------------------------------
 
     def path(self, digest: str) -> Path:
-        """Where a blob lies, or would. Its bytes are not checked; `read` and `checked` do that."""
+        """Where a blob lies, or would. Its bytes are not checked; `read` does that."""
         hex_digits = check_digest(digest).removeprefix("sha256:")
         return self.folder / hex_digits[:2] / hex_digits
 
-    def put(self, content: bytes | Path, expected: File | None = None) -> File:
-        """Keep these bytes, or a copy of this file. A blob that is there already and sound is not written again.
-
-        Raises IntegrityError when they are not the `expected` ones."""
-        file = expected or identify(content)
-        path = self.path(file.digest)
-        if self._fault(file) is not None:
-            chunks = [content] if isinstance(content, bytes) else _chunks(content)
-            source = "the bytes given" if isinstance(content, bytes) else content
-            durable.write(path, _hashed(chunks, file, source), file.size)
+    def put(self, content: bytes | Path) -> File:
+        """Keep these bytes, or a copy of this file, as one blob. One that is there already and sound is not written again."""
+        file = identify(content)
+        chunks = [content] if isinstance(content, bytes) else _chunks(content)
+        self.take(file, chunks, "the bytes given" if isinstance(content, bytes) else content)
         return file
 
-    def read(self, digest: str) -> bytes:
-        """The bytes of a blob. Raises IntegrityError, naming the file, when they are damaged or missing."""
-        path = self.path(digest)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise IntegrityError(f"{path} cannot be read: {error.strerror}", _REPAIR) from None
-        if digest_of(data) != digest:
-            raise IntegrityError(f"{path} is damaged: its sha256 is another", _REPAIR)
-        return data
+    def put_tensors(self, content: bytes | Path) -> File:
+        """Keep a safetensors file: in parts, so that a large tensor which is here already takes no room again.
 
-    def checked(self, file: File) -> Path:
-        """Where a blob lies, after hashing it. Raises IntegrityError as `read` does."""
-        fault = self._fault(file)
-        if fault is not None:
-            raise IntegrityError(f"{self.path(file.digest)} {fault}", _REPAIR)
-        return self.path(file.digest)
+        Raises what `safetensors_header.read_layout` raises."""
+        whole = content if isinstance(content, bytes) else b"".join(_chunks(content))
+        cuts = parts.cuts(whole)
+        if len(cuts) == 1:
+            return self.put(content)
+        view = memoryview(whole)
+        found = each(lambda cut: identify(view[slice(*cut)]), cuts)
+        blobs = dict(zip(found, cuts, strict=True))
+        self.fill(blobs, lambda blob, folders: self.take(blob, [view[slice(*blobs[blob])]], "the tensors", folders))
+        return File(digest=self.put(parts.encode(found)).digest, size=len(whole), parts=True)
+
+    def fill(self, blobs: Iterable[File], bring: Callable[[File, set[Path]], None]) -> None:
+        """Let `bring(blob, folders)` put each of these blobs, several side by side; then sync the folders."""
+        folders: set[Path] = set()
+        each(lambda blob: bring(blob, folders), blobs)
+        durable.sync(folders)
+
+    def take(self, blob: File, chunks: Iterable[bytes], source: Path | str, unsynced: set[Path] | None = None) -> None:
+        """Keep a blob whose bytes come from anywhere. Raises IntegrityError, and keeps nothing, when they are others."""
+        if self.fault(blob) is not None:
+            durable.write(self.path(blob.digest), hashed(chunks, blob, source), blob.size, unsynced)
+
+    def adopt(self, blob: File, source: Path, unsynced: set[Path] | None = None) -> None:
+        """Keep a blob that lies in another store, as a second name of the same file where the file system can."""
+        if self.fault(blob) is None:
+            return
+        for _ in hashed(_chunks(source), blob, source):
+            pass
+        if not durable.link(self.path(blob.digest), source, unsynced):
+            self.take(blob, _chunks(source), source, unsynced)
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def parts(self, file: File) -> list[File]:
+        """The blobs that the file's bytes are made of, in order. Raises IntegrityError for a list that is damaged."""
+        return parts.decode(self._blob(file.digest), file) if file.parts else [file]
+
+    def blobs(self, file: File) -> list[File]:
+        """Every blob behind a file: its parts and the list of them."""
+        if not file.parts:
+            return [file]
+        listed = self._blob(file.digest)
+        return [File(digest=file.digest, size=len(listed)), *parts.decode(listed, file)]
+
+    def read(self, file: File) -> bytes:
+        """The file's bytes. Raises IntegrityError, naming the blob, when they are damaged or missing."""
+        found = self.parts(file)
+        if len(found) == 1:
+            return self._blob(found[0].digest)
+        whole = bytearray(file.size)
+        ends = list(_sums(found))
+
+        def copy(place: tuple[File, int]) -> None:
+            blob, end = place
+            data = self._blob(blob.digest)
+            if len(data) != blob.size:
+                raise IntegrityError(f"{self.path(blob.digest)} has {len(data)} bytes, not {blob.size}", _REPAIR)
+            whole[end - blob.size : end] = data
+
+        each(copy, zip(found, ends, strict=True))
+        return bytes(whole)
+
+    def header(self, file: File) -> bytes:
+        """The beginning of a tensor file: its header, for `safetensors_header.read_header(header, file.size)`."""
+        start = b""
+        for blob in self.parts(file):
+            path = self.path(blob.digest)
+            try:
+                if path.stat().st_size != blob.size:
+                    raise IntegrityError(f"{path} is cut", _REPAIR)
+                with path.open("rb") as data:
+                    start += data.read(9 - len(start)) if len(start) < 9 else b""
+                    start += data.read(max(extent(start) - len(start), 0))
+            except OSError as error:
+                raise IntegrityError(f"{path} cannot be read: {error.strerror}", _REPAIR) from None
+            if len(start) >= 9 and len(start) >= extent(start):
+                break
+        return start
+
+    # --- looking after -----------------------------------------------------------------------------------------
 
     def verify(self, files: Iterable[File]) -> Iterator[tuple[File, Problem]]:
-        """Hash every one of these blobs; a Problem for each that is damaged or missing."""
+        """Hash every blob of these files; a Problem for each that is damaged or missing."""
         for file in files:
-            fault = self._fault(file)
-            if fault is not None:
+            try:
+                found = self.blobs(file)
+            except IntegrityError:
+                fault = self.fault(File(digest=file.digest, size=-1)) or "is no list of parts"
                 yield file, Problem(self.path(file.digest), fault)
+                continue
+            for blob in found:
+                if (fault := self.fault(blob)) is not None:
+                    yield file, Problem(self.path(blob.digest), fault)
 
-    def remove(self, digest: str) -> None:
-        """Remove a blob. Only under the hub's lock."""
-        durable.remove(self.path(digest))
+    def remove(self, digests: Iterable[str]) -> None:
+        """Remove blobs. Only while `alone`."""
+        for digest in digests:
+            durable.remove(self.path(digest))
 
-    def sweep(self, keep: Collection[str]) -> None:
-        """Remove every blob whose digest is not in `keep`, and what killed writers left. Only under the hub's lock."""
-        for path in sorted(self.folder.glob("*/*")):
-            if f"sha256:{path.name}" not in keep:
-                durable.remove(path)
+    def stray(self, needed: Collection[File]) -> Iterator[Path]:
+        """What no needed file is made of, and what killed writers left. Only while `alone`.
 
-    def _fault(self, file: File) -> str | None:
-        """What is wrong with the blob on disk; the length is looked at before anything is hashed."""
-        path = self.path(file.digest)
+        Raises IntegrityError when a list of parts is damaged: then nobody knows what is needed."""
+        keep = {blob.digest.removeprefix("sha256:") for file in needed for blob in self.blobs(file)}
+        yield from (path for path in sorted(self.folder.glob("*/*")) if path.name not in keep)
+
+    def fault(self, blob: File) -> str | None:
+        """What is wrong with a blob on disk; the length is looked at before anything is hashed (unless it is -1)."""
+        path = self.path(blob.digest)
         try:
             size = path.stat().st_size
-            if size != file.size:
-                return f"is damaged: {size} bytes instead of {file.size}"
-            for _ in _hashed(durable.read_chunks(path), file, path):
+            if blob.size not in (size, -1):
+                return f"is damaged: {size} bytes instead of {blob.size}"
+            for _ in hashed(durable.read_chunks(path), File(digest=blob.digest, size=size), path):
                 pass
         except FileNotFoundError:
             return "is missing"
@@ -106,10 +193,22 @@ class Store:
             return "is damaged: its sha256 is another"
         return None
 
+    def _blob(self, digest: str) -> bytes:
+        path = self.path(digest)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise IntegrityError(f"{path} is missing", _REPAIR) from None
+        except OSError as error:
+            raise IntegrityError(f"{path} cannot be read: {error.strerror}", _REPAIR) from None
+        if digest_of(data) != digest:
+            raise IntegrityError(f"{path} is damaged: its sha256 is another", _REPAIR)
+        return data
 
-def identify(content: bytes | Path) -> File:
+
+def identify(content: bytes | memoryview | Path) -> File:
     """The digest and size that these bytes, or this file's, would be stored under."""
-    if isinstance(content, bytes):
+    if not isinstance(content, Path):
         return File(digest=digest_of(content), size=len(content))
     hasher, size = hashlib.sha256(), 0
     for chunk in _chunks(content):
@@ -118,24 +217,45 @@ def identify(content: bytes | Path) -> File:
     return File(digest="sha256:" + hasher.hexdigest(), size=size)
 
 
+def hashed(chunks: Iterable[bytes], blob: File, source: Path | str) -> Iterator[bytes]:
+    """The chunks as they come; IntegrityError as soon as they cannot be `blob` any more."""
+    hasher, size = hashlib.sha256(), 0
+    for chunk in chunks:
+        hasher.update(chunk)
+        size += len(chunk)
+        if size > blob.size:
+            break
+        yield chunk
+    if size != blob.size or "sha256:" + hasher.hexdigest() != blob.digest:
+        raise IntegrityError(
+            f"{source} is not {blob.digest} of {blob.size} bytes",
+            "it was changed on the way; get it again from its source",
+        )
+
+
+def each(function: Callable, items: Iterable) -> list:
+    """The results, several computed side by side; the first error ends it, once what runs has ended."""
+    items = list(items)
+    if len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        waiting = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in waiting]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _sums(blobs: Iterable[File]) -> Iterator[int]:
+    total = 0
+    for blob in blobs:
+        total += blob.size
+        yield total
+
+
 def _chunks(source: Path) -> Iterator[bytes]:
     try:
         yield from durable.read_chunks(source)
     except OSError as error:
         raise HubError(f"{source} cannot be read: {error.strerror}", "check the file and its permissions") from None
-
-
-def _hashed(chunks: Iterable[bytes], file: File, source: Path | str) -> Iterator[bytes]:
-    """The chunks as they come; IntegrityError as soon as they cannot be `file` any more."""
-    hasher, size = hashlib.sha256(), 0
-    for chunk in chunks:
-        hasher.update(chunk)
-        size += len(chunk)
-        if size > file.size:
-            break
-        yield chunk
-    if size != file.size or "sha256:" + hasher.hexdigest() != file.digest:
-        raise IntegrityError(
-            f"{source} is not {file.digest} of {file.size} bytes",
-            "it was changed on the way; get it again from its source",
-        )

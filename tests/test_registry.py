@@ -40,7 +40,11 @@ def database(tmp_path):
 
 def sql(database, statement, *values):
     with closing(sqlite3.connect(database.path, isolation_level=None)) as connection:
-        return connection.execute(statement, values).fetchall()
+        if values:
+            return connection.execute(statement, values).fetchall()
+        for one in statement.split(";"):
+            found = connection.execute(one).fetchall()
+        return found
 
 
 def test_add_and_read(database):
@@ -170,7 +174,7 @@ def test_a_truncated_database_is_told(database):
 
 def test_a_damaged_manifest_is_not_read(database):
     database.add([release(), release("me/sound")])
-    sql(database, "UPDATE releases SET manifest = CAST(replace(manifest, 'lora', 'lorb') AS BLOB) WHERE name = 'me/x'")
+    sql(database, "UPDATE manifests SET data = CAST(replace(data, 'lora', 'lorb') AS BLOB) WHERE release = 1")
     with pytest.raises(IntegrityError) as caught:
         database.get("me/x", "0.1.0")
     assert "me/x@0.1.0" in str(caught.value) and caught.value.hint
@@ -216,7 +220,10 @@ def without_date(rows):
         ("UPDATE blobs SET size = 8", "its blobs are not"),
         ("DELETE FROM blobs", "its blobs are not"),
         ("DELETE FROM parents", "its parents are not"),
-        ("UPDATE releases SET manifest = CAST('{}' AS BLOB), digest = '" + digest_of(b"{}") + "'", "not a manifest"),
+        (
+            "UPDATE manifests SET data = CAST('{}' AS BLOB);UPDATE releases SET digest = '" + digest_of(b"{}") + "'",
+            "not a manifest",
+        ),
     ],
 )
 def test_check_finds_what_contradicts_the_manifest(database, statement, says):
@@ -229,12 +236,12 @@ def test_check_finds_what_contradicts_the_manifest(database, statement, says):
 def test_who_will_write_takes_the_lock_at_once(database):
     """A read that turns into a write inside one transaction fails when another has written; BEGIN IMMEDIATE waits."""
     seen = []
-    sqlalchemy.event.listen(database._engine, "before_cursor_execute", lambda *args: seen.append(args[2]))
+    sqlalchemy.event.listen(database._engine._engine, "before_cursor_execute", lambda *args: seen.append(args[2]))
     database.add([release()])
     database.remove([release().digest])
     begins = [statement for statement in seen if statement.startswith("BEGIN")]
     assert begins == ["BEGIN IMMEDIATE"] * 2
-    with database._read() as connection:
+    with database._engine.read() as connection:
         settings = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in SETTINGS}
     assert settings == SETTINGS
 
@@ -243,7 +250,7 @@ SETTINGS = {"foreign_keys": 1, "journal_mode": "delete", "synchronous": 3, "busy
 
 
 def test_a_database_locked_by_others_is_told(database, monkeypatch):
-    monkeypatch.setattr("adapterhub_registry.database.PATIENCE", 0.1)
+    monkeypatch.setattr("adapterhub_registry.engine.PATIENCE", 0.1)
     other = sqlite3.connect(database.path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     assert database.releases() == []  # readers are not kept out
@@ -256,7 +263,7 @@ def test_a_database_locked_by_others_is_told(database, monkeypatch):
 
 def test_a_full_database_is_told_and_unchanged(database, monkeypatch):
     """SQLite's own "database or disk is full"."""
-    import adapterhub_registry.database as module
+    import adapterhub_registry.engine as module
 
     connect = module._connect
 

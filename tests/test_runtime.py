@@ -344,7 +344,7 @@ def test_adapters_of_one_weight_used_in_two_ways_do_not_compose(hub):
         release.manifest.base, computes={**release.manifest.base.computes, "rms_norm_eps": 0.5}
     )
     twin = msgspec.structs.replace(release.manifest, name="me/twin", base=base)
-    hub.publish(twin, {"tensors": hub.store.read(release.manifest.files["tensors"].digest)})
+    hub.publish(twin, {"tensors": hub.store.read(release.manifest.files["tensors"])})
     with pytest.raises(IncompatibleBase, match="rms_norm_eps"):
         hub.compose("me/a + me/twin", name="me/none")
 

@@ -107,7 +107,7 @@ def steps(monkeypatch):
 
 
 def log_of(hub, release):
-    return json.loads(hub.store.read(release.manifest.files["log"].digest))
+    return json.loads(hub.store.read(release.manifest.files["log"]))
 
 
 def kept(hub):

@@ -26,7 +26,7 @@ def test_put_and_read(tmp_path):
     hex_digits = hashlib.sha256(b"weights").hexdigest()
     assert file == File(digest=f"sha256:{hex_digits}", size=7)
     assert store.path(file.digest) == tmp_path / "blobs" / "sha256" / hex_digits[:2] / hex_digits
-    assert store.read(file.digest) == b"weights"
+    assert store.read(file) == b"weights"
 
 
 def test_put_a_file_larger_than_a_chunk(tmp_path):
@@ -36,7 +36,7 @@ def test_put_a_file_larger_than_a_chunk(tmp_path):
     store = Store(tmp_path / "hub")
     file = store.put(source)
     assert file == File(digest=digest_of(data), size=len(data))
-    assert store.checked(file).read_bytes() == data and source.exists()
+    assert store.read(file) == data and source.exists()
 
 
 def test_a_sound_blob_is_not_written_again_and_a_damaged_one_is_mended(tmp_path):
@@ -48,7 +48,7 @@ def test_a_sound_blob_is_not_written_again_and_a_damaged_one_is_mended(tmp_path)
     assert path.stat().st_ino == before
     path.write_bytes(b"Weights")
     store.put(b"weights")
-    assert store.read(file.digest) == b"weights"
+    assert store.read(file) == b"weights"
 
 
 @pytest.mark.parametrize(
@@ -59,12 +59,11 @@ def test_every_damage_is_seen_by_each_reader(tmp_path, damage):
     sound, file = store.put(b"sound"), store.put(b"weights")
     path = store.path(file.digest)
     path.unlink() if damage is None else path.write_bytes(damage)
-    for reading in (lambda: store.read(file.digest), lambda: store.checked(file)):
-        with pytest.raises(IntegrityError) as caught:
-            reading()
-        assert str(path) in str(caught.value) and caught.value.hint
+    with pytest.raises(IntegrityError) as caught:
+        store.read(file)
+    assert str(path) in str(caught.value) and caught.value.hint
     assert [(f, p.path) for f, p in store.verify([sound, file])] == [(file, path)]
-    assert store.read(sound.digest) == b"sound"
+    assert store.read(sound) == b"sound"
 
 
 def test_one_flipped_bit_anywhere(tmp_path):
@@ -84,16 +83,17 @@ def test_bytes_that_are_not_the_expected_ones_are_not_kept(tmp_path):
     source = tmp_path / "source"
     source.write_bytes(b"weights")
     for expected in (File(digest=digest_of(b"others!"), size=7), File(digest=digest_of(b"weights"), size=6)):
-        for content in (b"weights", source):
-            with pytest.raises(IntegrityError):
-                store.put(content, expected)
+        with pytest.raises(IntegrityError):
+            store.take(expected, [b"weights"], "the bytes given")
+        with pytest.raises(IntegrityError):
+            store.adopt(expected, source)
     assert blob_files(store) == []
 
 
 def test_an_endless_source_is_cut_at_the_expected_size(tmp_path):
     """A source that goes on beyond its declared size fills no disk."""
     with pytest.raises(IntegrityError):
-        Store(tmp_path).put(Path("/dev/zero"), File(digest=digest_of(b"x"), size=10))
+        Store(tmp_path).adopt(File(digest=digest_of(b"x"), size=10), Path("/dev/zero"))
     assert blob_files(Store(tmp_path)) == []
 
 
@@ -105,14 +105,12 @@ def test_a_digest_that_is_none_reaches_no_path(tmp_path, digest):
         Store(tmp_path).path(digest)
 
 
-def test_sweep_keeps_what_is_needed_and_removes_leftovers(tmp_path):
+def test_what_is_stray_and_what_is_needed(tmp_path):
     store = Store(tmp_path)
     kept, gone = store.put(b"kept"), store.put(b"gone")
     leftover = store.path(kept.digest).parent / f".{'0' * 64}.abcd{durable.TEMPORARY}"
     leftover.write_bytes(b"half")
-    store.sweep({kept.digest})
-    assert blob_files(store) == [store.path(kept.digest)]
-    assert not store.path(gone.digest).exists()
+    assert set(store.stray([kept])) == {store.path(gone.digest), leftover}
 
 
 def test_a_reader_of_a_replaced_file_sees_the_old_bytes_to_the_end(tmp_path):

@@ -64,7 +64,7 @@ def tensors_of(hub, release):
 
 
 def log_of(hub, release):
-    return json.loads(hub.store.read(release.manifest.files["log"].digest))
+    return json.loads(hub.store.read(release.manifest.files["log"]))
 
 
 def test_it_is_what_peft_and_a_plain_loop_come_to(hub, train, path, tiny_folder, device):
@@ -218,14 +218,14 @@ def test_over_a_composition_and_on_from_there(hub, train, tiny_folder, path):
         (p.name, p.relation) for p in small.parents
     ]
     among = msgspec.structs.replace(first.manifest, name="me/among", recipe={"beneath": None})
-    hub.publish(among, {"tensors": hub.store.read(first.manifest.files["tensors"].digest)})
+    hub.publish(among, {"tensors": hub.store.read(first.manifest.files["tensors"])})
     with pytest.raises(UsageError, match="among others") as caught:
         hub.train(str(tiny_folder), data=path, continue_from="me/among", steps=1)
     assert caught.value.hint
     for recipe in ({"beneath": "me/half@0.1.0"}, {"beneath": "me/p"}, {"beneath": 1}, {"beneath": "me/p@0.1.0 +"}):
         wrong = msgspec.structs.replace(first.manifest, name="me/wrong", recipe=recipe)
         with pytest.raises(ManifestError, match="me/wrong"):
-            hub.publish(wrong, {"tensors": hub.store.read(first.manifest.files["tensors"].digest)})
+            hub.publish(wrong, {"tensors": hub.store.read(first.manifest.files["tensors"])})
 
 
 def test_it_is_said_when_what_was_beneath_is_left_out(hub, train, tmp_path, recwarn):
@@ -412,7 +412,7 @@ def test_a_recorded_base_is_used_only_if_its_name_is_known(hub, train, tiny_fold
     monkeypatch.setattr("adapterhub.train.load", lambda hub, base, *_, **__: seen.append(base) or 1 / 0)
     known = msgspec.structs.replace(hub.resolve("me/a").manifest, name="me/known")
     known = msgspec.structs.replace(known, base=msgspec.structs.replace(known.base, name="smollm2"))
-    hub.publish(known, {"tensors": hub.store.read(known.files["tensors"].digest)})
+    hub.publish(known, {"tensors": hub.store.read(known.files["tensors"])})
     with pytest.raises(ZeroDivisionError):
         hub.train(data=path, continue_from="me/known", steps=2)
     assert seen == ["smollm2"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from adapterhub import plugins
 from adapterhub.bases import ResolvedBase, sketch
 from adapterhub.bases.compare import Verdict, compare_sketches
+from adapterhub.bases.tokenizer import tokenizer_digest
 from adapterhub.errors import IncompatibleBase, IntegrityError
 from adapterhub.manifest import Base, File, digest_of
 
@@ -55,16 +56,19 @@ def fingerprint(source: ResolvedBase | Path | PreTrainedModel, name: str = "", n
         except (OSError, ValueError, AttributeError):
             raise IntegrityError(f"{source} has no readable config.json", "get the base model again") from None
         name = name or source.name
+        tokens = tokenizer_digest(source)
     else:
         blob, architecture, config = sketch.of_model(source), source.config.model_type, source.config.to_dict()
         path = source.config.name_or_path
         name = name or (Path(path).name if Path(path).is_dir() else path) or architecture
+        tokens = tokenizer_digest(Path(path))
     structure, _ = sketch.unpack(blob)
     base = Base(
         name=name,
         architecture=architecture,
         structure=digest_of(structure),
         sketch=File(digest=digest_of(blob), size=len(blob)),
+        tokenizer=tokens,
         computes=_computes(config),
         note=note,
     )
@@ -93,7 +97,8 @@ def check_base(
     current: Fingerprint | ResolvedBase | Path | PreTrainedModel,
     force: bool = False,
 ) -> Verdict:
-    """Hold the base in use against the record of an adapter. A copy warns (BaseWarning) with the measured distance.
+    """Hold the base in use against the record of an adapter. A copy warns (BaseWarning) with the measured distance, and
+    so does another tokenizer: with it the same text is other tokens.
 
     Raises IncompatibleBase for another model, unless forced: then that is a BaseWarning too."""
     if not isinstance(current, Fingerprint):
@@ -111,6 +116,8 @@ def check_base(
         warnings.warn(
             f"{told}: {verdict.reason}, {verdict.distance:.2g} apart (relative rms)", BaseWarning, stacklevel=2
         )
+    if recorded.tokenizer and current.base.tokenizer and recorded.tokenizer != current.base.tokenizer:
+        warnings.warn(f"{told}: its tokenizer is another", BaseWarning, stacklevel=2)
     return verdict
 
 

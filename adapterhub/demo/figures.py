@@ -139,7 +139,7 @@ def _checks(journey: Journey, compression: Mapping[str, Any], stack: Mapping[str
 
 
 def _curve(journey: Journey, release: Release) -> list[float]:
-    log = json.loads(journey.hub.store.read(release.manifest.files["log"].digest))
+    log = json.loads(journey.hub.store.read(release.manifest.files["log"]))
     return [entry["loss"] for entry in log]
 
 

@@ -66,7 +66,7 @@ def _finder(hub: Hub, release: Release, base: str | Path | None) -> FindBase:
         except HubError as error:
             raise NotFound(f"{why}, and the base model is not at hand: {error}", "give it: --base PATH") from None
         try:
-            check_base(record, hub.store.read(record.sketch.digest), resolved)
+            check_base(record, hub.store.read(record.sketch), resolved)
         except IncompatibleBase as error:
             raise IncompatibleBase(str(error), "give the base that it was made for: --base PATH") from None
         return BaseModel(resolved)

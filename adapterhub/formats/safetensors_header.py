@@ -43,18 +43,25 @@ class Entry(NamedTuple):
     """Bytes from the start of the file."""
 
 
-def read_header(source: str | Path | bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
+def read_header(source: str | Path | bytes, size: int | None = None) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{tensor name: (dtype, shape)} of a safetensors file (or its bytes), names sorted.
+
+    size: of the whole file, when only its beginning is given as bytes (`extent` tells how much of it is needed).
 
     Raises NotFound, IntegrityError for bytes that are not what the header says (truncated, holes, overlaps), and
     UnsafeFile for what we refuse to open: pickle, or a header beyond our limits."""
-    return {name: (entry.dtype, entry.shape) for name, entry in read_layout(source).items()}
+    return {name: (entry.dtype, entry.shape) for name, entry in read_layout(source, size).items()}
 
 
-def read_layout(source: str | Path | bytes) -> dict[str, Entry]:
+def extent(start: bytes) -> int:
+    """How many bytes of a file its header takes, told by its first eight; at most what we read of one."""
+    return 8 + min(int.from_bytes(start[:8], "little"), MAX_HEADER)
+
+
+def read_layout(source: str | Path | bytes, size: int | None = None) -> dict[str, Entry]:
     """The same with each tensor's place in the file."""
     if isinstance(source, bytes):
-        return _read(BytesIO(source), len(source), "the tensors")
+        return _read(BytesIO(source), len(source) if size is None else size, "the tensors")
     try:
         mode = os.stat(source).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe would wait for its writer

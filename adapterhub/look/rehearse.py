@@ -224,7 +224,7 @@ def _verdict(program: Program, name: str, current: Fingerprint) -> Step:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            verdict = check_base(record, program.hub.store.read(record.sketch.digest), current)
+            verdict = check_base(record, program.hub.store.read(record.sketch), current)
     except HubError as error:
         return problem("base", error)
     if caught:

@@ -2,7 +2,9 @@
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
+    Float,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
@@ -12,9 +14,11 @@ from sqlalchemy import (
     String,
     Table,
     UniqueConstraint,
+    false,
+    true,
 )
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration."""
 
 metadata = MetaData(
@@ -26,8 +30,6 @@ metadata = MetaData(
     }
 )
 
-# The manifest stands here and not among the blobs: the row is what makes a release exist, and `show` reads no file.
-# Its digest is checked whenever it is read.
 releases = Table(
     "releases",
     metadata,
@@ -39,14 +41,33 @@ releases = Table(
     Column("base", String, nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("created", String(20), nullable=False),
-    Column("manifest", LargeBinary, nullable=False),
+    Column("sort", String(27), nullable=False, server_default=""),  # the version in digits that sort as text
+    Column("structure", String(71), nullable=False, server_default=""),  # the base's
+    Column("yanked", String),
     UniqueConstraint("name", "version"),
+    Index(None, "digest"),
+    Index(None, "name", "sort"),
+    Index(None, "structure"),
 )
 
 
 def _release() -> Column:
     return Column("release", ForeignKey("releases.id", ondelete="CASCADE"), primary_key=True)
 
+
+# The manifest stands here and not among the blobs: the row is what makes a release exist, and `show` reads no file.
+# Its digest is checked whenever it is read. It has a table of its own so that a list need not read past it.
+manifests = Table("manifests", metadata, _release(), Column("data", LargeBinary, nullable=False))
+
+# One row an adapter, for search and its pages: its newest release, and the words to look for.
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("name", String(96), primary_key=True),
+    Column("newest", ForeignKey("releases.id", ondelete="CASCADE"), nullable=False),
+    Column("words", String, nullable=False),
+    sqlite_with_rowid=False,
+)
 
 tags = Table(
     "tags",
@@ -57,12 +78,24 @@ tags = Table(
     ForeignKeyConstraint(["name", "version"], ["releases.name", "releases.version"], ondelete="CASCADE"),
 )
 
+tag_moves = Table(
+    "tag_moves",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", String(96), nullable=False),
+    Column("tag", String(96), nullable=False),
+    Column("version", String(40)),
+    Index(None, "name", "tag"),
+)
+
 # Parents are named by digest and may have been removed by force, so this is no foreign key to releases.
 parents = Table(
     "parents",
     metadata,
     _release(),
     Column("digest", String(71), primary_key=True),
+    Column("label", String(140), nullable=False, server_default=""),  # name@version
+    Column("needed", Boolean, nullable=False, server_default=true()),
     Index(None, "digest"),
 )
 
@@ -72,5 +105,37 @@ blobs = Table(
     _release(),
     Column("digest", String(71), primary_key=True),
     Column("size", BigInteger, nullable=False),
+    Column("parts", Boolean, nullable=False, server_default=false()),
     Index(None, "digest"),
+)
+
+# Versions that were removed: their numbers never come back with other bytes.
+gone = Table(
+    "gone",
+    metadata,
+    Column("name", String(96), primary_key=True),
+    Column("version", String(40), primary_key=True),
+    Column("digest", String(71), nullable=False),
+)
+
+signatures = Table(
+    "signatures",
+    metadata,
+    _release(),
+    Column("digest", String(71), primary_key=True),
+    Column("envelope", LargeBinary, nullable=False),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("digest", String(71), primary_key=True),
+    Column("until", Float, nullable=False),
+)
+
+state = Table(
+    "state",
+    metadata,
+    Column("key", String(40), primary_key=True),
+    Column("value", BigInteger, nullable=False),
 )

@@ -1,0 +1,105 @@
+"""Where releases come from: a bundle, another hub on disk, a registry, the Hub. One protocol, one door."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from adapterhub import durable
+from adapterhub.compose import check_expressions
+from adapterhub.errors import ManifestError, NotFound, UsageError
+from adapterhub.manifest import File, Reference, Release
+from adapterhub.store import DATABASE, Store
+
+if TYPE_CHECKING:
+    from adapterhub.index import Row
+
+AGAIN = "get the adapter again from its source"
+LARGEST_GRAPH = 20_000
+"""Releases that one may need, itself included."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A release that a source offers, before its manifest is looked at."""
+
+    name: str
+    version: str
+    digest: str
+    """The manifest's."""
+    created: str = ""
+    """When it came there: UTC, ISO 8601; "" when the source does not say."""
+    yanked: str | None = None
+    """Why it should no longer be chosen."""
+    tags: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, row: Row) -> Candidate:
+        return cls(row.name, row.version, row.digest, row.created, row.yanked, row.tags)
+
+
+class Source(Protocol):
+    """What can be installed from. Nothing that it says is believed before it is hashed."""
+
+    label: str
+    """What errors and lists call it."""
+
+    def candidates(self, name: str) -> list[Candidate]:
+        """What it has under a name, newest first; [] when it has none."""
+
+    def release(self, name: str, version: str, digest: str | None = None) -> Release:
+        """The manifest. Raises NotFound, and IntegrityError when its digest is not the one asked for."""
+
+    def fetch(self, files: Collection[File], store: Store) -> None:
+        """Bring every blob behind these files into the store. Raises IntegrityError for other bytes, NotFound."""
+
+    def signatures(self, digest: str) -> list[bytes]:
+        """The envelopes that it has for a release."""
+
+
+def from_text(text: str) -> tuple[Source, Candidate]:
+    """What a user names by its place: a bundle's folder, or HUB:name[@version], HUB a folder with a hub.db.
+
+    Raises NotFound, UsageError."""
+    folder = durable.user_path(text)
+    if folder.is_dir():
+        if (folder / "manifest.json").is_file():
+            from adapterhub.sources.bundle import Bundle
+
+            bundle = Bundle(folder)
+            return bundle, bundle.root
+        if (folder / "adapter_config.json").is_file():
+            raise UsageError(f"{text} is a PEFT adapter, not a bundle", f"adapterhub import {text} --name NAME")
+        if (folder / DATABASE).is_file():
+            raise UsageError(f"{text} is a hub, not a bundle", f"say which of its adapters: {text}:NAME")
+        raise NotFound(f"{text} holds no manifest.json", "make a bundle with adapterhub export NAME --format bundle")
+    hub, colon, reference = text.rpartition(":")
+    if not colon:
+        raise NotFound(f"no folder {text}", "install from a bundle's folder, or from a hub: HUB:name[@version]")
+    from adapterhub.sources.disk import Disk
+
+    disk = Disk(durable.user_path(hub))
+    return disk, disk.choose(Reference.parse(reference))
+
+
+def closure(source: Source, roots: Iterable[Release]) -> list[Release]:
+    """These releases and everything that they need to run, themselves first.
+
+    Raises ManifestError for a composition of other things, or for more than a source may ask us to take."""
+    found = {root.digest: root for root in roots}
+    waiting = list(found.values())
+    while waiting:
+        manifest = waiting.pop().manifest
+        check_expressions(manifest)
+        for parent in manifest.required:
+            if parent.digest in found:
+                continue
+            release = source.release(parent.name, parent.version, parent.digest)
+            if (release.name, release.version) != (parent.name, parent.version):
+                raise ManifestError(f"{release} is called {parent.name}@{parent.version} by its child", AGAIN)
+            if len(found) == LARGEST_GRAPH:
+                raise ManifestError(f"it needs more than {LARGEST_GRAPH} releases", "install its parts by themselves")
+            found[release.digest] = release
+            waiting.append(release)
+    return list(found.values())

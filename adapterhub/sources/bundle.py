@@ -1,0 +1,134 @@
+"""The bundle: a release with the parents it needs as a plain folder (docs/bundle.md), to write and to install from.
+
+manifest.json             the release's manifest
+manifests/<digest>.json   those of its parents, and of theirs
+blobs/<digest>            every blob they need; <digest> is 64 hex digits of sha256
+signatures/<digest>.json  the envelopes of a signed release, by its manifest's digest
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Collection
+from pathlib import Path
+
+from adapterhub import durable, parts
+from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile
+from adapterhub.manifest import File, Manifest, Release, canonical, digest_of
+from adapterhub.packages import Packages
+from adapterhub.sources import AGAIN, Candidate, closure
+from adapterhub.store import Store
+
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
+LARGEST_MANIFEST = 8 << 20
+"""Bytes."""
+LARGEST_SIGNATURES = 1 << 20
+"""Bytes."""
+
+
+class Bundle:
+    """A bundle as a source. No symbolic link in it is followed, and what its manifests do not name is not read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self.label = str(folder)
+        for below, _, names in os.walk(self.folder):
+            for name in names:
+                if Path(name).suffix.lower() in PICKLES:
+                    raise UnsafeFile(
+                        f"{Path(below, name)} is a pickle, which can run any program when it is opened",
+                        "ask for the adapter as safetensors",
+                    )
+        self._root = _release(self._bytes("manifest.json", LARGEST_MANIFEST))
+
+    @property
+    def root(self) -> Candidate:
+        """The release that it was made for."""
+        return Candidate(self._root.name, self._root.version, self._root.digest)
+
+    def candidates(self, name: str) -> list[Candidate]:
+        return [self.root] if name == self._root.name else []
+
+    def release(self, name: str, version: str, digest: str | None = None) -> Release:
+        root = self._root
+        if (name, version) == (root.name, root.version) and digest in (None, root.digest):
+            return root
+        if digest is None:
+            raise NotFound(f"the bundle {self.folder} has no {name}@{version}", f"it holds {root}")
+        release = _release(self._bytes(f"manifests/{_hex(digest)}.json", LARGEST_MANIFEST))
+        if release.digest != digest:
+            raise IntegrityError(f"{self.folder}: the manifest of {release} is not {digest}", AGAIN)
+        return release
+
+    def fetch(self, files: Collection[File], store: Store) -> None:
+        blobs = set()
+        for file in files:
+            blobs.add(file if not file.parts else self._listed(file, store, blobs))
+        paths = {blob: self._file(f"blobs/{_hex(blob.digest)}") for blob in blobs}
+        store.fill(
+            paths, lambda blob, folders: store.take(blob, durable.read_chunks(paths[blob]), paths[blob], folders)
+        )
+
+    def _listed(self, file: File, store: Store, blobs: set[File]) -> File:
+        """The list of a file's parts as a blob; the parts join `blobs`."""
+        name = f"blobs/{_hex(file.digest)}"
+        data = self._bytes(name, parts.LARGEST_LIST)
+        if digest_of(data) != file.digest:
+            raise IntegrityError(f"{self.folder / name} is not {file.digest}", AGAIN)
+        blobs |= set(parts.decode(data, file))
+        return File(digest=file.digest, size=len(data))
+
+    def signatures(self, digest: str) -> list[bytes]:
+        name = f"signatures/{_hex(digest)}.json"
+        if not (self.folder / name).exists():
+            return []
+        try:
+            found = json.loads(self._bytes(name, LARGEST_SIGNATURES))
+            return [canonical(envelope) for envelope in found if isinstance(envelope, dict)]
+        except (ValueError, TypeError, RecursionError):
+            raise ManifestError(f"{self.folder / name} holds no signatures", AGAIN) from None
+
+    def _file(self, name: str) -> Path:
+        path = self.folder / name
+        try:
+            plain = os.path.realpath(path) == str(path) and stat.S_ISREG(path.lstat().st_mode)
+        except OSError:
+            raise NotFound(f"the bundle {self.folder} has no {name}", AGAIN) from None
+        if not plain:
+            raise UnsafeFile(f"{path} is no plain file inside the bundle", "a bundle holds plain files, no links")
+        return path
+
+    def _bytes(self, name: str, largest: int) -> bytes:
+        path = self._file(name)
+        with path.open("rb") as file:
+            data = file.read(largest + 1)
+        if len(data) > largest:
+            raise ManifestError(f"{path} is too large for what it is", AGAIN)
+        return data
+
+
+def write(hub: Packages, root: Release, folder: Path) -> None:
+    """Write the release and the parents it needs as a bundle. Raises NameInUse when the folder is there already."""
+    from adapterhub.sources.disk import Disk
+
+    with durable.new_folder(folder) as out, hub.store.shared():
+        releases = closure(Disk(hub), [root])
+        blobs = {b for release in releases for file in release.manifest.needs for b in hub.store.blobs(file)}
+        for blob in sorted(blobs, key=lambda blob: blob.digest):
+            durable.write_bytes(out / "blobs" / _hex(blob.digest), hub.store.read(blob))
+        for release in releases:
+            name = "manifest.json" if release == root else f"manifests/{_hex(release.digest)}.json"
+            durable.write_bytes(out / name, release.manifest.encode())
+            if envelopes := hub.index.signatures(release.digest):
+                signed = canonical([json.loads(envelope) for envelope in envelopes])
+                durable.write_bytes(out / f"signatures/{_hex(release.digest)}.json", signed)
+
+
+def _release(data: bytes) -> Release:
+    return Release(Manifest.decode(data), digest_of(data))
+
+
+def _hex(digest: str) -> str:
+    return digest.removeprefix("sha256:")

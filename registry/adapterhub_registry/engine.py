@@ -1,0 +1,84 @@
+"""One SQLite file as SQLAlchemy sees it: connections, transactions, and its refusals in the user's words."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Connection, create_engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+from adapterhub import durable
+from adapterhub.errors import HubError, IntegrityError
+
+PATIENCE = 60
+"""Seconds to wait for another process's transaction."""
+
+
+class Engine:
+    """Transactions on the SQLite file at `path`."""
+
+    def __init__(self, path: Path, create: bool):
+        self.path = path
+        uri = f"{path.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
+        # No pool: nothing stays open between two calls, so a fork or a removed folder cannot hurt.
+        self._engine = create_engine(
+            "sqlite://", creator=lambda: _connect(uri), poolclass=NullPool, skip_autocommit_rollback=True
+        )
+        event.listen(self._engine, "begin", _begin)
+        event.listen(self._engine, "commit", self._announce)
+        self._writer = self._engine.execution_options(writes=True)
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        with self._told(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction: all of it, or nothing."""
+        with self._told(), self._writer.begin() as connection:
+            yield connection
+
+    def _announce(self, connection: Connection) -> None:
+        if connection.get_execution_options().get("writes", False):
+            durable.announce("commit", self.path)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise IntegrityError(f"{self.path} holds a text that is none: {error}", "restore it from a copy") from None
+        except DBAPIError as error:
+            reason = str(error.orig)
+            if "not a database" in reason or "malformed" in reason:
+                raise IntegrityError(
+                    f"{self.path} is no sound database: {reason}", "move it away, or restore it from a copy"
+                ) from None
+            hints = {
+                "full": "free some space and run it again; nothing was changed",
+                "locked": "another program holds it; run the command again when that has ended",
+                "readonly": "check that the file and its folder are writable; nothing was changed",
+            }
+            hint = next((hint for word, hint in hints.items() if word in reason), "nothing was changed")
+            raise HubError(f"{self.path}: {reason}", hint) from None
+
+
+def _connect(uri: str) -> sqlite3.Connection:
+    # isolation_level None: we say BEGIN ourselves (see _begin). The rollback journal, because in WAL mode SQLite before
+    # 3.51.3 can lose committed writes; EXTRA also syncs the folder, so that no commit is undone by a power cut after
+    # `remove` has gone on to the blobs.
+    connection = sqlite3.connect(uri, uri=True, timeout=PATIENCE, isolation_level=None)
+    for pragma in ("foreign_keys = ON", "journal_mode = DELETE", "synchronous = EXTRA"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def _begin(connection: Connection) -> None:
+    """Who will write takes the write lock at once: a lock taken midway could fail after others have written."""
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

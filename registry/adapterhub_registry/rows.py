@@ -1,0 +1,116 @@
+"""Releases as rows: what stands in which column, and what contradicts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy import Connection, Select, Table, delete, func, insert, select
+
+from adapterhub.errors import HubError
+from adapterhub.index import kind
+from adapterhub.manifest import Manifest, Release, digest_of
+from adapterhub_registry.tables import adapters, blobs, manifests, parents, releases
+
+
+def dicts(connection: Connection, query: Select) -> list[dict[str, Any]]:
+    """Rows by plain str (SQLAlchemy's names are a subclass)."""
+    return [{str(key): value for key, value in row.items()} for row in connection.execute(query).mappings()]
+
+
+def sound(manifest: object, digest: object) -> bool:
+    return isinstance(manifest, bytes) and digest_of(manifest) == digest
+
+
+def sort_key(version: str) -> str:
+    """The version in digits that sort as text."""
+    return "".join(piece.zfill(9) for piece in version.split("."))
+
+
+def columns(release: Release) -> dict[str, Any]:
+    """What stands beside the manifest, so that a list need not open it."""
+    manifest = release.manifest
+    return {
+        "name": release.name,
+        "version": release.version,
+        "digest": release.digest,
+        "method": kind(manifest),
+        "base": manifest.base.name,
+        "size": sum(file.size for file in manifest.files.values()),
+        "sort": sort_key(release.version),
+        "structure": manifest.base.structure,
+    }
+
+
+def related(manifest: Manifest) -> dict[Table, list[dict[str, Any]]]:
+    """The rows of the tables that hang on a release."""
+    files = {file.digest: {"size": file.size, "parts": file.parts} for file in manifest.needs}
+    needed = {parent.digest for parent in manifest.required}
+    labels = {parent.digest: f"{parent.name}@{parent.version}" for parent in manifest.parents}
+    return {
+        parents: [{"digest": d, "label": label, "needed": d in needed} for d, label in sorted(labels.items())],
+        blobs: [{"digest": digest, **file} for digest, file in sorted(files.items())],
+    }
+
+
+def add(connection: Connection, release: Release, now: str) -> None:
+    """Insert a release and all that hangs on it."""
+    (key,) = connection.execute(insert(releases).values(columns(release) | {"created": now})).inserted_primary_key
+    connection.execute(insert(manifests).values(release=key, data=release.manifest.encode()))
+    for table, rows in related(release.manifest).items():
+        if rows:
+            connection.execute(insert(table), [row | {"release": key} for row in rows])
+
+
+def refresh(connection: Connection, names: Iterator[str]) -> None:
+    """Bring what search looks at up to date for these adapters."""
+    for name in sorted(set(names)):
+        newest = (
+            select(releases, manifests.c.data)
+            .select_from(releases.join(manifests))
+            .where(releases.c.name == name)
+            .order_by(releases.c.yanked.is_not(None), releases.c.sort.desc())
+            .limit(1)
+        )
+        row = connection.execute(newest).first()
+        connection.execute(delete(adapters).where(adapters.c.name == name))
+        if row is not None:
+            connection.execute(insert(adapters).values(name=name, newest=row.id, words=_words(row)))
+
+
+def _words(row: Any) -> str:
+    try:
+        licence = Manifest.decode(row.data).licence or ""
+    except HubError:
+        licence = ""
+    return f"{row.name} {row.method} {row.base} {licence}".lower()
+
+
+def contradictions(connection: Connection, row: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with one row of releases (with its manifest as `data`)."""
+    label = f"{row['name']}@{row['version']}"
+    if not sound(row["data"], row["digest"]):
+        yield f"the manifest of {label} is damaged"
+        return
+    try:
+        release = Release(Manifest.decode(row["data"]), row["digest"])
+    except HubError as error:
+        yield f"the manifest of {label} is {error}"
+        return
+    for column, value in columns(release).items():
+        if row[column] != value:
+            yield f"{label}: its {column} is {row[column]!r}, but {value!r} in its manifest"
+    for table, rows in related(release.manifest).items():
+        kept = [column for column in table.c if column.name != "release"]
+        query = select(*kept).where(table.c.release == row["id"]).order_by(table.c.digest)
+        if dicts(connection, query) != rows:
+            yield f"{label}: its {table.name} are not those of its manifest"
+
+
+def unlisted(connection: Connection) -> Iterator[str]:
+    """Adapters that search does not know, or knows without a release."""
+    known = select(adapters.c.name, func.count(releases.c.id)).outerjoin(releases, releases.c.id == adapters.c.newest)
+    listed = dict(connection.execute(known.group_by(adapters.c.name)).tuples().all())
+    named = set(connection.scalars(select(releases.c.name).distinct()))
+    for name in sorted(named ^ {name for name, count in listed.items() if count}):
+        yield f"the table adapters does not agree with the releases of {name}"

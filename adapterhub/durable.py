@@ -38,7 +38,7 @@ def write(path: Path, chunks: Iterable[bytes], size: int, unsynced: set[Path] | 
     Raises HubError, with path and bytes needed, when the disk is full, broken or read-only."""
     temporary = _beside(path)
     with _told(path, size):
-        make_folder(path.parent)
+        make_folder(path.parent, unsynced)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             try:
@@ -86,7 +86,7 @@ def link(path: Path, source: Path, unsynced: set[Path] | None = None) -> bool:
         return False  # somebody else could write to it later
     temporary = _beside(path)
     with _told(path, 0):
-        make_folder(path.parent)
+        make_folder(path.parent, unsynced)
         try:
             announce("link", source, temporary)
             os.link(source, temporary)
@@ -126,18 +126,18 @@ def read_chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def make_folder(path: Path) -> None:
-    """The folder and those above it, durably."""
+def make_folder(path: Path, unsynced: set[Path] | None = None) -> None:
+    """The folder and those above it, durably (unsynced: as for `write`)."""
     if path.is_dir():
         return
     with _told(path, 0):
-        make_folder(path.parent)
+        make_folder(path.parent, unsynced)
         try:
             os.mkdir(path)
         except FileExistsError:  # fine when another process was faster, not when it is a file
             if not path.is_dir():
                 raise
-        _sync(path.parent)
+        _settle(path.parent, unsynced)
 
 
 def remove(path: Path, unsynced: set[Path] | None = None) -> None:

@@ -22,6 +22,7 @@ def _threads(request):
 def _clean_environment(monkeypatch, tmp_path_factory):
     """No test sees the user's hub; torch's generator starts alike."""
     monkeypatch.setenv("ADAPTERHUB_HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("ADAPTERHUB_CONFIG", str(tmp_path_factory.mktemp("config")))
     monkeypatch.delenv("FORCE_COLOR", raising=False)
 
 

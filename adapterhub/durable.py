@@ -31,7 +31,7 @@ def announce(step: str, path: Path, detail: bytes | Path | None = None) -> None:
         watch(step, path, detail)
 
 
-def write(path: Path, chunks: Iterable[bytes], size: int, unsynced: set[Path] | None = None) -> None:
+def write(path: Path, chunks: Iterable[bytes], size: int, unsynced: set[Path] | None = None, mode: int = 0o666) -> None:
     """Write the chunks, `size` bytes in all, to path. What raises while they come leaves the old state.
 
     unsynced: the folder joins this set instead of being synced at once, for many files in few folders: `sync` it then.
@@ -39,7 +39,7 @@ def write(path: Path, chunks: Iterable[bytes], size: int, unsynced: set[Path] | 
     temporary = _beside(path)
     with _told(path, size):
         make_folder(path.parent, unsynced)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             try:
                 for chunk in chunks:
@@ -58,6 +58,11 @@ def write(path: Path, chunks: Iterable[bytes], size: int, unsynced: set[Path] | 
 
 def write_bytes(path: Path, data: bytes) -> None:
     write(path, [data], len(data))
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """A file that only its owner can read."""
+    write(path, [data], len(data), mode=0o600)
 
 
 def write_file(path: Path, source: Path) -> None:

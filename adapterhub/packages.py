@@ -128,8 +128,8 @@ class Packages:
         """Bring a release with the parents it needs from a bundle's folder or another hub (`HUB:name[@version]`); itself
         first.
 
-        Raises IntegrityError for bytes that are not what their digest says, UnsafeFile for what we do not open,
-        NameInUse for a version that is here with other content."""
+        Raises IntegrityError for bytes that are not what their digest says, UnsafeFile for what we do not open
+        or what the user's policy wants signed, NameInUse for a version that is here with other content."""
         from adapterhub.sources import from_text
 
         origin, chosen = from_text(str(source))
@@ -140,8 +140,13 @@ class Packages:
 
         Raises as `install` does."""
         from adapterhub.sources import closure
+        from adapterhub.trust.policy import check_signed, policy
 
         releases = closure(source, roots)
+        envelopes = {release.digest: source.signatures(release.digest) for release in releases}
+        rules = policy()
+        for release in releases:
+            check_signed(release, envelopes[release.digest], rules)
         files = {file for release in releases for file in release.manifest.needs}
         with self._adding(files):
             source.fetch(files, self.store)
@@ -150,7 +155,7 @@ class Packages:
                     read_header(self.store.header(file), file.size)
             self.index.add(releases)
             for release in releases:
-                for envelope in source.signatures(release.digest):
+                for envelope in envelopes[release.digest]:
                     self.index.sign(release.digest, envelope)
         return releases
 

@@ -31,6 +31,8 @@ LIGHT = [
     "look.explain",
     "look.touched",
     "scaffold",
+    "settings",
+    "trust",
     "formats.safetensors_header",
     "cli",
 ]
@@ -44,6 +46,8 @@ MAY = {
     "index": "errors manifest",
     "parts": "errors manifest formats",
     "store": "errors manifest durable parts formats",
+    "settings": "durable errors",
+    "trust": "errors expression index manifest packages settings store trust",
     "sources": "compose durable errors hub index manifest packages parts store sources",
     "sites": "errors",
     "magnitude": "",

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from adapterhub.cli import doctor, look, make, packages, plugins, run
+from adapterhub.cli import doctor, look, make, packages, plugins, run, trust
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
 from adapterhub.errors import HubError
 
@@ -58,12 +58,15 @@ PANELS = {
         "compose": make.compose,
     },
     "Use them": {"run": run.run, "chat": run.chat, "eval": run.eval_, "explain": look.explain, "demo": run.demo},
+    "Trust": {"sign": trust.sign, "bom": trust.bom},
     "Look after the hub": {"verify": doctor.verify, "doctor": doctor.doctor},
 }
 for panel, commands in PANELS.items():
     for name, function in commands.items():
         app.command(name, rich_help_panel=panel)(function)
 app.command("ls", hidden=True)(packages.list_)
+app.add_typer(trust.keys, name="key", rich_help_panel="Trust")
+app.add_typer(trust.trust, name="trust", rich_help_panel="Trust")
 app.add_typer(plugins.app, name="plugins", rich_help_panel="Look after the hub")
 
 # What the machine refuses, not what the code does wrong.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,12 @@ from adapterhub.errors import HubError, PluginError
 LIBRARIES = ("adapterhub", "torch", "transformers", "peft", "safetensors", "huggingface-hub", "sqlalchemy")
 
 
-def verify(as_json: Json = False) -> None:
+def verify(
+    signed: Annotated[
+        bool, typer.Option("--signed", help="Also check signatures, of all that you trust keys for.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Hash every byte of the hub again, and check that every parent is there.
 
     Exit status 4 if something is wrong.
@@ -24,6 +29,10 @@ def verify(as_json: Json = False) -> None:
     """
     hub = adapterhub.open()
     problems = hub.verify()
+    if signed:
+        from adapterhub.trust.policy import unsigned
+
+        problems += unsigned(hub)
     if as_json:
         listed = [{"path": str(p.path), "reason": p.reason, "releases": list(p.releases)} for p in problems]
         json_out({"hub": str(hub.root), "problems": listed})

@@ -153,7 +153,7 @@ class Database:
     def gone(self, name: str) -> dict[str, str]:
         query = select(gone.c.version, gone.c.digest).where(gone.c.name == name)
         with self._engine.read() as connection:
-            return dict(connection.execute(query).tuples().all())
+            return {version: digest for version, digest in connection.execute(query)}
 
     def leased(self, now: float) -> set[str]:
         with self._engine.read() as connection:

@@ -110,7 +110,7 @@ def contradictions(connection: Connection, row: dict[str, Any]) -> Iterator[str]
 def unlisted(connection: Connection) -> Iterator[str]:
     """Adapters that search does not know, or knows without a release."""
     known = select(adapters.c.name, func.count(releases.c.id)).outerjoin(releases, releases.c.id == adapters.c.newest)
-    listed = dict(connection.execute(known.group_by(adapters.c.name)).tuples().all())
+    listed = {name: count for name, count in connection.execute(known.group_by(adapters.c.name))}
     named = set(connection.scalars(select(releases.c.name).distinct()))
     for name in sorted(named ^ {name for name, count in listed.items() if count}):
         yield f"the table adapters does not agree with the releases of {name}"

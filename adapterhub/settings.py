@@ -1,0 +1,73 @@
+"""The user's own settings, `config.toml`: whom they trust, which plugins may run, where they look for adapters.
+
+In the platform's configuration folder, or in ADAPTERHUB_CONFIG. A project's adapterhub.toml may add to it.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from adapterhub import durable
+from adapterhub.errors import HubError, UsageError
+
+if TYPE_CHECKING:
+    from tomlkit import TOMLDocument
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """config.toml."""
+
+    trust: dict[str, dict[str, Any]] = {}
+    """Namespace -> keys, until, require: see adapterhub.trust.policy."""
+    plugins: dict[str, Any] = {}
+    """`enabled = ["adapterhub-loreft"]`: see adapterhub.plugins."""
+    sources: dict[str, dict[str, Any]] = {}
+    """Name -> url or path, namespaces: see adapterhub.sources."""
+
+
+def config_folder() -> Path:
+    """`ADAPTERHUB_CONFIG`, else the platform's folder for settings."""
+    if folder := os.environ.get("ADAPTERHUB_CONFIG"):
+        return durable.user_path(folder)
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir("adapterhub"))
+
+
+def config_file() -> Path:
+    return config_folder() / "config.toml"
+
+
+def load() -> Settings:
+    """What the user has set; nothing when there is no file. Raises UsageError for a file that does not say it right."""
+    path = config_file()
+    try:
+        found: Mapping[str, Any] = tomllib.loads(path.read_text())
+        return msgspec.convert(found, Settings)
+    except FileNotFoundError:
+        return Settings()
+    except OSError as error:
+        raise HubError(f"{path} cannot be read: {error.strerror}", "check its permissions") from None
+    except (ValueError, msgspec.ValidationError) as error:
+        raise UsageError(f"{path} is no configuration: {error}", "mend it, or move it away") from None
+
+
+@contextmanager
+def edited() -> Iterator[TOMLDocument]:
+    """The file to change, comments kept; it is written when the block ends well. One process at a time."""
+    import tomlkit
+
+    path = config_file()
+    durable.make_folder(path.parent)
+    with durable.lock(path.with_name("config.lock")):
+        load()
+        document = tomlkit.parse(path.read_text()) if path.exists() else tomlkit.document()
+        yield document
+        durable.write_bytes(path, tomlkit.dumps(document).encode())

@@ -1,0 +1,64 @@
+"""Signatures as DSSE envelopes: a payload, its type, and who signed both (https://github.com/secure-systems-lab/dsse).
+
+Signed is not a file but what a manifest's digest names; through it every byte of the release.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from adapterhub.errors import IntegrityError
+from adapterhub.manifest import Release, canonical
+from adapterhub.trust.keys import PrivateKey, PublicKey
+
+RELEASE = "application/vnd.adapterhub.release+json"
+"""The payload's type: {"digest", "name", "version"} of a release."""
+LARGEST = 64 << 10
+"""Bytes of an envelope."""
+
+
+def sign(payload: Mapping[str, Any], kind: str, key: PrivateKey) -> bytes:
+    """The envelope of a payload."""
+    body = canonical(payload)
+    signature = {"keyid": key.public.id, "sig": _text(key.sign(_encoded(kind, body)))}
+    return canonical({"payload": _text(body), "payloadType": kind, "signatures": [signature]})
+
+
+def opened(envelope: bytes, kind: str, keys: Iterable[PublicKey]) -> tuple[dict[str, Any], PublicKey | None]:
+    """The payload, and which of the keys signed it (None: none of them, then nothing vouches for it).
+
+    Raises IntegrityError for what is no envelope of this kind."""
+    try:
+        if len(envelope) > LARGEST:
+            raise ValueError("it is too large")
+        found = json.loads(envelope)
+        if found["payloadType"] != kind:
+            raise ValueError(f"it is about {found['payloadType']!r}"[:100])
+        body = base64.b64decode(found["payload"], validate=True)
+        payload = json.loads(body)
+        signatures = [base64.b64decode(each["sig"], validate=True) for each in found["signatures"]]
+        if not isinstance(payload, dict) or len(signatures) > 16:
+            raise ValueError("it is malformed")
+    except (ValueError, KeyError, TypeError, binascii.Error, RecursionError) as error:
+        raise IntegrityError(f"not a signature's envelope: {error}", "get the release again from its source") from None
+    message = _encoded(kind, body)
+    signer = next((key for key in keys if any(key.holds(signature, message) for signature in signatures)), None)
+    return payload, signer
+
+
+def statement(release: Release) -> dict[str, str]:
+    """What is signed of a release."""
+    return {"digest": release.digest, "name": release.name, "version": release.version}
+
+
+def _encoded(kind: str, body: bytes) -> bytes:
+    """DSSE's pre-authentication encoding: no two (type, payload) give the same bytes."""
+    return b"DSSEv1 %d %b %d %b" % (len(kind.encode()), kind.encode(), len(body), body)
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()

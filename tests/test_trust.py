@@ -1,0 +1,209 @@
+"""Keys, signatures, whom the user believes, and the bill of materials."""
+
+import base64
+import json
+import stat
+from datetime import UTC, datetime
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+import adapterhub
+from adapterhub import settings
+from adapterhub.cli.app import execute
+from adapterhub.errors import IntegrityError, ManifestError, NameInUse, NotFound, UnsafeFile, UsageError
+from adapterhub.manifest import Base, File, Made, Manifest, Parent, Release, check_digest, digest_of
+from adapterhub.trust import keys, policy
+from adapterhub.trust.bom import cyclonedx, materials
+from adapterhub.trust.signature import RELEASE, opened, sign, statement
+
+BASE = Base(name="tiny", architecture="llama", structure=digest_of(b"shapes"), sketch=File(digest="", size=0))
+
+
+def publish(hub, name, parents=(), licence=None, relation="on", **more):
+    parents = [Parent(name=p.name, version=p.version, digest=p.digest, relation=relation) for p in parents]
+    manifest = Manifest(
+        name=name, version="0.0.0", base=BASE, method=Made(name="lora"), parents=parents, licence=licence, **more
+    )
+    return hub.publish(manifest, {"log": name.encode()}, b"rows")[0]
+
+
+@pytest.fixture
+def hub(tmp_path):
+    return adapterhub.open(tmp_path / "hub", create=True)
+
+
+@pytest.fixture
+def mine():
+    return keys.new_key("mine")
+
+
+def trusted(*public, until=None, require=False):
+    return policy.Trusted(tuple(public), until, require)
+
+
+def test_a_private_key_is_read_by_its_owner_alone_and_never_overwritten(mine):
+    path = settings.config_folder() / "keys" / "mine.pem"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    before = path.read_bytes()
+    with pytest.raises(NameInUse):
+        keys.new_key("mine")
+    assert path.read_bytes() == before and keys.load_key("mine").public.text == mine.public.text
+    keys.remove_key("mine")
+    with pytest.raises(NotFound):
+        keys.load_key("mine")
+
+
+@pytest.mark.parametrize("text", ["", "ed25519:", "ed25519:AAAA", "rsa:" + "A" * 44, "ed25519:" + "!" * 44])
+def test_what_is_no_public_key(text):
+    with pytest.raises(UsageError):
+        keys.PublicKey(text)
+
+
+@pytest.mark.parametrize("name", ["../x", "", "A", "a/b", "x" * 65])
+def test_a_name_that_leaves_the_folder_of_keys(name):
+    with pytest.raises(UsageError):
+        keys.new_key(name)
+
+
+def test_the_envelope_is_dsse(hub, mine):
+    """By the text of the specification, with the library's own verification: not by our reading of our own writing."""
+    release = publish(hub, "acme/sql")
+    found = json.loads(sign(statement(release), RELEASE, mine))
+    body = base64.b64decode(found["payload"])
+    assert json.loads(body) == {"digest": release.digest, "name": "acme/sql", "version": "0.1.0"}
+    kind = found["payloadType"].encode()
+    message = b" ".join([b"DSSEv1", str(len(kind)).encode(), kind, str(len(body)).encode(), body])
+    public = Ed25519PublicKey.from_public_bytes(base64.b64decode(mine.public.text.removeprefix("ed25519:")))
+    public.verify(base64.b64decode(found["signatures"][0]["sig"]), message)
+
+
+@pytest.mark.parametrize("text", ["md5:" + "0" * 32, "sha256:" + "A" * 64, "sha256:" + "0" * 63, "sha512:" + "0" * 64])
+def test_C6_a_digest_of_another_shape_is_refused_at_parse(text):
+    with pytest.raises(ManifestError):
+        check_digest(text)
+
+
+def test_C8_only_a_valid_signature_passes_where_one_is_required(hub, mine):
+    release, other = publish(hub, "acme/sql"), publish(hub, "acme/tone")
+    stranger = keys.new_key("stranger")
+    good = sign(statement(release), RELEASE, mine)
+    tampered = json.loads(good)
+    tampered["payload"] = base64.b64encode(json.dumps(statement(other)).encode()).decode()
+    renamed = Release(release.manifest, other.digest)
+    now = datetime(2026, 6, 1, tzinfo=UTC)
+    cases = [
+        ([good], trusted(mine.public), "valid"),
+        ([sign(statement(release), RELEASE, stranger)], trusted(mine.public), "untrusted key"),
+        ([good], trusted(mine.public, until=datetime(2026, 5, 31).date()), "expired"),
+        ([good], trusted(mine.public, until=datetime(2026, 6, 1).date()), "valid"),
+        ([sign(statement(other), RELEASE, mine)], trusted(mine.public), "another release"),
+        ([json.dumps(tampered).encode()], trusted(mine.public), "another release"),
+        ([sign(statement(release), "application/other", mine)], trusted(mine.public), "unsigned"),
+        ([], trusted(mine.public), "unsigned"),
+        ([b"{}"], trusted(mine.public), "unsigned"),
+        ([b"{}", good], trusted(mine.public), "valid"),
+    ]
+    for envelopes, who, expected in cases:
+        assert policy.verdict(release, envelopes, who, now).kind == expected
+        if expected not in ("valid", "expired"):
+            with pytest.raises(UnsafeFile):
+                policy.check_signed(release, envelopes, {"acme": trusted(*who.keys, require=True)})
+    with pytest.raises(UnsafeFile, match="has ended"):
+        past = trusted(mine.public, until=datetime(2020, 1, 1).date(), require=True)
+        policy.check_signed(release, [good], {"acme": past})
+    assert policy.verdict(renamed, [good], trusted(mine.public), now).kind == "another release"
+    policy.check_signed(release, [good], {"acme": trusted(mine.public, require=True)})
+    policy.check_signed(release, [], {"acme": trusted(mine.public)})
+
+
+def test_C8_installing_under_require_signed(hub, mine, tmp_path):
+    base = publish(hub, "acme/base")
+    child = publish(hub, "acme/sql", [base])
+    policy.trust_key("acme", mine.public.text, require=True)
+    team = adapterhub.open(tmp_path / "team", create=True)
+    hub.index.sign(child.digest, sign(statement(child), RELEASE, mine))
+    with pytest.raises(UnsafeFile, match=r"acme/base@0\.1\.0 is refused: it is not signed"):
+        team.install(f"{hub.root}:acme/sql")
+    assert team.releases() == [] and list(team.store.folder.rglob("*")) == []
+    hub.index.sign(base.digest, sign(statement(base), RELEASE, mine))
+    hub.export_bundle("acme/sql", tmp_path / "bundle")
+    team.install(tmp_path / "bundle")  # signatures travel with a bundle
+    assert [policy.verdict(r, team.index.signatures(r.digest), trusted(mine.public)).kind for r in (base, child)] == [
+        "valid",
+        "valid",
+    ]
+    assert policy.unsigned(team) == []
+
+
+def test_a_policy_that_is_not_right_is_refused_and_nothing_is_written():
+    for bad in (("acme", "no key", None), ("a b", "ed25519:" + "A" * 43 + "=", None)):
+        with pytest.raises(UsageError):
+            policy.trust_key(*bad)
+    with pytest.raises(UsageError, match="date"):
+        policy.trust_key("acme", keys.new_key("k").public.text, until="tomorrow")
+    assert not settings.config_file().exists()
+    settings.config_file().write_text("[trust.acme]\nkey = 3\n")
+    with pytest.raises(UsageError, match="says 'key'"):
+        policy.policy()
+    settings.config_file().write_text("[trustt]\n")
+    with pytest.raises(UsageError):
+        settings.load()
+
+
+def test_comments_in_the_configuration_stay(mine):
+    settings.config_file().parent.mkdir(exist_ok=True)
+    settings.config_file().write_text("# mine\n[trust.other]\nkeys = [] # none yet\n")
+    policy.trust_key("acme", mine.public.text, until="2030-01-31", require=True)
+    text = settings.config_file().read_text()
+    assert "# mine" in text and "# none yet" in text
+    acme = policy.policy()["acme"]
+    assert acme.require and str(acme.until) == "2030-01-31" and [k.text for k in acme.keys] == [mine.public.text]
+    policy.distrust("acme")
+    assert set(policy.policy()) == {"other"}
+
+
+def test_the_bill_of_materials_names_everything(hub, mine):
+    parent = publish(hub, "acme/base", licence="MIT", plugins={"adapterhub-loreft": "0.1.0"})
+    origin = publish(hub, "acme/origin", licence="Apache-2.0")
+    child = publish(hub, "acme/sql", [parent], licence="MIT")
+    merged = publish(hub, "acme/merged", [origin], relation="merge")
+    hub.index.sign(child.digest, sign(statement(child), RELEASE, mine))
+    policy.trust_key("acme", mine.public.text)
+    found = materials(hub, "acme/sql + 0.5*acme/merged")
+    told = {m.label: (m.needed, m.signed) for m in found}
+    assert told == {
+        "acme/sql@0.1.0": (True, "valid"),
+        "acme/merged@0.1.0": (True, "unsigned"),
+        "acme/base@0.1.0": (True, "unsigned"),
+        "acme/origin@0.1.0": (False, "unsigned"),
+    }
+    bill = cyclonedx(found, "x")
+    refs = {component["bom-ref"] for component in bill["components"]}
+    assert {r.digest for r in (parent, origin, child, merged)} <= refs and "pypi:adapterhub-loreft@0.1.0" in refs
+    assert len(refs) == len(bill["components"]) == 6
+    assert all(set(entry["dependsOn"]) <= refs for entry in bill["dependencies"])
+    hub.remove("acme/origin", force=True)
+    assert {m.label: m.signed for m in materials(hub, "acme/merged")}["acme/origin@0.1.0"] == "not here"
+
+
+def test_the_commands(hub, monkeypatch, capsys):
+    publish(hub, "acme/sql")
+    monkeypatch.chdir(hub.root)
+    assert execute(["key", "new"]) == 0
+    public = capsys.readouterr().out.strip()
+    assert execute(["trust", "add", "acme", public, "--require"]) == 0
+    assert execute(["verify", "--signed"]) == 4
+    assert "not signed" in capsys.readouterr().out
+    assert execute(["sign", "acme/sql"]) == 0
+    assert execute(["verify", "--signed"]) == 0
+    capsys.readouterr()
+    assert execute(["bom", "acme/sql", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bomFormat"] == "CycloneDX"
+    assert execute(["sign", "acme/sql", "--key", "none"]) == 3
+
+
+def test_an_envelope_that_is_none():
+    for data in (b"", b"[]", b"{", b'{"payload":1}', b"x" * 100_000, b'{"a":' * 60_000):
+        with pytest.raises(IntegrityError):
+            opened(data, RELEASE, ())

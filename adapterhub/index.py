@@ -70,8 +70,9 @@ class Index(Protocol):
     def files(self) -> dict[File, list[str]]:
         """Every file that a release needs, and which ("name@version") need it."""
 
-    def check(self) -> list[str]:
-        """What is wrong with the index itself: manifests that do not match their digest, columns that contradict them."""
+    def check(self, manifests: bool = True) -> list[str]:
+        """What is wrong with the index itself; with `manifests` also those that do not match their digest, and columns that
+        contradict them."""
 
     def serial(self) -> int:
         """Grows with every change."""
@@ -87,6 +88,9 @@ class Index(Protocol):
 
     def leased(self, now: float) -> set[str]:
         """Digests of blobs that somebody is still bringing."""
+
+    def remembered(self, key: str) -> int | None:
+        """A number that `remember` was given."""
 
     # --- writing
 
@@ -106,6 +110,9 @@ class Index(Protocol):
 
     def sign(self, digest: str, envelope: bytes) -> None:
         """Keep an envelope with a release."""
+
+    def remember(self, key: str, value: int) -> None:
+        """Keep a number about the hub (at most 40 characters of key)."""
 
     def lease(self, digests: Iterable[str], until: float) -> None:
         """Keep these blobs from being taken away until then (seconds of the epoch); 0 ends it."""

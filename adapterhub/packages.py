@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +18,10 @@ from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse
 from adapterhub.formats.safetensors_header import read_header
 from adapterhub.index import ANY, Index, Row
 from adapterhub.manifest import TAG, VERSION, File, Manifest, Parent, Reference, Release, check_version, digest_of
-from adapterhub.store import DATABASE, Problem, Store
+from adapterhub.store import Problem, Store
 
 if TYPE_CHECKING:
+    from adapterhub.care import Mode
     from adapterhub.sources import Source
 
 
@@ -66,6 +66,19 @@ class Packages:
                 "install it first, from where its child came",
             )
         return release
+
+    def has(self, digest: str) -> bool:
+        """Whether the release and all that it needs to run is here; its files with their sizes, bytes unhashed."""
+        waiting, seen = [digest], set()
+        while waiting:
+            release = self.index.find(digest := waiting.pop())
+            if release is None:
+                return False
+            seen.add(digest)
+            if [*self.store.verify(release.manifest.needs, hashing=lambda blob: False)]:
+                return False
+            waiting += [parent.digest for parent in release.manifest.required if parent.digest not in seen]
+        return True
 
     def _named(self, wanted: Reference) -> list[Row]:
         rows = self.index.releases(wanted.name)
@@ -116,7 +129,12 @@ class Packages:
                     release = _release(manifest, row.version)
                     if release.digest == row.digest:
                         return release, False
-                release = _release(manifest, version or _next(manifest.name, rows, self.index.gone(manifest.name)))
+                gone = self.index.gone(manifest.name)
+                back = (
+                    at for at, digest in gone.items() if _release(manifest, at).digest == digest
+                )  # what was removed
+                following = version or next(back, None) or _next(manifest.name, rows, gone)
+                release = _release(manifest, following)
                 try:
                     self.index.add([release])
                     return release, True
@@ -124,15 +142,27 @@ class Packages:
                     if version is not None or not self.index.get(release.name, release.version):
                         raise
 
-    def install(self, source: str | Path) -> list[Release]:
-        """Bring a release with the parents it needs from a bundle's folder or another hub (`HUB:name[@version]`); itself
-        first.
+    @staticmethod
+    def names_a_place(text: str) -> bool:
+        """Whether a text that is to be installed says where to look, instead of a requirement of what our sources have."""
+        place, colon, _ = text.rpartition(":")
+        folders = [durable.user_path(each) for each in (text, place) if each]
+        return text.startswith("hf:") or (bool(colon) and "/" in place) or any(folder.is_dir() for folder in folders)
+
+    def install(self, source: str | Path, offline: bool = False) -> list[Release]:
+        """Bring a release with the parents it needs from a bundle's folder, another hub (`HUB:name[@version]`) or the Hub
+        (`hf:user/repo[@revision]`); itself first.
 
         Raises IntegrityError for bytes that are not what their digest says, UnsafeFile for what we do not open
         or what the user's policy wants signed, NameInUse for a version that is here with other content."""
+        text = str(source)
+        if text.startswith("hf:"):
+            from adapterhub.huggingface.install import install
+
+            return install(self, text.removeprefix("hf:"), offline=offline)
         from adapterhub.sources import from_text
 
-        origin, chosen = from_text(str(source))
+        origin, chosen = from_text(text)
         return self.bring(origin, [origin.release(chosen.name, chosen.version, chosen.digest)])
 
     def bring(self, source: Source, roots: Sequence[Release]) -> list[Release]:
@@ -230,20 +260,11 @@ class Packages:
                 files += release.manifest.needs if release else []
         return files
 
-    def verify(self) -> list[Problem]:
-        """Hash every manifest and blob, and look for every parent. Empty when all is sound."""
-        problems: list[Problem] = []
-        try:
-            problems += [Problem(self.root / DATABASE, reason) for reason in self.index.check()]
-            for child, parent in self.index.missing_parents():
-                problems.append(Problem(self.root / DATABASE, f"the parent {parent} is missing", (child,)))
-            needed = self.index.files()
-            damaged = [*self.store.verify(_progress("verify", needed))]
-            needed = self.index.files() if damaged else needed  # another process may have removed some meanwhile
-            problems += [replace(p, releases=tuple(needed[file])) for file, p in damaged if file in needed]
-        except IntegrityError as error:  # the index cannot be read at all
-            problems.append(Problem(self.root / DATABASE, str(error)))
-        return problems
+    def verify(self, mode: Mode = "full") -> list[Problem]:
+        """What is wrong with it; empty when all is sound. See adapterhub.care."""
+        from adapterhub.care import verify
+
+        return verify(self, mode)
 
     def export_bundle(self, reference: str | Reference, folder: str | Path) -> Release:
         """Write a release and the parents it needs as a bundle: a plain folder that `install` takes."""
@@ -277,20 +298,3 @@ def _next(name: str, rows: Sequence[Row], gone: Collection[str]) -> str:
     if not VERSION.fullmatch(following):
         raise NameInUse(f"after {name}@{newest} there is no next minor version", "give a version, or take another name")
     return following
-
-
-def _progress(title: str, files: Collection[File]) -> Iterator[File]:
-    """The files one by one, with a bar of their bytes on a terminal."""
-    if not sys.stderr.isatty():
-        yield from files
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    with Progress(
-        TextColumn(title), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True
-    ) as bar:
-        task = bar.add_task(title, total=sum(file.size for file in files))
-        for file in files:
-            yield file
-            bar.advance(task, file.size)

@@ -15,6 +15,8 @@ import msgspec
 
 from adapterhub.errors import PluginError, UsageError
 
+OURS = ("adapterhub-lofit", "adapterhub-loreft", "adapterhub-lt-sft")
+"""Our own packages that bring parts; a test compares this list with the folder plugins/."""
 GROUPS = ("forms", "composers", "methods", "mergers", "codecs", "bases")
 
 
@@ -43,6 +45,19 @@ def names(group: str) -> list[str]:
 def distribution(group: str, name: str) -> str:
     """ "adapterhub-loreft 0.1.0": which installed distribution brings this part."""
     return _owner(_point(group, name))
+
+
+def installed(distribution: str) -> str | None:
+    """The version of a distribution that brings parts, if it is installed."""
+    return next(
+        (p.dist.version for g in GROUPS for p in _points(g).values() if p.dist and p.dist.name == distribution), None
+    )
+
+
+def is_known(distribution: str) -> bool:
+    """Whether we may name it to a user as something to install: it is here, or in our own tree. Anybody can write
+    anything into a manifest."""
+    return installed(distribution) is not None or distribution in OURS
 
 
 def needed(parts: Iterable[str], *groups: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -19,6 +19,9 @@ from adapterhub.errors import HubError, UsageError
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
+
+
+T = TypeVar("T")
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,6 +60,14 @@ def load() -> Settings:
         raise HubError(f"{path} cannot be read: {error.strerror}", "check its permissions") from None
     except (ValueError, msgspec.ValidationError) as error:
         raise UsageError(f"{path} is no configuration: {error}", "mend it, or move it away") from None
+
+
+def converted(table: object, kind: type[T], where: str) -> T:
+    """A table as what it should be. Raises UsageError, naming the place."""
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{config_file()}: {where}: {error}", "mend it") from None
 
 
 @contextmanager

@@ -151,18 +151,30 @@ class Store:
 
     # --- looking after -----------------------------------------------------------------------------------------
 
-    def verify(self, files: Iterable[File]) -> Iterator[tuple[File, Problem]]:
-        """Hash every blob of these files; a Problem for each that is damaged or missing."""
+    def verify(
+        self, files: Iterable[File], hashing: Callable[[File], bool] = lambda blob: True
+    ) -> Iterator[tuple[File, Problem]]:
+        """Look at every blob of these files: its size, and where `hashing` says so its bytes. A Problem for each that is
+        damaged or missing."""
+
+        def fault(blob: File) -> str | None:
+            return self.fault(blob, hashing(blob))
+
         for file in files:
             try:
                 found = self.blobs(file)
             except IntegrityError:
-                fault = self.fault(File(digest=file.digest, size=-1)) or "is no list of parts"
-                yield file, Problem(self.path(file.digest), fault)
+                yield file, Problem(self.path(file.digest), self._list_fault(file))
                 continue
-            for blob in found:
-                if (fault := self.fault(blob)) is not None:
-                    yield file, Problem(self.path(blob.digest), fault)
+            for blob, problem in zip(found, each(fault, found), strict=True):
+                if problem is not None:
+                    yield file, Problem(self.path(blob.digest), problem)
+
+    def _list_fault(self, file: File) -> str:
+        """Why a list of parts does not say what a file is made of."""
+        path = self.path(file.digest)
+        size = path.stat().st_size if path.is_file() else 0
+        return self.fault(File(digest=file.digest, size=size)) or "is no list of the parts of its file"
 
     def remove(self, digests: Iterable[str]) -> None:
         """Remove blobs. Only while `alone`."""
@@ -174,16 +186,17 @@ class Store:
 
         Raises IntegrityError when a list of parts is damaged: then nobody knows what is needed."""
         keep = {blob.digest.removeprefix("sha256:") for file in needed for blob in self.blobs(file)}
-        yield from (path for path in sorted(self.folder.glob("*/*")) if path.name not in keep)
+        for folder in sorted(self.folder.glob("*")):
+            yield from (path for path in sorted(folder.glob("*")) if path.name not in keep)
 
-    def fault(self, blob: File) -> str | None:
-        """What is wrong with a blob on disk; the length is looked at before anything is hashed (unless it is -1)."""
+    def fault(self, blob: File, hashing: bool = True) -> str | None:
+        """What is wrong with a blob on disk; the length is looked at before anything is hashed."""
         path = self.path(blob.digest)
         try:
             size = path.stat().st_size
-            if blob.size not in (size, -1):
+            if blob.size != size:
                 return f"is damaged: {size} bytes instead of {blob.size}"
-            for _ in hashed(durable.read_chunks(path), File(digest=blob.digest, size=size), path):
+            for _ in hashed(durable.read_chunks(path), blob, path) if hashing else ():
                 pass
         except FileNotFoundError:
             return "is missing"

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from adapterhub.cli import doctor, look, make, packages, plugins, run, trust
+from adapterhub.cli import care, doctor, look, make, packages, plugins, project, run, trust
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
 from adapterhub.errors import HubError
 
@@ -51,6 +51,16 @@ PANELS = {
         "import": packages.import_,
         "export": packages.export,
     },
+    "Project": {
+        "add": project.add,
+        "remove": project.remove,
+        "lock": project.lock,
+        "sync": project.sync,
+        "update": project.update,
+        "tree": project.tree,
+        "why": project.why,
+        "outdated": project.outdated,
+    },
     "Make adapters": {
         "train": make.train,
         "merge": make.merge,
@@ -59,7 +69,14 @@ PANELS = {
     },
     "Use them": {"run": run.run, "chat": run.chat, "eval": run.eval_, "explain": look.explain, "demo": run.demo},
     "Trust": {"sign": trust.sign, "bom": trust.bom},
-    "Look after the hub": {"verify": doctor.verify, "doctor": doctor.doctor},
+    "Look after the hub": {
+        "verify": care.verify,
+        "repair": care.repair,
+        "gc": care.gc,
+        "cache": care.cache,
+        "dirs": care.dirs,
+        "doctor": doctor.doctor,
+    },
 }
 for panel, commands in PANELS.items():
     for name, function in commands.items():

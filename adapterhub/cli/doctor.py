@@ -1,47 +1,16 @@
-"""Commands that say whether a hub and its installation are sound."""
+"""The command that says whether an installation is sound."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 import adapterhub
-from adapterhub.cli.output import Json, json_out, note, out
+from adapterhub.cli.output import Json, json_out, out
 from adapterhub.errors import HubError, PluginError
 
 LIBRARIES = ("adapterhub", "torch", "transformers", "peft", "safetensors", "huggingface-hub", "sqlalchemy")
-
-
-def verify(
-    signed: Annotated[
-        bool, typer.Option("--signed", help="Also check signatures, of all that you trust keys for.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Hash every byte of the hub again, and check that every parent is there.
-
-    Exit status 4 if something is wrong.
-
-    \b
-    Example:
-      adapterhub verify
-    """
-    hub = adapterhub.open()
-    problems = hub.verify()
-    if signed:
-        from adapterhub.trust.policy import unsigned
-
-        problems += unsigned(hub)
-    if as_json:
-        listed = [{"path": str(p.path), "reason": p.reason, "releases": list(p.releases)} for p in problems]
-        json_out({"hub": str(hub.root), "problems": listed})
-    else:
-        for problem in problems:
-            out(problem)
-        note(f"{hub.root}: {len(problems)} problems" if problems else f"{hub.root} is sound")
-    if problems:
-        raise typer.Exit(4)
 
 
 def doctor(as_json: Json = False) -> None:

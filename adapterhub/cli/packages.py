@@ -11,6 +11,7 @@ import typer
 
 import adapterhub
 from adapterhub.cli.output import Json, json_out, note, one_line, out, record, releases_out, size, table
+from adapterhub.cli.project import But, Newer, Offline, options
 from adapterhub.index import kind
 
 Ref = Annotated[
@@ -37,19 +38,39 @@ def init(
 
 
 def install(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="SOURCE", help="A folder or bundle, or HUB:name or HUB:name@version of another hub."),
+    wanted: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="WHAT...",
+            help='"acme/sql>=1.2,<2" from your sources; hf:user/repo@rev; a bundle\'s folder; HUB:name of another hub.',
+        ),
     ],
+    offline: Offline = False,
+    exclude_newer: Newer = None,
+    but: But = None,
     as_json: Json = False,
 ) -> None:
-    """Copy an adapter and its parents into the hub, every byte checked.
+    """Bring adapters, and what they need, into the hub, every byte checked.
 
     \b
     Example:
-      adapterhub install ../other-hub:me/sentiment@0.1.0
+      adapterhub install "acme/sql>=1.2,<2"
     """
-    releases_out(adapterhub.open().install(source), as_json)
+    from adapterhub.requirement import Requirement
+    from adapterhub.resolve import Asked
+    from adapterhub.sync import install
+
+    hub = adapterhub.open()
+    how = options(offline=offline, exclude_newer=exclude_newer, but=but)
+    placed = [text for text in wanted if hub.names_a_place(text)]
+    asked = [Asked(Requirement.parse(text), "the command line") for text in wanted if text not in placed]
+    came = [release for text in placed for release in hub.install(text, offline=offline)]
+    if asked:
+        found, notes = install(hub, asked, how)
+        came += found
+        for line in notes:
+            note(f"warning: {one_line(line)}")
+    releases_out(came, as_json)
 
 
 # No parameter but flags: see _UNASKED in app.py.

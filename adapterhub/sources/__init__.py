@@ -10,9 +10,12 @@ from adapterhub import durable
 from adapterhub.compose import check_expressions
 from adapterhub.errors import ManifestError, NotFound, UsageError
 from adapterhub.manifest import File, Reference, Release
+from adapterhub.sources.table import Table, resolved_path
 from adapterhub.store import DATABASE, Store
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from adapterhub.index import Row
 
 AGAIN = "get the adapter again from its source"
@@ -58,22 +61,54 @@ class Source(Protocol):
         """The envelopes that it has for a release."""
 
 
+def named(text: str, offline: bool = False) -> Source:
+    """A source as a user writes it: http(s)://..., a bundle's folder, or the folder of a hub. Raises NotFound, UsageError."""
+    if text.startswith(("http://", "https://")):
+        from adapterhub.sources.registry import Registry
+
+        return Registry(text, offline=offline)
+    folder = durable.user_path(text)
+    if (folder / DATABASE).is_file():
+        from adapterhub.sources.disk import Disk
+
+        return Disk(folder)
+    if (folder / "manifest.json").is_file():
+        from adapterhub.sources.bundle import Bundle
+
+        return Bundle(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise UsageError(f"{text} is a PEFT adapter, not a bundle", f"adapterhub import {text} --name NAME")
+    if folder.is_dir():
+        raise NotFound(
+            f"{text} holds neither {DATABASE} nor manifest.json",
+            "name a hub, or make a bundle: adapterhub export NAME --format bundle",
+        )
+    raise NotFound(f"no folder {text}", "give a bundle's or a hub's folder, or the address of a registry")
+
+
+def open_table(name: str, table: Table, folder: Path, offline: bool = False) -> Source:
+    """The source of a [sources.NAME] table; `folder` is where its path starts from."""
+    if table.url:
+        from adapterhub.sources.registry import Registry
+
+        return Registry(table.url, name=name, key=table.key, offline=offline)
+    if table.hf:
+        from adapterhub.huggingface.source import Owner
+
+        return Owner(table.hf, name=name, offline=offline)
+    return named(str(resolved_path(table.path, folder)))
+
+
 def from_text(text: str) -> tuple[Source, Candidate]:
     """What a user names by its place: a bundle's folder, or HUB:name[@version], HUB a folder with a hub.db.
 
     Raises NotFound, UsageError."""
     folder = durable.user_path(text)
     if folder.is_dir():
-        if (folder / "manifest.json").is_file():
-            from adapterhub.sources.bundle import Bundle
-
-            bundle = Bundle(folder)
-            return bundle, bundle.root
-        if (folder / "adapter_config.json").is_file():
-            raise UsageError(f"{text} is a PEFT adapter, not a bundle", f"adapterhub import {text} --name NAME")
         if (folder / DATABASE).is_file():
             raise UsageError(f"{text} is a hub, not a bundle", f"say which of its adapters: {text}:NAME")
-        raise NotFound(f"{text} holds no manifest.json", "make a bundle with adapterhub export NAME --format bundle")
+        bundle = named(text)
+        return bundle, bundle.root
     hub, colon, reference = text.rpartition(":")
     if not colon:
         raise NotFound(f"no folder {text}", "install from a bundle's folder, or from a hub: HUB:name[@version]")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, and_, delete, insert, or_, select, text, tuple_, update
+from sqlalchemy import Connection, Select, and_, delete, insert, or_, select, text, update
 
 from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, TagMoved, UsageError
 from adapterhub.index import ANY, Row
-from adapterhub.manifest import File, Manifest, Release, check_version, digest_of
+from adapterhub.manifest import File, Manifest, Release, digest_of
 from adapterhub_registry import rows, tables
 from adapterhub_registry.engine import Engine
 from adapterhub_registry.tables import (
@@ -29,8 +29,6 @@ from adapterhub_registry.tables import (
     tag_moves,
     tags,
 )
-
-_LISTED = [releases.c[name] for name in ("name", "version", "digest", "method", "base", "size", "created", "yanked")]
 
 
 class Database:
@@ -68,24 +66,24 @@ class Database:
         self, name: str | None = None, after: tuple[str, str] | None = None, limit: int | None = None
     ) -> list[Row]:
         c = releases.c
-        query = select(*_LISTED).order_by(c.name, c.sort.desc()).limit(limit)
+        query = select(*rows.LISTED).order_by(c.name, c.sort.desc()).limit(limit)
         if name is not None:
             query = query.where(c.name == name)
         if after is not None:
             query = query.where(or_(c.name > after[0], and_(c.name == after[0], c.sort < rows.sort_key(after[1]))))
         with self._engine.read() as connection:
-            return self._rows(connection, rows.dicts(connection, query))
+            return self._rows(connection, query)
 
     def search(
         self, words: Sequence[str], structure: str | None = None, after: str = "", limit: int | None = None
     ) -> list[Row]:
-        query = select(*_LISTED).select_from(adapters.join(releases)).where(adapters.c.name > after)
+        query = select(*rows.LISTED).select_from(adapters.join(releases)).where(adapters.c.name > after)
         for word in words:
             query = query.where(adapters.c.words.contains(word.lower(), autoescape=True))
         if structure is not None:
             query = query.where(releases.c.structure == structure)
         with self._engine.read() as connection:
-            return self._rows(connection, rows.dicts(connection, query.order_by(adapters.c.name).limit(limit)))
+            return self._rows(connection, query.order_by(adapters.c.name).limit(limit))
 
     def get(self, name: str, version: str) -> Release | None:
         return self._one(releases.c.name == name, releases.c.version == version)
@@ -124,21 +122,21 @@ class Database:
                 needed.setdefault(File(digest=digest, size=size, parts=split), []).append(f"{name}@{version}")
         return needed
 
-    def check(self) -> list[str]:
+    def check(self, manifests: bool = True) -> list[str]:
         with self._engine.read() as connection:
             found = [line for (line,) in connection.execute(text("PRAGMA integrity_check")) if line != "ok"]
             for table, *_ in connection.execute(text("PRAGMA foreign_key_check")):
                 found.append(f"a row of the table {table} names a release that is not there")
-            for row in rows.dicts(
-                connection, select(releases, manifests.c.data).select_from(releases.outerjoin(manifests))
-            ):
-                found += rows.contradictions(connection, row)
+            found += rows.all_contradictions(connection) if manifests else ()
             found += rows.unlisted(connection)
         return found
 
     def serial(self) -> int:
+        return self.remembered("serial") or 0
+
+    def remembered(self, key: str) -> int | None:
         with self._engine.read() as connection:
-            return connection.scalar(select(state.c.value).where(state.c.key == "serial")) or 0
+            return connection.scalar(select(state.c.value).where(state.c.key == key))
 
     def tag_moves(self, name: str, tag: str) -> list[str | None]:
         query = select(tag_moves.c.version).where(tag_moves.c.name == name, tag_moves.c.tag == tag)
@@ -228,6 +226,11 @@ class Database:
                 connection.execute(insert(signatures).values(values))
                 self._changed(connection)
 
+    def remember(self, key: str, value: int) -> None:
+        with self._engine.write() as connection:
+            connection.execute(delete(state).where(state.c.key == key))
+            connection.execute(insert(state).values(key=key, value=value))
+
     def lease(self, digests: Iterable[str], until: float) -> None:
         with self._engine.write() as connection:
             for digest in digests:
@@ -263,23 +266,11 @@ class Database:
         ):
             connection.execute(insert(state).values(key="serial", value=1))
 
-    def _rows(self, connection: Connection, found: list[dict[str, Any]]) -> list[Row]:
-        """Rows of a list with their tags; a damaged file may hold anything."""
-        tagged: dict[tuple[str, str], tuple[str, ...]] = {}
-        query = select(tags.c.name, tags.c.version, tags.c.tag).order_by(tags.c.tag)
-        if len(found) <= 500:  # what a statement may hold; more is nearly all of them
-            query = query.where(tuple_(tags.c.name, tags.c.version).in_([(r["name"], r["version"]) for r in found]))
-        for owner, version, tag in connection.execute(query):
-            tagged[owner, version] = (*tagged.get((owner, version), ()), tag)
+    def _rows(self, connection: Connection, query: Select) -> list[Row]:
         try:
-            result = [
-                msgspec.convert(row | {"tags": tagged.get((row["name"], row["version"]), ())}, Row) for row in found
-            ]
-            for row in result:
-                check_version(row.version)
-        except (msgspec.ValidationError, UsageError) as error:
+            return rows.listed(connection, query)
+        except (msgspec.ValidationError, UsageError) as error:  # a damaged file may hold anything
             raise IntegrityError(f"{self.path} has a damaged row: {error}", "restore it from a copy") from None
-        return result
 
     def _version(self) -> str | None:
         """Which migration the file is at; None for an empty one."""

@@ -5,12 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table, delete, func, insert, select
+import msgspec
+from sqlalchemy import Connection, Select, Table, delete, func, insert, select, tuple_
 
 from adapterhub.errors import HubError
-from adapterhub.index import kind
-from adapterhub.manifest import Manifest, Release, digest_of
-from adapterhub_registry.tables import adapters, blobs, manifests, parents, releases
+from adapterhub.index import Row, kind
+from adapterhub.manifest import Manifest, Release, check_version, digest_of
+from adapterhub_registry.tables import adapters, blobs, manifests, parents, releases, tags
+
+LISTED = [releases.c[name] for name in ("name", "version", "digest", "method", "base", "size", "created", "yanked")]
+"""What a `Row` shows, but its tags."""
+_AT_ONCE = 500
+"""Pairs that a statement may hold."""
+
+
+def listed(connection: Connection, query: Select) -> list[Row]:
+    """Rows of a list with their tags. Raises ValidationError or UsageError for what is no row."""
+    found = dicts(connection, query)
+    tagged: dict[tuple[str, str], tuple[str, ...]] = {}
+    named = select(tags.c.name, tags.c.version, tags.c.tag).order_by(tags.c.tag)
+    if len(found) <= _AT_ONCE:
+        named = named.where(tuple_(tags.c.name, tags.c.version).in_([(row["name"], row["version"]) for row in found]))
+    for owner, version, tag in connection.execute(named):
+        tagged[owner, version] = (*tagged.get((owner, version), ()), tag)
+    result = [msgspec.convert(row | {"tags": tagged.get((row["name"], row["version"]), ())}, Row) for row in found]
+    for row in result:
+        check_version(row.version)
+    return result
 
 
 def dicts(connection: Connection, query: Select) -> list[dict[str, Any]]:
@@ -84,6 +105,13 @@ def _words(row: Any) -> str:
     except HubError:
         licence = ""
     return f"{row.name} {row.method} {row.base} {licence}".lower()
+
+
+def all_contradictions(connection: Connection) -> Iterator[str]:
+    """What is wrong with the rows of releases."""
+    query = select(releases, manifests.c.data).select_from(releases.outerjoin(manifests))
+    for row in dicts(connection, query):
+        yield from contradictions(connection, row)
 
 
 def contradictions(connection: Connection, row: dict[str, Any]) -> Iterator[str]:

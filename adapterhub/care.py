@@ -1,0 +1,200 @@
+"""Looking after a hub: verify what is there, repair what is damaged, take away what nobody needs. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from adapterhub import durable
+from adapterhub.errors import HubError, IntegrityError, NotFound, UsageError
+from adapterhub.manifest import File
+from adapterhub.packages import Packages
+from adapterhub.progress import shown
+from adapterhub.sources import Source
+from adapterhub.store import DATABASE, Problem
+
+Mode = Literal["quick", "full"] | float
+"""quick: everything is there, with its size. full: every byte is hashed. 0.05: one blob in twenty is."""
+DAY = 24 * 3600
+"""Seconds."""
+AGE = 30
+"""Days after which an unfinished training counts as given up."""
+ROOTS = "files at the last gc"
+_SHARE = re.compile(r"(\d{1,3})%")
+
+
+def verify(hub: Packages, mode: Mode = "full", today: int | None = None) -> list[Problem]:
+    """What is wrong with a hub: the index against itself and its manifests, parents that are missing, blobs. Empty when
+    all is sound.
+
+    today: days since the epoch; a share of the blobs is another one every day, so that in time all are hashed."""
+    problems: list[Problem] = []
+    try:
+        problems += [Problem(hub.root / DATABASE, reason) for reason in hub.index.check(manifests=mode != "quick")]
+        for child, parent in hub.index.missing_parents():
+            problems.append(Problem(hub.root / DATABASE, f"the parent {parent} is missing", (child,)))
+        needed = hub.index.files()
+        chosen = _chosen(mode, int(time.time() // DAY) if today is None else today)
+        with hub.store.shared():
+            damaged = [*hub.store.verify(shown("verify", needed), chosen)]
+        needed = hub.index.files() if damaged else needed  # another process may have removed some meanwhile
+        problems += [replace(p, releases=tuple(needed[file])) for file, p in damaged if file in needed]
+    except IntegrityError as error:  # the index cannot be read at all
+        problems.append(Problem(hub.root / DATABASE, str(error)))
+    return problems
+
+
+def parse_share(text: str) -> float:
+    """`5%` -> 0.05. Raises UsageError."""
+    share = _SHARE.fullmatch(text.strip())
+    if share is None or not 0 < int(share[1]) <= 100:
+        raise UsageError(f"{text!r} is no share of the blobs", "write it as 5%")
+    return int(share[1]) / 100
+
+
+def _chosen(mode: Mode, today: int):
+    """Which blobs are hashed; of the others only the size is looked at."""
+    if mode == "quick":
+        return lambda blob: False
+    if mode == "full":
+        return lambda blob: True
+    turns = round(1 / mode)
+    return lambda blob: int(blob.digest[-8:], 16) % turns == today % turns
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What became of damaged files."""
+
+    mended: list[Path]
+    left: list[Problem]
+
+
+def repair(hub: Packages, sources: Sequence[Source]) -> Repaired:
+    """Bring every damaged or missing blob again, from the first of the sources that has it sound. Nothing else changes.
+
+    What stays damaged is in `left`: no source has it, or it is the index itself."""
+    with hub.store.shared():
+        damaged = {file: problem for file, problem in hub.store.verify(shown("repair", hub.index.files()))}
+        for file in damaged:
+            for source in sources:
+                with suppress(HubError):
+                    source.fetch([file], hub.store)
+                if not [*hub.store.verify([file])]:
+                    break
+    left = verify(hub)
+    still = {problem.path for problem in left}
+    return Repaired([p.path for p in damaged.values() if p.path not in still], left)
+
+
+@dataclass(frozen=True)
+class Stray:
+    """Something in a hub's folder that nobody needs."""
+
+    path: Path
+    size: int
+    """Bytes."""
+    what: str
+
+
+def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AGE) -> list[Stray]:
+    """Take away what no release needs, nobody is bringing and no training goes on with; returns what went (or would).
+
+    Blobs under a lease stay. Trainings that were left alone for `days` lose their checkpoints. Raises HubError, and
+    takes nothing, when the index lists nothing although there are blobs, or less than half of what it listed the last time
+    (unless forced): that is how a lost or half-read index looks. Raises IntegrityError for a damaged index or list of parts."""
+    with hub.store.alone():
+        if faults := hub.index.check(manifests=False):
+            raise IntegrityError(f"the index is damaged: {faults[0]}", "adapterhub verify lists all damage")
+        needed = hub.index.files()
+        _sure(hub, needed, force)
+        found = [*_strays(hub, needed), *_trainings(hub.root / "training", days)]
+        if not dry_run:
+            unsynced: set[Path] = set()
+            for stray in found:
+                if stray.path.is_dir():
+                    durable.remove_tree(stray.path)
+                else:
+                    durable.remove(stray.path, unsynced)
+            durable.sync(unsynced)
+            hub.index.remember(ROOTS, len(needed))
+    return found
+
+
+def _sure(hub: Packages, needed: Collection[File], force: bool) -> None:
+    before = hub.index.remembered(ROOTS) or 0
+    if force or (needed and 2 * len(needed) >= before):
+        return
+    if needed or next(hub.store.stray(()), None) is not None:
+        raise HubError(
+            f"{hub.root / DATABASE} lists {len(needed)} files"
+            + (f", {before} at the last gc" if before else " although there are blobs"),
+            "if you removed the others yourself: --force; if not, restore the index from a copy",
+        )
+
+
+def _strays(hub: Packages, needed: Collection[File]) -> Iterator[Stray]:
+    leased = {digest.removeprefix("sha256:") for digest in hub.index.leased(time.time())}
+    for path in hub.store.stray(needed):
+        if path.name not in leased:
+            yield _stray(path, "half-written" if path.suffix == durable.TEMPORARY else "needed by no release")
+    for folder in (hub.root, hub.root / "incoming"):
+        for path in sorted(folder.glob(f".*{durable.TEMPORARY}")):
+            yield _stray(path, "half-written")
+    for path in sorted((hub.root / "incoming").glob("*.part")):
+        yield _stray(path, "half-fetched")  # whoever fetches shares the lock that we hold alone
+
+
+def _trainings(folder: Path, days: int) -> Iterator[Stray]:
+    """Checkpoints and kept stages that were left alone. While any training runs its stages may be anybody's."""
+    runs = [path for path in sorted(folder.glob("*")) if path.is_dir() and path.name != "stages"]
+    running = [run for run in runs if not _free(run / "lock")]
+    for run in runs:
+        if run not in running and _age(run) > days:
+            yield _stray(run, "an unfinished training")
+    for path in sorted((folder / "stages").glob("*")) if not running else ():
+        if _age(path) > days:
+            yield _stray(path, "a finished stage of a training")
+
+
+def _free(path: Path) -> bool:
+    if not path.exists():
+        return True
+    with durable.lock(path, wait=False) as held:
+        return held
+
+
+def _age(path: Path) -> float:
+    """Days since anything in it changed; a clock that was set back makes nothing older than it is."""
+    newest = max((p.stat().st_mtime for p in _files(path)), default=path.stat().st_mtime)
+    return (time.time() - newest) / DAY
+
+
+def _stray(path: Path, what: str) -> Stray:
+    return Stray(path, sum(p.lstat().st_size for p in _files(path)), what)
+
+
+def _files(path: Path) -> Iterable[Path]:
+    if not path.is_dir():
+        return [path]
+    return [Path(below, name) for below, _, names in os.walk(path) for name in names]
+
+
+def clean_cache(folder: Path, dry_run: bool = False) -> list[Stray]:
+    """Empty the cache folder of everything that can be made again, but for what is in use. Raises NotFound without one."""
+    if not folder.is_dir():
+        raise NotFound(f"there is no cache in {folder}", "nothing to clean")
+    found = []
+    for path in sorted(folder.iterdir()):
+        locks = [path] if path.suffix == ".lock" else [path.with_suffix(".lock")]
+        if all(_free(lock) for lock in locks):
+            found.append(_stray(path, "cached"))
+            if not dry_run:
+                durable.remove_tree(path) if path.is_dir() else durable.remove(path)
+    return found

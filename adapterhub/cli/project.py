@@ -1,0 +1,323 @@
+"""Commands about a project: adapterhub.toml says what it needs, adapterhub.lock what exactly it runs on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import adapterhub
+from adapterhub.cli.output import Json, json_out, note, one_line, out, size, table
+from adapterhub.errors import NotFound, UsageError
+
+if TYPE_CHECKING:
+    from adapterhub.lock import Lock, Locked
+    from adapterhub.sync import Options
+
+Locked_ = Annotated[bool, typer.Option("--locked", help="Fail if the lock is not up to date; change nothing.")]
+Frozen = Annotated[bool, typer.Option("--frozen", help="Take the lock as it is, without looking at adapterhub.toml.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Ask nothing of the network.")]
+Newer = Annotated[
+    str | None,
+    typer.Option("--exclude-newer", metavar="DATE", help="See no release after 2026-11-01 or 2026-11-01T12:00:00Z."),
+]
+But = Annotated[
+    list[str] | None, typer.Option("--but", metavar="NAME", help="An exception to --exclude-newer; may be repeated.")
+]
+
+
+def options(
+    locked: bool = False,
+    frozen: bool = False,
+    offline: bool = False,
+    exclude_newer: str | None = None,
+    but: Sequence[str] | None = None,
+) -> Options:
+    """The options as `adapterhub.sync` takes them. Raises UsageError."""
+    from adapterhub.sync import Options
+
+    if locked and frozen:
+        raise UsageError("--locked and --frozen exclude one another", "give one of them")
+    if exclude_newer and not re.fullmatch(r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\dZ)?", exclude_newer):
+        raise UsageError(f"{exclude_newer!r} is no date", "write 2026-11-01 or 2026-11-01T12:00:00Z (UTC)")
+    if exclude_newer and len(exclude_newer) == 10:
+        exclude_newer += "T23:59:59Z"
+    return Options(locked, frozen, offline, exclude_newer or "", tuple(but or ()))
+
+
+def add(
+    requirements: Annotated[
+        list[str], typer.Argument(metavar="REQUIREMENT...", help='"acme/sql>=1.2,<2", "team:acme/x".')
+    ],
+    offline: Offline = False,
+) -> None:
+    """Ask for adapters in adapterhub.toml (made when missing), lock them, and bring them.
+
+    Nothing changes when what is asked for does not fit together.
+
+    \b
+    Example:
+      adapterhub add "acme/sql>=1.2,<2"
+    """
+    from adapterhub import project
+    from adapterhub.requirement import Requirement
+
+    asked = [Requirement.parse(text) for text in requirements]
+    try:
+        folder = project.find()
+    except NotFound:
+        folder = Path.cwd()
+
+    def change() -> None:
+        for requirement in asked:
+            project.add(folder, requirement)
+
+    _changed(folder, change, options(offline=offline))
+
+
+def remove(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="As adapterhub.toml has it.")],
+    offline: Offline = False,
+) -> None:
+    """No longer ask for adapters. What is in the hub stays there: adapterhub rm takes it away.
+
+    \b
+    Example:
+      adapterhub remove acme/sql
+    """
+    from adapterhub import project
+
+    folder = project.find()
+
+    def change() -> None:
+        for name in names:
+            project.remove(folder, name)
+
+    _changed(folder, change, options(offline=offline))
+
+
+def lock(
+    locked: Locked_ = False,
+    offline: Offline = False,
+    exclude_newer: Newer = None,
+    but: But = None,
+    as_json: Json = False,
+) -> None:
+    """Find the versions that fit together, and write adapterhub.lock. What is locked stays where it still fits.
+
+    \b
+    Example:
+      adapterhub lock --locked
+    """
+    from adapterhub import project, sync
+
+    folder = project.find()
+    made, changed, notes = sync.lock(adapterhub.open(), folder, options(locked, False, offline, exclude_newer, but))
+    _told(notes)
+    if as_json:
+        return json_out({"changed": changed, "adapters": [_record(one) for one in made.adapter]})
+    note(f"{folder / project.LOCK} {'is new' if changed else 'is up to date'}: {len(made.adapter)} releases")
+
+
+def sync(
+    locked: Locked_ = False,
+    frozen: Frozen = False,
+    offline: Offline = False,
+    exclude_newer: Newer = None,
+    but: But = None,
+    as_json: Json = False,
+) -> None:
+    """Bring into the hub exactly what the lock says, making it first if need be; every byte hashed.
+
+    \b
+    Example:
+      adapterhub sync --locked
+    """
+    from adapterhub import project
+
+    _synced(project.find(), options(locked, frozen, offline, exclude_newer, but), None, as_json)
+
+
+def update(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="All if left out.")] = None,
+    offline: Offline = False,
+    exclude_newer: Newer = None,
+    but: But = None,
+) -> None:
+    """Take the newest versions that adapterhub.toml allows, and bring them.
+
+    \b
+    Example:
+      adapterhub update acme/sql
+    """
+    from adapterhub import project
+
+    folder = project.find()
+    known = [requirement.name for requirement in project.read(folder).requirements()]
+    for name in names or ():
+        if name not in known:
+            raise NotFound(f"{project.FILE} does not ask for {name}", f"it asks for {', '.join(known) or 'nothing'}")
+    _synced(folder, options(False, False, offline, exclude_newer, but), tuple(names or ()), False)
+
+
+def tree(as_json: Json = False) -> None:
+    """Show what is locked: each adapter that is asked for, and below it what it needs.
+
+    \b
+    Example:
+      adapterhub tree
+    """
+    made = _lock()
+    if as_json:
+        return json_out(
+            {
+                "adapters": [_record(one) for one in made.adapter],
+                "stacks": {stack.name: stack.expression for stack in made.stack},
+                "bases": [{"name": base.name, "sketch": base.sketch} for base in made.base],
+                "plugins": {plugin.name: plugin.version for plugin in made.plugin},
+            }
+        )
+    bases = {base.sketch: base.name for base in made.base}
+    for one in made.adapter:
+        if one.asked:
+            for depth, below, again in _below(made, one):
+                out(f"{'    ' * depth}{below}  {bases[below.base]}  {size(below.size)}  {below.source}{again}")
+    for stack in made.stack:
+        out(f"stack {stack.name} = {stack.expression}")
+    for plugin in made.plugin:
+        out(f"plugin {plugin.name} {plugin.version}")
+
+
+def why(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="name or name@version.")],
+    as_json: Json = False,
+) -> None:
+    """Say who needs an adapter that is locked.
+
+    \b
+    Example:
+      adapterhub why acme/base
+    """
+    from adapterhub import project
+
+    made = _lock()
+    found = [one for one in made.adapter if name in (one.name, str(one))]
+    if not found:
+        raise NotFound(f"{name} is not locked", "adapterhub tree shows what is")
+    mine = project.read(project.find())
+    stacks, asked = mine.stacked(), mine.adapters
+    reasons = []
+    for one in found:
+        by = [project.FILE] if one.asked and one.name in asked else []
+        by += [f"the stack {stack}" for stack, names in stacks.items() if one.asked and one.name in names]
+        by += [str(other) for other in made.adapter if one.digest in other.needs]
+        reasons.append((one, by))
+    if as_json:
+        return json_out({"adapters": [{**_record(one), "needed_by": by} for one, by in reasons]})
+    for one, by in reasons:
+        out(f"{one} is needed by {', '.join(by)}")
+
+
+def outdated(offline: Offline = False, as_json: Json = False) -> None:
+    """Show what newer versions there are: the newest that adapterhub.toml allows, and the newest of all.
+
+    \b
+    Example:
+      adapterhub outdated
+    """
+    from packaging.version import Version
+
+    from adapterhub import project
+    from adapterhub.sync import sources
+
+    folder = project.find()
+    asked, made = project.read(folder), _lock()
+    found = sources(adapterhub.open(), folder, asked, offline)
+    rows = []
+    for requirement in asked.requirements():
+        _, candidates, _ = found.candidates(requirement.name, requirement.source)
+        usable = [c for c in candidates if c.yanked is None]
+        best = max((c.version for c in usable), key=Version, default="")
+        allowed = max((c.version for c in usable if requirement.accepts(c)), key=Version, default="")
+        now = made.chosen(requirement.name)
+        if now is not None and now.version != best:
+            rows.append((requirement.name, now.version, allowed, best))
+    if as_json:
+        names = ("name", "locked", "allowed", "newest")
+        return json_out({"outdated": [dict(zip(names, row, strict=True)) for row in rows]})
+    if not rows:
+        return note("everything is the newest")
+    table(("NAME", "LOCKED", "ALLOWED", "NEWEST"), rows)
+
+
+def _changed(folder: Path, change: Any, how: Options) -> None:
+    """Change adapterhub.toml, lock and sync; if anything fails both files are as they were."""
+    from adapterhub import durable, project
+
+    paths = [folder / project.FILE, folder / project.LOCK]
+    before = {path: path.read_bytes() if path.exists() else None for path in paths}
+    try:
+        change()
+        _synced(folder, how, None, False)
+    except BaseException:
+        for path, data in before.items():
+            if data is None:
+                durable.remove(path)
+            elif path.read_bytes() != data:
+                durable.write_bytes(path, data)
+        raise
+
+
+def _synced(folder: Path, how: Options, update: Sequence[str] | None, as_json: bool) -> None:
+    from adapterhub import sync
+
+    hub = adapterhub.open()
+    made, changed, notes = sync.lock(hub, folder, how, update)
+    came, more = sync.sync(hub, folder, made, how)
+    _told(dict.fromkeys([*notes, *more]))
+    if as_json:
+        came_digests = {release.digest for release in came}
+        listed = [{**_record(one), "new": one.digest in came_digests} for one in made.adapter]
+        return json_out({"changed": changed, "adapters": listed})
+    for release in came:
+        out(f"{release}  {release.digest}")
+    note(f"{len(made.adapter)} releases locked, {len(came)} brought to {hub.root}")
+
+
+def _lock() -> Lock:
+    from adapterhub import lock, project
+
+    return lock.read(project.find())
+
+
+def _below(made: Lock, root: Locked) -> Iterator[tuple[int, Locked, str]]:
+    """What a release needs, level by level: depth, release, and a mark where it was shown above."""
+    seen: set[str] = set()
+    waiting = [(0, root)]
+    while waiting:
+        depth, one = waiting.pop()
+        yield depth, one, "  (see above)" if one.digest in seen else ""
+        if one.digest not in seen:
+            seen.add(one.digest)
+            needed = [made.find(digest) for digest in one.needs]
+            waiting += [(depth + 1, below) for below in sorted(filter(None, needed), key=str, reverse=True)]
+
+
+def _record(one: Locked) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "version": one.version,
+        "digest": one.digest,
+        "size": one.size,
+        "source": one.source,
+        "asked": one.asked,
+        "needs": one.needs,
+    }
+
+
+def _told(notes: Any) -> None:
+    for line in notes:
+        note(f"warning: {one_line(line)}")

@@ -1,0 +1,200 @@
+"""A project brought into a hub: resolve and lock, then install exactly what the lock says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterhub import lock as locks
+from adapterhub import project as projects
+from adapterhub import settings
+from adapterhub.compose import base_difference
+from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound
+from adapterhub.lock import Lock, Locked
+from adapterhub.manifest import Base, Release
+from adapterhub.packages import Packages
+from adapterhub.project import LOCK, Project
+from adapterhub.resolve import Asked, Resolution, Rules, resolve
+from adapterhub.sources import Source
+from adapterhub.sources.table import HERE, Sources, Table, check_tables
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a project is locked and brought."""
+
+    locked: bool = False
+    """The lock must be up to date; else StaleLock, and nothing changes."""
+    frozen: bool = False
+    """The lock is taken as it is."""
+    offline: bool = False
+    """Nothing is asked of the network."""
+    exclude_newer: str = ""
+    """Releases after this time (UTC, ISO 8601) are not seen ..."""
+    but: Collection[str] = ()
+    """... unless they have one of these names."""
+
+
+def sources(
+    hub: Packages, folder: Path | None = None, project: Project | None = None, offline: bool = False
+) -> Sources:
+    """The project's sources, then the user's, then the hub itself."""
+    own = settings.load().sources
+    mine = {name: settings.converted(table, Table, f"[sources.{name}]") for name, table in own.items()}
+    check_tables(mine, settings.config_file())
+    tables = [(name, table, folder) for name, table in project.sources.items()] if project and folder else []
+    tables += [(name, table, settings.config_folder()) for name, table in mine.items()]
+    if url := os.environ.get("ADAPTERHUB_REGISTRY"):
+        tables.append(("registry", Table(url=url), settings.config_folder()))
+    return Sources(hub, tables, offline or os.environ.get("ADAPTERHUB_OFFLINE", "") not in ("", "0"))
+
+
+def lock(
+    hub: Packages, folder: Path, options: Options, update: Collection[str] | None = None
+) -> tuple[Lock, bool, list[str]]:
+    """The lock of the project in a folder, made or brought up to date; whether it changed; what the user should know.
+
+    What is locked already stays where it still fits; update: names that are looked for anew, () for all.
+    Raises StaleLock under `locked`, NotFound under `frozen` without one, and what `resolve` raises."""
+    project = projects.read(folder)
+    if options.frozen:
+        return locks.read(folder), False, []
+    before = locks.read(folder) if options.locked or (folder / LOCK).exists() else None
+    if options.locked and before is not None:
+        locks.require_fresh(before, project, folder)
+        return before, False, []
+    keep = {one.name: one.digest for one in before.adapter if one.asked} if before and update != () else {}
+    keep = {name: digest for name, digest in keep.items() if name not in (update or ())}
+    found = sources(hub, folder, project, options.offline)
+    rules = Rules(options.exclude_newer, options.but, keep, _copies(hub, found))
+    asked = [Asked(requirement, _asker(project, requirement.name)) for requirement in project.requirements()]
+    answer = resolve(asked, found, project.stacked(), rules)
+    made = locks.made(project, answer)
+    return made, locks.write(folder, made), answer.notes
+
+
+def sync(hub: Packages, folder: Path, lock: Lock, options: Options) -> tuple[list[Release], list[str]]:
+    """Bring what the lock says and the hub lacks; the releases that came, and what the user should know.
+
+    Raises NotFound, naming the digest, for what a source no longer has, IntegrityError for another under its name:
+    nothing takes the place of what is locked."""
+    project = projects.read(folder)
+    found = sources(hub, folder, project, options.offline)
+    notes, came = [], []
+    for one in lock.adapter:
+        if one.asked:
+            notes += _yanked(found, one)
+        if not one.asked or hub.has(one.digest):
+            continue
+        source = _source(found, one, folder)
+        came += hub.bring(source, [_locked_release(source, one)])
+    for one in lock.adapter:
+        if hub.index.find(one.digest) is None:
+            raise NotFound(f"{one} ({one.digest}) is locked, and what needs it does not", "adapterhub lock")
+    return came, notes
+
+
+def install(hub: Packages, asked: Sequence[Asked], options: Options) -> tuple[list[Release], list[str]]:
+    """Bring the newest releases that fit together and meet the requirements, from the sources there are."""
+    try:
+        folder = projects.find()
+        project = projects.read(folder)
+    except NotFound:
+        folder, project = None, None
+    found = sources(hub, folder, project, options.offline)
+    rules = Rules(options.exclude_newer, options.but, {}, _copies(hub, found))
+    answer = resolve(asked, found, {}, rules)
+    came = []
+    for release, source in answer.chosen.values():
+        came += [release] if source == HERE else hub.bring(found.get(source), [release])
+    return came, answer.notes
+
+
+def stack(hub: Packages, name: str) -> str:
+    """The pinned expression of a stack of the nearest project, whose releases are in this hub.
+
+    Raises NotFound for a stack that is not locked or a release that was not synced, IntegrityError for another release
+    under a locked version."""
+    folder = projects.find()
+    project, lock = projects.read(folder), locks.read(folder)
+    locks.require_fresh(lock, project, folder)
+    found = next((one for one in lock.stack if one.name == name), None)
+    if found is None:
+        raise NotFound(
+            f"{folder / projects.FILE} has no stack {name!r}", f"it has {', '.join(project.stacks) or 'none'}"
+        )
+    for one in lock.adapter:
+        here = hub.index.get(one.name, one.version)
+        if here is None:
+            raise NotFound(f"{one} is locked, and not in {hub.root}", "adapterhub sync")
+        if here.digest != one.digest:
+            raise IntegrityError(f"{one} in {hub.root} is {here.digest}, the lock says {one.digest}", "adapterhub lock")
+    return found.expression
+
+
+def _asker(project: Project, name: str) -> str:
+    if name in project.adapters:
+        return projects.FILE
+    return "the stack " + next(stack for stack, names in project.stacked().items() if name in names)
+
+
+def _source(found: Sources, one: Locked, folder: Path) -> Source:
+    if one.source == HERE:
+        raise NotFound(
+            f"{one} ({one.digest}) was made in the hub where {folder / LOCK} was locked, and is not in this one",
+            "publish it from there to a source that both know",
+        )
+    return found.get(one.source)
+
+
+def _locked_release(source: Source, one: Locked) -> Release:
+    try:
+        return source.release(one.name, one.version, one.digest)
+    except NotFound as error:
+        raise NotFound(
+            f"{one} ({one.digest}) is locked, and {one.source} no longer has it: {error}",
+            "ask its publisher; or take another version: adapterhub update " + one.name,
+        ) from None
+    except IntegrityError as error:
+        raise locks.StaleLock(
+            f"{one} is not what the lock says: {error}", "restore the lock, or find out who changed the release"
+        ) from None
+
+
+def _yanked(found: Sources, one: Locked) -> list[str]:
+    if one.source == HERE or found.offline:
+        return []
+    try:
+        offered = found.get(one.source).candidates(one.name)
+    except HubError:  # what is here already needs no source
+        return []
+    return [f"{one} was yanked: {c.yanked}" for c in offered if c.digest == one.digest and c.yanked is not None]
+
+
+def _copies(hub: Packages, found: Sources):
+    """Whether two bases are copies of one model: needs their sketches, which are fetched from wherever they are."""
+
+    def copies(one: Base, other: Base) -> bool:
+        with hub.store.shared():
+            for base in (one, other):
+                if hub.store.fault(base.sketch) is not None:
+                    _fetch_sketch(hub, found, base)
+            try:
+                return not base_difference(hub, one, other)
+            except (HubError, IncompatibleBase):
+                return False
+
+    return copies
+
+
+def _fetch_sketch(hub: Packages, found: Sources, base: Base) -> None:
+    for name in found.names():
+        try:
+            return found.get(name).fetch([base.sketch], hub.store)
+        except HubError:
+            continue
+
+
+__all__ = ["Options", "Resolution", "install", "lock", "sources", "stack", "sync"]

@@ -12,6 +12,10 @@ from adapterhub.manifest import Base, Manifest, Parent, Reference, Release, chec
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
+    from adapterhub.packages import Packages
+
+STACK = "stack:"
+"""How a named stack of a project stands where an expression does."""
 
 
 def compose(hub: Hub, expression: str, name: str, version: str | None = None) -> Release:
@@ -19,7 +23,7 @@ def compose(hub: Hub, expression: str, name: str, version: str | None = None) ->
 
     Raises ExpressionError, NotFound, IncompatibleBase (its parts were made for unlike bases)."""
     check_name(name)
-    pinned = pin(hub, parse(expression))
+    pinned = pin(hub, read(hub, expression))
     expand(hub, pinned)  # what could not run is not saved
     releases = {str(ref): hub.resolve(ref) for ref in references(pinned)}
     manifest = Manifest(
@@ -33,6 +37,17 @@ def compose(hub: Hub, expression: str, name: str, version: str | None = None) ->
         licence=joined_licences(list(releases.values())),
     )
     return hub.publish(manifest, {}, None, version=version)[0]
+
+
+def read(hub: Packages, text: str) -> Node | Ensemble:
+    """An expression as a user writes it; `stack:helpdesk` is that stack of the nearest project, as its lock pins it.
+
+    Raises ExpressionError, and what `sync.stack` raises."""
+    if text.startswith(STACK):
+        from adapterhub.sync import stack
+
+        text = stack(hub, text.removeprefix(STACK).strip())
+    return parse(text)
 
 
 def pin(hub: Hub, node: Node | Ensemble) -> Node | Ensemble:

@@ -76,13 +76,18 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return lines
 
 
-def find(start: Path | None = None) -> Path:
-    """The folder of the nearest adapterhub.toml, from a folder upwards. Raises NotFound."""
-    here = (start or Path.cwd()).absolute()
-    for folder in (here, *here.parents):
-        if (folder / FILE).is_file():
-            return folder
-    raise NotFound(f"no {FILE} in {here} or above it", "adapterhub add NAME makes one here")
+def nearest() -> Path | None:
+    """The folder of the nearest adapterhub.toml, from the working directory upwards."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / FILE).is_file()), None)
+
+
+def find() -> Path:
+    """The same. Raises NotFound when there is none."""
+    folder = nearest()
+    if folder is None:
+        raise NotFound(f"no {FILE} in {Path.cwd()} or above it", "adapterhub add NAME makes one here")
+    return folder
 
 
 def read(folder: Path) -> Project:

@@ -10,9 +10,9 @@ from torch import nn
 
 from adapterhub import plugins
 from adapterhub.adapter import Adapter, Modifications, as_parameters, bind, check_fit, check_range
-from adapterhub.compose import expand, warn_missing_parents
+from adapterhub.compose import expand, read, warn_missing_parents
 from adapterhub.errors import IncompatibleBase, UsageError
-from adapterhub.expression import Node, parse, references
+from adapterhub.expression import Node, references
 from adapterhub.sites import Site, current_path
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Residents:
         if expression not in self._nodes:
             if self.hub is None:
                 raise UsageError("this model has no hub to find adapters in", "load it with hub.load(...)")
-            node = expand(self.hub, parse(expression))
+            node = expand(self.hub, read(self.hub, expression))
             warn_missing_parents([self.hub.resolve(reference) for reference in dict.fromkeys(references(node))])
             self._nodes[expression] = node
         return self._nodes[expression]

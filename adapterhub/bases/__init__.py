@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub import durable, plugins
+from adapterhub import project as projects
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
 from adapterhub.formats.safetensors_header import read_header
 
@@ -60,8 +61,13 @@ def cache_folder() -> Path:
 
 def resolve(base: str | Path) -> ResolvedBase:
     """A known name ("smollm2"), else a folder with config.json and safetensors, else a Hugging Face repo id, which is
-    downloaded (from its own cache when offline). Raises NotFound, or UnsafeFile for a folder of pickles."""
+    downloaded (from its own cache when offline). Before all, what the nearest adapterhub.toml calls so in [bases].
+
+    Raises NotFound, or UnsafeFile for a folder of pickles."""
     text = str(base)
+    if isinstance(base, str) and (folder := projects.nearest()) is not None:
+        text = projects.read(folder).bases.get(text, text)
+        base = folder / text if text.startswith((".", "/")) else text
     if text in plugins.names("bases"):
         known = plugins.load("bases", text)()
         return ResolvedBase(text, known.folder(), known.note)

@@ -9,7 +9,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from adapterhub import plugins
-from adapterhub.compose import common_base, expand, warn_missing_parents, weighed
+from adapterhub.compose import common_base, expand, read, warn_missing_parents, weighed
 from adapterhub.errors import HubError
 from adapterhub.expression import Ensemble, Gate, Mix, Node, Ref, Scale, Stack, parse, references
 from adapterhub.index import kind
@@ -73,7 +73,7 @@ def explain(hub: Hub, expression: str, base: object = None) -> dict[str, Any]:
 def _steps(hub: Hub, text: str, base: object) -> Iterator[Step]:
     """Until a problem leaves the others nothing to look at."""
     try:
-        node = parse(text)
+        node = read(hub, text)
     except HubError as error:
         yield problem("expression", error)
         return

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from adapterhub.expression import parse, references
+from adapterhub.compose import read
+from adapterhub.expression import references
 from adapterhub.index import kind
 from adapterhub.manifest import Base, Parent, Release
 from adapterhub.packages import Packages
@@ -31,7 +32,7 @@ class Material:
 def materials(hub: Packages, expression: str) -> list[Material]:
     """Every release that the expression is made of, and what those come from; what it names first."""
     trust = policy()
-    asked = [hub.resolve(reference) for reference in references(parse(expression))]
+    asked = [hub.resolve(reference) for reference in references(read(hub, expression))]
     found: dict[str, Material] = {}
     waiting: list[tuple[Release | Parent, bool]] = [(release, True) for release in asked]
     while waiting:

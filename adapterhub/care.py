@@ -148,7 +148,11 @@ def _strays(hub: Packages, needed: Collection[File]) -> Iterator[Stray]:
         for path in sorted(folder.glob(f".*{durable.TEMPORARY}")):
             yield _stray(path, "half-written")
     for path in sorted((hub.root / "incoming").glob("*.part")):
-        yield _stray(path, "half-fetched")  # whoever fetches shares the lock that we hold alone
+        if path.stem not in leased:  # whoever fetches into this hub shares the lock that we hold alone
+            yield _stray(path, "half-fetched")
+    for path in sorted((hub.root / "incoming").glob("*.lock")):
+        if path.stem not in leased:
+            yield _stray(path, "half-fetched")
 
 
 def _trainings(folder: Path, days: int) -> Iterator[Stray]:

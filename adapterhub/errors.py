@@ -23,6 +23,12 @@ class NotFound(HubError):
     code = 3
 
 
+class Unreachable(HubError):
+    """A source that does not answer, or not in time, or that refuses us."""
+
+    code = 3
+
+
 class IntegrityError(HubError):
     """Bytes that are not what their digest or their header says."""
 

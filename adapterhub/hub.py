@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from adapterhub.runtime import Model
 
 
-def open(path: str | Path | None = None, create: bool = False) -> Hub:
+def open(path: str | Path | None = None, create: bool = False, database: str | None = None) -> Hub:
     """The hub in a folder; without a path the nearest one above the working directory, else the user's own.
 
     The user's own (in ADAPTERHUB_HOME, else the platform's data folder) is made on first use, any other with `create`.
-    Raises NotFound when there is none."""
+    database: the URL of another database for its index, as a registry may have. Raises NotFound when there is no hub."""
     if path is None:
         here = Path.cwd()
         root = next((folder for folder in (here, *here.parents) if _is_hub(folder)), None)
@@ -31,13 +31,13 @@ def open(path: str | Path | None = None, create: bool = False) -> Hub:
         root = durable.user_path(path)
         if root.name == DATABASE:
             root = root.parent
-    if not _is_hub(root):
+    if not _is_hub(root) and database is None:
         if not create:
             raise NotFound(f"no hub in {root}", f"make one: adapterhub init {root}")
         durable.make_folder(root)
     from adapterhub_registry.database import Database
 
-    return Hub(root, Database(root / DATABASE, create=create and not _is_hub(root)))
+    return Hub(root, Database(root / DATABASE, create=create and not _is_hub(root), url=database))
 
 
 def _is_hub(folder: Path) -> bool:

@@ -65,6 +65,8 @@ def lock(
     if options.locked and before is not None:
         locks.require_fresh(before, project, folder)
         return before, False, []
+    if before is not None and update is None and not options.exclude_newer and before.requirements == project.stated():
+        return before, False, []
     keep = {one.name: one.digest for one in before.adapter if one.asked} if before and update != () else {}
     keep = {name: digest for name, digest in keep.items() if name not in (update or ())}
     found = sources(hub, folder, project, options.offline)

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from adapterhub.cli import care, doctor, look, make, packages, plugins, project, run, trust
+from adapterhub.cli import care, doctor, look, make, packages, plugins, project, run, share, trust
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
 from adapterhub.errors import HubError
 
@@ -68,6 +68,7 @@ PANELS = {
         "compose": make.compose,
     },
     "Use them": {"run": run.run, "chat": run.chat, "eval": run.eval_, "explain": look.explain, "demo": run.demo},
+    "Share": {"push": share.push, "serve": share.serve},
     "Trust": {"sign": trust.sign, "bom": trust.bom},
     "Look after the hub": {
         "verify": care.verify,

@@ -32,17 +32,18 @@ from adapterhub_registry.tables import (
 
 
 class Database:
-    """An `adapterhub.index.Index` over the SQLite file at `path`, which is made when `create` says so.
+    """An `adapterhub.index.Index` over the SQLite file at `path`, which is made when `create` says so; or over the database at
+    `url`, whose tables are made when there are none.
 
     An older schema is brought up to date, after a copy of the file was put beside it. An empty file is what a process
     killed while it made the hub leaves: with `create` it is filled, without it the hub's contents are lost. Raises
     IntegrityError for that, HubError for a file that is no such database, or a newer one."""
 
-    def __init__(self, path: Path, create: bool = False):
-        self.path = Path(path)
-        self._engine = Engine(self.path, create)
+    def __init__(self, path: Path, create: bool = False, url: str | None = None):
+        self._engine = Engine(Path(path), create, url)
+        self.path = self._engine.path
         version = self._version()
-        if version is None and not create:
+        if version is None and not create and url is None:
             raise IntegrityError(
                 f"{self.path} is empty: it lists nothing",
                 "restore it from a copy; to begin anew, move it and the blobs away, then adapterhub init",
@@ -51,8 +52,8 @@ class Database:
             from adapterhub_registry.migrate import upgrade
 
             with self._engine.write() as connection:
-                if version is not None:  # a reader of the file under our write lock
-                    durable.write_file(self.path.with_name(f"{self.path.name}.{version}.backup"), self.path)
+                if version is not None and url is None:  # a reader of the file under our write lock
+                    durable.write_file(path.with_name(f"{path.name}.{version}.backup"), path)
                 upgrade(connection, self.path)
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -124,9 +125,7 @@ class Database:
 
     def check(self, manifests: bool = True) -> list[str]:
         with self._engine.read() as connection:
-            found = [line for (line,) in connection.execute(text("PRAGMA integrity_check")) if line != "ok"]
-            for table, *_ in connection.execute(text("PRAGMA foreign_key_check")):
-                found.append(f"a row of the table {table} names a release that is not there")
+            found = self._engine.faults(connection)
             found += rows.all_contradictions(connection) if manifests else ()
             found += rows.unlisted(connection)
         return found
@@ -275,7 +274,7 @@ class Database:
     def _version(self) -> str | None:
         """Which migration the file is at; None for an empty one."""
         with self._engine.read() as connection:
-            present = set(connection.scalars(text("SELECT name FROM sqlite_master WHERE type = 'table'")))
+            present = self._engine.tables(connection)
             if "alembic_version" in present:
                 return connection.scalar(text("SELECT version_num FROM alembic_version"))
         if present:

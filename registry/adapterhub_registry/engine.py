@@ -1,4 +1,7 @@
-"""One SQLite file as SQLAlchemy sees it: connections, transactions, and its refusals in the user's words."""
+"""One database as SQLAlchemy sees it: connections, transactions, and its refusals in the user's words.
+
+A hub's is a SQLite file. A registry may use any other that SQLAlchemy reaches, by its URL.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import Connection, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection, create_engine, event, inspect, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
 from adapterhub import durable
-from adapterhub.errors import HubError, IntegrityError
+from adapterhub.errors import HubError, IntegrityError, UsageError
 
 PATIENCE = 60
 """Seconds to wait for another process's transaction."""
 
 
 class Engine:
-    """Transactions on the SQLite file at `path`."""
+    """Transactions on the SQLite file at `path`, or on the database at `url`."""
 
-    def __init__(self, path: Path, create: bool):
-        self.path = path
-        uri = f"{path.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
-        # No pool: nothing stays open between two calls, so a fork or a removed folder cannot hurt.
-        self._engine = create_engine(
-            "sqlite://", creator=lambda: _connect(uri), poolclass=NullPool, skip_autocommit_rollback=True
-        )
-        event.listen(self._engine, "begin", _begin)
+    def __init__(self, path: Path, create: bool, url: str | None = None):
+        self.path: Path | str = path
+        self.sqlite = url is None
+        if url is None:
+            uri = f"{path.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
+            # No pool: nothing stays open between two calls, so a fork or a removed folder cannot hurt.
+            self._engine = create_engine(
+                "sqlite://", creator=lambda: _connect(uri), poolclass=NullPool, skip_autocommit_rollback=True
+            )
+            event.listen(self._engine, "begin", _begin)
+        else:
+            try:
+                self.path = make_url(url).render_as_string(hide_password=True)
+                self._engine = create_engine(url, pool_pre_ping=True)
+            except (ArgumentError, NoSuchModuleError, ImportError) as error:
+                raise UsageError(
+                    f"no database at {self.path}: {error}",
+                    "write postgresql+psycopg://user@host/name, and install its driver",
+                ) from None
         event.listen(self._engine, "commit", self._announce)
         self._writer = self._engine.execution_options(writes=True)
 
@@ -41,11 +55,28 @@ class Engine:
     def write(self) -> Iterator[Connection]:
         """A transaction: all of it, or nothing."""
         with self._told(), self._writer.begin() as connection:
+            if not self.sqlite and inspect(connection).has_table("state"):  # one writer at a time, as SQLite has it
+                connection.execute(text("LOCK TABLE state IN EXCLUSIVE MODE"))
             yield connection
+
+    def tables(self, connection: Connection) -> set[str]:
+        """The names of the tables there."""
+        if self.sqlite:
+            return set(connection.scalars(text("SELECT name FROM sqlite_master WHERE type = 'table'")))
+        return set(inspect(connection).get_table_names())
+
+    def faults(self, connection: Connection) -> list[str]:
+        """What the database itself finds wrong; others than SQLite look after themselves."""
+        if not self.sqlite:
+            return []
+        found = [line for (line,) in connection.execute(text("PRAGMA integrity_check")) if line != "ok"]
+        for table, *_ in connection.execute(text("PRAGMA foreign_key_check")):
+            found.append(f"a row of the table {table} names a release that is not there")
+        return found
 
     def _announce(self, connection: Connection) -> None:
         if connection.get_execution_options().get("writes", False):
-            durable.announce("commit", self.path)
+            durable.announce("commit", Path(self.path))
 
     @contextmanager
     def _told(self) -> Iterator[None]:

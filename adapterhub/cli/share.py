@@ -1,0 +1,91 @@
+"""Commands that share: push to a registry or the Hub, and serve a registry."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import adapterhub
+from adapterhub.cli.output import note, out
+from adapterhub.errors import NotFound, PluginError, UsageError
+
+
+def push(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="name, name@version or name@tag.")],
+    where: Annotated[
+        str, typer.Argument(metavar="WHERE", help="hf:user/repo, the address of a registry, or a source's name.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="A repo that is made on the Hub is private.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commits on the Hub.")] = None,
+) -> None:
+    """Publish a release, with what it needs, where others install it from.
+
+    The Hub takes the token of `hf auth login` (or HF_TOKEN), a registry that in ADAPTERHUB_TOKEN.
+
+    \b
+    Example:
+      adapterhub push acme/sql hf:acme/sql
+    """
+    hub = adapterhub.open()
+    if where.startswith("hf:"):
+        from adapterhub.huggingface.push import push as push_to_hub
+
+        release, new = push_to_hub(hub, ref, where.removeprefix("hf:"), private=private, message=message)
+    else:
+        from adapterhub.sources.registry_push import push as push_to_registry
+
+        release, new = push_to_registry(hub, ref, _address(hub, where))
+    out(f"{release}  {release.digest}")
+    note(f"{where}: {'published' if new else 'has it already'}")
+
+
+def _address(hub: adapterhub.Hub, where: str) -> str:
+    if where.startswith(("http://", "https://")):
+        return where
+    from adapterhub import project
+    from adapterhub.sources.registry import Registry
+    from adapterhub.sync import sources
+
+    folder = project.nearest()
+    source = sources(hub, folder, project.read(folder) if folder else None).get(where)
+    if not isinstance(source, Registry):
+        raise UsageError(f"{where} is no registry", "push takes hf:user/repo, an address, or a source with a url")
+    return source.http.url
+
+
+def serve(
+    directory: Annotated[Path | None, typer.Option("--hub", help="Its folder; the nearest hub if left out.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    database: Annotated[
+        str | None, typer.Option(metavar="URL", help="Index in another database, e.g. postgresql+psycopg://...")
+    ] = None,
+    key: Annotated[str | None, typer.Option(metavar="NAME", help="Sign its lists with this key of yours.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Holds the token that a writer must show; else ADAPTERHUB_REGISTRY_TOKEN.")
+    ] = None,
+) -> None:
+    """Serve a hub as a registry over HTTP. Reading is open; without a token nobody can write.
+
+    \b
+    Example:
+      adapterhub serve --hub /srv/adapters --port 8000
+    """
+    try:
+        from adapterhub_registry.serve import server
+        from adapterhub_registry.server import make_app
+    except ImportError:
+        raise PluginError("the server is not installed", "pip install 'adapterhub[registry]'") from None
+    from adapterhub.trust.keys import load_key
+
+    try:
+        token = token_file.read_text().strip() if token_file else os.environ.get("ADAPTERHUB_REGISTRY_TOKEN", "")
+    except OSError as error:
+        raise NotFound(f"{token_file} cannot be read: {error.strerror}", "give a file that holds the token") from None
+    hub = adapterhub.open(directory, database=database)
+    running = server(make_app(hub, token, load_key(key) if key else None), host, port)
+    note(f"serving {hub.root} at http://{host}:{port}, {'writing with a token' if token else 'read-only'}")
+    running.run()

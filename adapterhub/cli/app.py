@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from adapterhub.cli import care, doctor, look, make, packages, plugins, project, run, share, trust
+from adapterhub.cli import care, doctor, locked, look, make, packages, plugins, project, run, share, trust
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
 from adapterhub.errors import HubError
 
@@ -57,9 +57,9 @@ PANELS = {
         "lock": project.lock,
         "sync": project.sync,
         "update": project.update,
-        "tree": project.tree,
-        "why": project.why,
-        "outdated": project.outdated,
+        "tree": locked.tree,
+        "why": locked.why,
+        "outdated": locked.outdated,
     },
     "Make adapters": {
         "train": make.train,

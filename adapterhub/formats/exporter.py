@@ -15,7 +15,7 @@ from adapterhub.expression import Ref, references
 from adapterhub.formats.peft import TENSORS
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import CONFIG
-from adapterhub.formats.peft_write import FindBase, written
+from adapterhub.formats.peft_write import Files, FindBase, written
 from adapterhub.manifest import Reference, Release
 from adapterhub.plan import assemble
 from adapterhub.tensors import dump
@@ -39,15 +39,20 @@ def export(
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}", f"formats: {', '.join(FORMATS)}; or bundle, for another hub")
     release = hub.resolve(reference)
-    node = expand(hub, Ref(Reference(release.name, release.version)))
-    warn_missing_parents([hub.resolve(reference) for reference in dict.fromkeys(references(node))])
-    config, tensors = written(release, assemble(node, _loader(hub), join=True), _finder(hub, release, base))
+    config, tensors = as_peft(hub, release, base)
     folder = durable.user_path(folder)
     with durable.new_folder(folder) as out:
         durable.write_bytes(out / TENSORS, dump(tensors))
         durable.write_bytes(out / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
         durable.write_bytes(out / "README.md", _card(release, config["peft_type"]).encode())
     return folder
+
+
+def as_peft(hub: Hub, release: Release, base: str | Path | None = None) -> Files:
+    """PEFT's config and tensors of a release. Raises and warns as `export` does."""
+    node = expand(hub, Ref(Reference(release.name, release.version)))
+    warn_missing_parents([hub.resolve(reference) for reference in dict.fromkeys(references(node))])
+    return written(release, assemble(node, _loader(hub), join=True), _finder(hub, release, base))
 
 
 def _loader(hub: Hub):

@@ -1,0 +1,85 @@
+"""Where the bytes of blobs stand in a repo: what PEFT's file has already is not pushed a second time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import pairwise
+
+from adapterhub.errors import IntegrityError
+from adapterhub.formats.safetensors_header import read_layout
+from adapterhub.manifest import File, Release, canonical, check_digest, digest_of
+from adapterhub.store import Store
+
+REST = "adapterhub/rest"
+TENSORS = "adapter_model.safetensors"
+Piece = tuple[str, int, int]
+"""A file of the repo, where in it, how many bytes."""
+Layout = dict[str, list[Piece]]
+"""Digest of a blob -> the pieces that it is made of."""
+LARGEST = 16 << 20
+"""Bytes of layout.json."""
+
+
+def build(store: Store, releases: Iterable[Release], peft: bytes | None) -> tuple[Layout, bytes]:
+    """The layout of all blobs of these releases beside PEFT's tensor file, and the bytes that are not in that."""
+    known = _tensors(peft) if peft else {}
+    layout: Layout = {}
+    rest = bytearray()
+    for release in releases:
+        for role, file in [*sorted(release.manifest.files.items()), ("sketch", release.manifest.base.sketch)]:
+            edges = _edges(store, file) if role == "tensors" else set()
+            start = 0
+            for blob in store.parts(file):
+                end = start + blob.size
+                inner = sorted({0, blob.size} | {edge - start for edge in edges if start < edge < end})
+                _place(layout, rest, known, blob, store.read(blob), inner)
+                start = end
+            if file.parts:
+                listed = store.blobs(file)[0]
+                _place(layout, rest, known, listed, store.read(listed), [0, listed.size])
+    return layout, bytes(rest)
+
+
+def encode(layout: Layout) -> bytes:
+    return canonical(layout)
+
+
+def decode(data: bytes, repo: str) -> Layout:
+    """Raises IntegrityError for what is no layout, or names files outside the two that hold bytes."""
+    try:
+        found = json.loads(data)
+        layout = {check_digest(digest): [(p, int(o), int(n)) for p, o, n in pieces] for digest, pieces in found.items()}
+        if any(p not in (REST, TENSORS) or o < 0 or n < 0 for pieces in layout.values() for p, o, n in pieces):
+            raise ValueError("it names other files")
+        return layout
+    except Exception as error:
+        raise IntegrityError(f"hf:{repo}: layout.json is none: {error}", "ask who published it") from None
+
+
+def _place(layout: Layout, rest: bytearray, known: dict[str, int], blob: File, data: bytes, edges: list[int]) -> None:
+    if blob.digest in layout:
+        return
+    pieces: list[Piece] = []
+    for begin, end in pairwise(edges):
+        part = data[begin:end]
+        at = known.get(digest_of(part))
+        path, offset = (TENSORS, at) if at is not None else (REST, len(rest))
+        if at is None:
+            rest += part
+        if pieces and pieces[-1][0] == path and pieces[-1][1] + pieces[-1][2] == offset:
+            pieces[-1] = (path, pieces[-1][1], pieces[-1][2] + len(part))
+        else:
+            pieces.append((path, offset, len(part)))
+    layout[blob.digest] = pieces
+
+
+def _edges(store: Store, file: File) -> set[int]:
+    """Where the tensors of a file begin, by its header alone."""
+    return {entry.offset for entry in read_layout(store.header(file), file.size).values()}
+
+
+def _tensors(peft: bytes) -> dict[str, int]:
+    """Digest of each tensor's bytes in PEFT's file -> where they begin."""
+    starts = sorted({entry.offset for entry in read_layout(peft).values()})
+    return {digest_of(peft[begin:end]): begin for begin, end in pairwise([*starts, len(peft)])}

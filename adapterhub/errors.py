@@ -99,3 +99,7 @@ class DataError(HubError):
 
 class ParentsWarning(UserWarning):
     """An adapter that was trained over others is used without them."""
+
+
+class YankedWarning(UserWarning):
+    """A version is used that its publisher has taken out of choice."""

@@ -168,6 +168,12 @@ class Hub(Packages):
 
         return explain(self, expression, base)
 
+    def diff(self, one: str, other: str) -> dict[str, Any]:
+        """How two releases differ, site by site. See adapterhub.look.diff."""
+        from adapterhub.look.diff import diff
+
+        return diff(self, one, other)
+
     def inspect(self, ref: str, base: object = None, force: bool = False) -> dict[str, Any]:
         """How strongly an adapter changes each site. See adapterhub.look.inspect."""
         from adapterhub.look.inspect import inspect

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from packaging.version import Version
 
 from adapterhub import durable
 from adapterhub.compose import check_expressions
-from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UsageError
+from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UsageError, YankedWarning
 from adapterhub.formats.safetensors_header import read_header
 from adapterhub.index import ANY, Index, Row
 from adapterhub.manifest import TAG, VERSION, File, Manifest, Parent, Reference, Release, check_version, digest_of
@@ -55,6 +56,8 @@ class Packages:
         release = row and self.index.get(row.name, row.version)
         if release is None:
             raise NotFound(f"{wanted.name} has no {wanted.at}", f"it has {', '.join(r.version for r in rows)}")
+        if row.yanked is not None:
+            warnings.warn(f"{row} was yanked: {row.yanked}", YankedWarning, stacklevel=2)
         return release
 
     def exact(self, parent: Parent) -> Release:

@@ -16,6 +16,7 @@ import torch
 
 from adapterhub import durable, plugins
 from adapterhub.adapter import require_effect
+from adapterhub.compose import joined_licences
 from adapterhub.data import Data, read
 from adapterhub.device import memory_told
 from adapterhub.encoding import Example, check_vocabulary, encode, pad_token
@@ -114,6 +115,8 @@ def train(
     check_seed(seed)
     if not (licence or "").isprintable():  # as Manifest.decode, but before anything is trained
         raise UsageError(f"the licence {licence!r} holds control characters", "for example licence Apache-2.0")
+    if licence is None:
+        licence = joined_licences([hub.exact(parent) for parent in begin.parents])
     rows, held_out = read(data), read(eval_data) if eval_data is not None else None
 
     model = load(hub, base, begin.beneath, dtype=_precision(begin, dtype), device=device, force=force)

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from adapterhub.cli import care, doctor, locked, look, make, packages, plugins, project, run, share, trust
+from adapterhub.cli import care, doctor, locked, look, make, packages, plugins, project, run, share, trust, versions
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
 from adapterhub.errors import HubError
 
@@ -44,12 +44,21 @@ PANELS = {
         "init": packages.init,
         "install": packages.install,
         "list": packages.list_,
+        "search": versions.search,
         "show": packages.show,
         "inspect": look.inspect,
-        "tag": packages.tag,
+        "diff": versions.diff,
         "rm": packages.rm,
         "import": packages.import_,
         "export": packages.export,
+    },
+    "Versions": {
+        "log": versions.log,
+        "tag": versions.tag,
+        "rollback": versions.rollback,
+        "yank": versions.yank,
+        "unyank": versions.unyank,
+        "lineage": versions.lineage,
     },
     "Project": {
         "add": project.add,

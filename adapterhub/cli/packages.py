@@ -14,6 +14,8 @@ from adapterhub.cli.output import Json, json_out, note, one_line, out, record, r
 from adapterhub.cli.project import But, Newer, Offline, options
 from adapterhub.index import kind
 
+PAGE = 200
+"""Releases that a list shows at once."""
 Ref = Annotated[
     str, typer.Argument(metavar="REF", help="name, name@version or name@tag; a name alone is its newest version.")
 ]
@@ -74,7 +76,9 @@ def install(
 
 
 # No parameter but flags: see _UNASKED in app.py.
-def list_(as_json: Json = False) -> None:
+def list_(
+    everything: Annotated[bool, typer.Option("--all", help="Not only the first page.")] = False, as_json: Json = False
+) -> None:
     """List the adapters in the hub, newest version first (also: ls).
 
     \b
@@ -82,13 +86,19 @@ def list_(as_json: Json = False) -> None:
       adapterhub list --json
     """
     hub = adapterhub.open()
-    rows = hub.releases()
+    rows = hub.index.releases(limit=None if everything or as_json else PAGE + 1)
     if as_json:
         return json_out({"hub": str(hub.root), "releases": [asdict(row) for row in rows]})
     if not rows:
         return note(f"nothing in {hub.root} yet: adapterhub train, import or install brings the first")
-    cells = [(r.name, r.version, ", ".join(r.tags), r.method, r.base, size(r.size)) for r in rows]
-    table(("NAME", "VERSION", "TAGS", "METHOD", "BASE", "SIZE"), cells)
+    shown = rows if everything else rows[:PAGE]
+    cells = [
+        (r.name, r.version, ", ".join(r.tags), r.method, r.base, size(r.size), "" if r.yanked is None else "yanked")
+        for r in shown
+    ]
+    table(("NAME", "VERSION", "TAGS", "METHOD", "BASE", "SIZE", ""), cells)
+    if len(shown) < len(rows):
+        note(f"the first {PAGE}; --all lists everything, adapterhub search finds what you look for")
 
 
 def show(
@@ -135,16 +145,6 @@ def _made(made) -> str:
     return (
         made.name + (f" ({options})" if options else "") + (f", from {made.distribution}" if made.distribution else "")
     )
-
-
-def tag(ref: Ref, name: Annotated[str, typer.Argument(metavar="TAG", help="For example: stable.")]) -> None:
-    """Point a tag at a release, so that me/x@TAG names it.
-
-    \b
-    Example:
-      adapterhub tag me/sentiment@0.2.0 stable
-    """
-    out(adapterhub.open().tag(ref, name))
 
 
 def rm(

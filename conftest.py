@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["ADAPTERHUB_PLUGINS"] = "*"  # here every installed plugin may run, in what tests start, too
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of fixtures and of what tests start, too
 
 import pytest

@@ -52,7 +52,7 @@ def part(group: str, name: str, manifest: Manifest | None = None, made: Made | N
     if manifest and made and made.distribution and name not in plugins.names(group):
         raise PluginError(
             f"{manifest.name} {manifest.version} needs the {group[:-1]} {name!r}, which is not installed",
-            f"it was made with {made.distribution}: install that package from a source you trust",
+            plugins.origin(made.distribution),
         )
     return plugins.load(group, name)
 

@@ -70,19 +70,6 @@ class Packages:
             )
         return release
 
-    def has(self, digest: str) -> bool:
-        """Whether the release and all that it needs to run is here; its files with their sizes, bytes unhashed."""
-        waiting, seen = [digest], set()
-        while waiting:
-            release = self.index.find(digest := waiting.pop())
-            if release is None:
-                return False
-            seen.add(digest)
-            if [*self.store.verify(release.manifest.needs, hashing=lambda blob: False)]:
-                return False
-            waiting += [parent.digest for parent in release.manifest.required if parent.digest not in seen]
-        return True
-
     def _named(self, wanted: Reference) -> list[Row]:
         rows = self.index.releases(wanted.name)
         if not rows:

@@ -1,10 +1,11 @@
 """Installed parts, found by entry point. Listing reads metadata only; a part is imported when it is used.
 
-Groups: adapterhub.forms, .composers, .methods, .mergers, .codecs, .bases. Built-ins come through the same door.
+Code of other distributions runs only when the user has enabled them. Groups: adapterhub.forms, .composers, .methods, .mergers, .codecs, .bases. Built-ins come through the same door.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
@@ -54,6 +55,28 @@ def installed(distribution: str) -> str | None:
     )
 
 
+def is_enabled(distribution: str) -> bool:
+    """Whether code of an outside distribution may run: the user has enabled it, for themselves (config.toml), for a project
+    (adapterhub.toml) or for this process (ADAPTERHUB_PLUGINS: names with commas, * for all). That it is installed is not
+    enough: another package may have brought it along."""
+    from adapterhub import project, settings
+
+    here = os.environ.get("ADAPTERHUB_PLUGINS", "").replace(" ", "").split(",")
+    if "*" in here or distribution in here or distribution in settings.enabled(settings.load().plugins):
+        return True
+    folder = project.nearest()
+    return folder is not None and distribution in settings.enabled(project.read(folder).plugins)
+
+
+def origin(made_with: str) -> str:
+    """How to come by a part that is missing, when its manifest says that "adapterhub-loreft 0.1.0" brings it: only packages
+    that we know are named."""
+    name = made_with.partition(" ")[0]
+    if is_known(name):
+        return f"it was made with {made_with}: install that package"
+    return "install the package that brings it, if you trust whoever made it"
+
+
 def is_known(distribution: str) -> bool:
     """Whether we may name it to a user as something to install: it is here, or in our own tree. Anybody can write
     anything into a manifest."""
@@ -87,8 +110,14 @@ def _point(group: str, name: str) -> EntryPoint:
 
 @cache
 def load(group: str, name: str) -> Any:
-    """The part itself, imported. Raises PluginError if it is not installed or does not import."""
+    """The part itself, imported. Raises PluginError if it is not installed, not enabled, or does not import."""
     point = _point(group, name)
+    owner = point.dist.name if point.dist else ""
+    if owner != "adapterhub" and not is_enabled(owner):
+        raise PluginError(
+            f"the {group[:-1]} {name!r} is code of {_owner(point)}, which is not enabled",
+            f"if you trust it: adapterhub plugins enable {owner}",
+        )
     try:
         return point.load()
     except Exception as error:  # a plugin is anybody's code: whatever it raises is told as its own fault

@@ -62,6 +62,14 @@ def load() -> Settings:
         raise UsageError(f"{path} is no configuration: {error}", "mend it, or move it away") from None
 
 
+def enabled(table: Mapping[str, Any]) -> list[str]:
+    """The distributions that a [plugins] table enables. Raises UsageError for a table that says something else."""
+    found = table.get("enabled", [])
+    if set(table) - {"enabled"} or not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise UsageError("a table [plugins] is not right", 'it says enabled = ["adapterhub-loreft"]')
+    return found
+
+
 def converted(table: object, kind: type[T], where: str) -> T:
     """A table as what it should be. Raises UsageError, naming the place."""
     try:

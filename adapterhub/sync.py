@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterhub import lock as locks
+from adapterhub import plugins, settings
 from adapterhub import project as projects
-from adapterhub import settings
 from adapterhub.compose import base_difference
-from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound
+from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, PluginError
 from adapterhub.lock import Lock, Locked
 from adapterhub.manifest import Base, Release
 from adapterhub.packages import Packages
@@ -83,12 +83,13 @@ def sync(hub: Packages, folder: Path, lock: Lock, options: Options) -> tuple[lis
     Raises NotFound, naming the digest, for what a source no longer has, IntegrityError for another under its name:
     nothing takes the place of what is locked."""
     project = projects.read(folder)
+    _require_plugins(lock)
     found = sources(hub, folder, project, options.offline)
     notes, came = [], []
     for one in lock.adapter:
         if one.asked:
             notes += _yanked(found, one)
-        if not one.asked or hub.has(one.digest):
+        if not one.asked or _has(hub, one.digest):
             continue
         source = _source(found, one, folder)
         came += hub.bring(source, [_locked_release(source, one)])
@@ -127,6 +128,7 @@ def stack(hub: Packages, name: str) -> str:
         raise NotFound(
             f"{folder / projects.FILE} has no stack {name!r}", f"it has {', '.join(project.stacks) or 'none'}"
         )
+    _require_plugins(lock)
     for one in lock.adapter:
         here = hub.index.get(one.name, one.version)
         if here is None:
@@ -134,6 +136,29 @@ def stack(hub: Packages, name: str) -> str:
         if here.digest != one.digest:
             raise IntegrityError(f"{one} in {hub.root} is {here.digest}, the lock says {one.digest}", "adapterhub lock")
     return found.expression
+
+
+def _has(hub: Packages, digest: str) -> bool:
+    """Whether the release and all that it needs to run is here; its files with their sizes, bytes unhashed."""
+    waiting, seen = [digest], set()
+    while waiting:
+        release = hub.index.find(digest := waiting.pop())
+        if release is None or [*hub.store.verify(release.manifest.needs, hashing=lambda blob: False)]:
+            return False
+        seen.add(digest)
+        waiting += [parent.digest for parent in release.manifest.required if parent.digest not in seen]
+    return True
+
+
+def _require_plugins(lock: Lock) -> None:
+    """Raise PluginError unless the plugins are the locked ones: other code may run the same tensors otherwise."""
+    for plugin in lock.plugin:
+        here = plugins.installed(plugin.name)
+        if here != plugin.version:
+            raise PluginError(
+                f"{plugin.name} {plugin.version} is locked, and {here or 'none'} is installed",
+                f"install {plugin.name}=={plugin.version}, or adapterhub lock",
+            )
 
 
 def _asker(project: Project, name: str) -> str:

@@ -497,18 +497,21 @@ def test_the_program_is_a_tree_and_each_site_says_what_runs_there(run, hub):
 
 def test_a_part_that_is_not_installed_is_told_with_its_package(run, hub, base):
     record = hub.resolve("me/low-rank").manifest.base
-    made = Made(name="warp", distribution="adapterhub-warp 1.2.0")
+    made = Made(name="warp", distribution="adapterhub-loreft 1.2.0")
     manifest = adapterhub.manifest.Manifest(
         name="me/warped", version="0.0.0", base=record, method=made, forms={Q0: ["warp"]}
     )
     hub.publish(manifest, {"tensors": b"\x02\0\0\0\0\0\0\0{}"})
     try:
         status, out, err = run("explain me/warped --base", base)
-        assert status == 1 and "adapterhub-warp 1.2.0" in err.splitlines()[-1]
+        assert status == 1 and "adapterhub-loreft 1.2.0" in err.splitlines()[-1]
         status, out, err = run("doctor")
         problem = next(line for line in out.splitlines() if line.startswith("problem:"))
         assert (
-            status == 1 and "me/warped@0.1.0" in problem and "'warp'" in problem and "adapterhub-warp 1.2.0" in problem
+            status == 1
+            and "me/warped@0.1.0" in problem
+            and "'warp'" in problem
+            and "adapterhub-loreft 1.2.0" in problem
         )
     finally:
         hub.remove("me/warped")

@@ -399,12 +399,12 @@ def test_a_form_that_is_not_installed_names_the_package_it_came_with():
         name="me/x",
         version="0.1.0",
         base=Base(name="b", architecture="llama", structure=file.digest, sketch=file),
-        method=Made(name="warp", distribution="adapterhub-warp 1.2.0"),
+        method=Made(name="warp", distribution="adapterhub-loreft 1.2.0"),
         forms={"a": ["warp"]},
     )
     with pytest.raises(PluginError, match=r"me/x 0\.1\.0 needs the form 'warp'") as caught:
         modifications_of({"a.warp.0.k": torch.ones(2)}, manifest)
-    assert "adapterhub-warp 1.2.0" in caught.value.hint
+    assert "adapterhub-loreft 1.2.0" in caught.value.hint
 
 
 def test_the_stored_numbers_of_activations_never_change():

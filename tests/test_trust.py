@@ -2,16 +2,21 @@
 
 import base64
 import json
+import os
 import stat
+import subprocess
+import sys
 from datetime import UTC, datetime
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 import adapterhub
-from adapterhub import settings
+from adapterhub import plugins, settings
+from adapterhub.adapter import part
 from adapterhub.cli.app import execute
-from adapterhub.errors import IntegrityError, ManifestError, NameInUse, NotFound, UnsafeFile, UsageError
+from adapterhub.errors import IntegrityError, ManifestError, NameInUse, NotFound, PluginError, UnsafeFile, UsageError
+from adapterhub.look.checkup import uninstalled
 from adapterhub.manifest import Base, File, Made, Manifest, Parent, Release, check_digest, digest_of
 from adapterhub.trust import keys, policy
 from adapterhub.trust.bom import cyclonedx, materials
@@ -201,6 +206,78 @@ def test_the_commands(hub, monkeypatch, capsys):
     assert execute(["bom", "acme/sql", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bomFormat"] == "CycloneDX"
     assert execute(["sign", "acme/sql", "--key", "none"]) == 3
+
+
+def test_D13_code_of_others_runs_only_when_it_was_enabled(monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("ADAPTERHUB_PLUGINS")
+    monkeypatch.chdir(tmp_path)
+    plugins.load.cache_clear()
+    try:
+        assert execute(["plugins", "list"]) == 0
+        assert "adapterhub-loreft" in capsys.readouterr().out
+        with pytest.raises(PluginError, match="not enabled") as caught:
+            plugins.load("methods", "loreft")
+        assert "adapterhub plugins enable adapterhub-loreft" in caught.value.hint
+        assert execute(["plugins", "enable", "adapterhub-loreft"]) == 0
+        assert plugins.load("methods", "loreft")
+        assert execute(["plugins", "disable", "adapterhub-loreft"]) == 0
+        plugins.load.cache_clear()
+        with pytest.raises(PluginError):
+            plugins.load("methods", "loreft")
+        (tmp_path / "adapterhub.toml").write_text('[plugins]\nenabled = ["adapterhub-loreft"]\n')
+        assert plugins.load("methods", "loreft")
+        assert execute(["plugins", "enable", "requests"]) == 3
+    finally:
+        plugins.load.cache_clear()
+
+
+def test_D13_a_manifest_cannot_make_us_recommend_a_package(hub):
+    stranger = Made(name="warp", distribution="evil-package 1.0.0")
+    release = hub.publish(
+        Manifest(name="me/x", version="0.0.0", base=BASE, method=stranger, forms={"a": ["warp"]}),
+        {"log": b"1"},
+        b"rows",
+    )[0]
+    with pytest.raises(PluginError) as caught:
+        part("forms", "warp", release.manifest, stranger)
+    assert "evil" not in str(caught.value) + caught.value.hint
+    assert all("evil" not in line for line in uninstalled(hub))
+    assert "adapterhub-loreft" in plugins.origin("adapterhub-loreft 9.9.9")
+
+
+@pytest.mark.parametrize("broken", ["raises", "twice"])
+def test_D13_a_broken_plugin_does_not_break_the_rest(tmp_path, broken):
+    """One that raises when it is imported, one whose name another has: told where it is used, and listed without import."""
+    site = tmp_path / "site"
+    for n in range(2 if broken == "twice" else 1):
+        info = site / f"bad{n}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: bad{n}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[adapterhub.codecs]\nbad = bad{n}:Bad\n")
+        (site / f"bad{n}.py").write_text(
+            f"open({str(tmp_path / 'imported')!r}, 'w')\nraise RuntimeError('bad import')\n"
+        )
+
+    def run(*arguments):
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        return subprocess.run(
+            [sys.executable, "-m", "adapterhub", *arguments],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    assert run("list").returncode == 0
+    listed = run("plugins", "list")
+    if broken == "twice":
+        assert listed.returncode == 3 and "bad0 1.0" in listed.stderr and "bad1 1.0" in listed.stderr
+    else:
+        assert listed.returncode == 0 and "bad0 1.0" in listed.stdout
+        shown = run("plugins", "show", "bad")
+        assert shown.returncode == 3 and "bad import" in shown.stderr and "Traceback" not in shown.stderr
+        (tmp_path / "imported").unlink()
+    assert not (tmp_path / "imported").exists()
 
 
 def test_an_envelope_that_is_none():

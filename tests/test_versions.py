@@ -236,9 +236,9 @@ def test_equal_changes_in_other_factors_are_equal(hub):
 
 def test_a_site_that_only_one_has_and_forms_that_are_no_change_of_a_weight(hub):
     bottleneck = Bottleneck.random(adapterhub.sites.Site(path="m.b", role="block", inputs=8, outputs=8, linear=False))
-    shift = Affine(shift=torch.ones(9))
+    shift = Affine.of(shift=torch.ones(9))
     published(hub, "me/a", {"m.q": [low_rank(2, 0)], "m.b": [bottleneck], "m.s": [shift]})
-    published(hub, "me/b", {"m.b": [bottleneck], "m.s": [Affine(shift=torch.full((9,), 3.0))]})
+    published(hub, "me/b", {"m.b": [bottleneck], "m.s": [Affine.of(shift=torch.full((9,), 3.0))]})
     sites = {site["path"]: site for site in hub.diff("me/a", "me/b")["sites"]}
     assert sites["m.q"]["relative"] == pytest.approx(1.0) and sites["m.q"]["cosine"] is None
     assert sites["m.b"]["norm"] == 0 and "tensors compared" in sites["m.b"]["note"] and sites["m.b"]["rank"] is None

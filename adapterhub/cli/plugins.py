@@ -42,12 +42,63 @@ def list_(as_json: Json = False) -> None:
     """
     from adapterhub import plugins
 
-    rows = [
-        (group, name, plugins.distribution(group, name)) for group in plugins.GROUPS for name in plugins.names(group)
-    ]
+    rows = []
+    for group in plugins.GROUPS:
+        for name in plugins.names(group):
+            owner = plugins.distribution(group, name)
+            package = owner.partition(" ")[0]
+            rows.append((group, name, owner, package == "adapterhub" or plugins.is_enabled(package)))
     if as_json:
-        return json_out({"plugins": [dict(zip(("group", "name", "distribution"), row, strict=True)) for row in rows]})
-    table(("GROUP", "NAME", "PACKAGE"), rows)
+        fields = ("group", "name", "distribution", "enabled")
+        return json_out({"plugins": [dict(zip(fields, row, strict=True)) for row in rows]})
+    table(("GROUP", "NAME", "PACKAGE", ""), [(*row[:3], "" if row[3] else "not enabled") for row in rows])
+
+
+@app.command()
+def enable(
+    distribution: Annotated[str, typer.Argument(metavar="PACKAGE", help="As adapterhub plugins list shows it.")],
+) -> None:
+    """Let the code of an installed package run. Shows what it brings; nothing is imported.
+
+    \b
+    Example:
+      adapterhub plugins enable adapterhub-loreft
+    """
+    from adapterhub import plugins, settings
+
+    version = plugins.installed(distribution)
+    if version is None:
+        raise PluginError(
+            f"no installed package {distribution!r} brings parts", "adapterhub plugins list shows those that do"
+        )
+    with settings.edited() as document:
+        table = document.setdefault("plugins", {})
+        table["enabled"] = sorted({*table.get("enabled", []), distribution})
+    for group in plugins.GROUPS:
+        for name in plugins.names(group):
+            if plugins.distribution(group, name) == f"{distribution} {version}":
+                out(f"{group[:-1]} {name}")
+    note(f"{distribution} {version} may run now")
+
+
+@app.command()
+def disable(
+    distribution: Annotated[str, typer.Argument(metavar="PACKAGE", help="As adapterhub plugins list shows it.")],
+) -> None:
+    """Let the code of a package run no more.
+
+    \b
+    Example:
+      adapterhub plugins disable adapterhub-loreft
+    """
+    from adapterhub import settings
+
+    with settings.edited() as document:
+        table = document.setdefault("plugins", {})
+        if distribution not in table.get("enabled", []):
+            raise PluginError(f"{distribution} is not enabled", f"see enabled in {settings.config_file()}")
+        table["enabled"] = [one for one in table["enabled"] if one != distribution]
+    note(f"{distribution} may not run any more")
 
 
 @app.command()
@@ -117,4 +168,5 @@ def new(
 
     folder = make(name, Path.cwd())
     out(folder)
-    note(f"next: uv pip install ./{folder.name} (or pip), then adapterhub plugins check {name.replace('-', '_')}")
+    note(f"next: uv pip install ./{folder.name} (or pip), then adapterhub plugins enable {folder.name}")
+    note(f"and adapterhub plugins check {name.replace('-', '_')}")

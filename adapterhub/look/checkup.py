@@ -68,8 +68,6 @@ def uninstalled(hub: Hub) -> Iterator[str]:
             if name not in known[group]:
                 lacking.setdefault((group, name), []).append((str(row), maker))
     for (group, name), users in sorted(lacking.items()):
-        makers = sorted({maker for _, maker in users if maker})
-        come = (
-            f"install {' or '.join(makers)} from a source you trust" if makers else "install the package that brings it"
-        )
+        makers = sorted({maker for _, maker in users if plugins.is_known(maker.partition(" ")[0])})
+        come = f"install {' or '.join(makers)}" if makers else plugins.origin("")
         yield f"{', '.join(user for user, _ in users)} needs the {group[:-1]} {name!r}, which is not installed: {come}"

@@ -23,7 +23,10 @@ def explain(causes: Iterable[tuple[Any, Any]], offered: Callable[..., Sequence[F
     """The error for what stood against each other. causes: requirement, and the candidate that has it (None: the user)."""
     from adapterhub.resolve import Asked, BaseOf, Plugin
 
-    requirements = list(dict.fromkeys(requirement for requirement, _ in causes))
+    requirements: list[Any] = []
+    for requirement, _ in causes:
+        if requirement not in requirements:
+            requirements.append(requirement)
     asked = [one for one in requirements if isinstance(one, Asked)]
     based = [one for one in requirements if isinstance(one, BaseOf)]
     needed = [one for one in requirements if isinstance(one, Plugin)]

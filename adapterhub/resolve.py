@@ -155,6 +155,7 @@ class _Provider(AbstractProvider):
             for name in names:
                 self.groups.setdefault(name, []).append(f"the stack {stack}")
         self.notes: set[str] = set()
+        self._fitting: dict[tuple[int, int], bool] = {}
         self._offered: dict[tuple[str, str | None], list[Found]] = {}
 
     def offered(self, name: str, source: str | None = None) -> list[Found]:
@@ -192,6 +193,13 @@ class _Provider(AbstractProvider):
             )
 
     def _fits(self, requirement: Requirement, one: Found) -> bool:
+        """Remembered: resolvelib asks again at every step."""
+        key = (id(requirement), id(one))
+        if key not in self._fitting:
+            self._fitting[key] = self._would_fit(requirement, one)
+        return self._fitting[key]
+
+    def _would_fit(self, requirement: Requirement, one: Found) -> bool:
         locked = one.candidate.digest == self.rules.prefer.get(requirement.name)
         if one.candidate.yanked is not None and not requirement.exact and not locked:
             return False
@@ -248,10 +256,15 @@ class _Provider(AbstractProvider):
         if not isinstance(candidate, Found):
             return
         root = candidate.releases[0]
-        for release in candidate.releases:
-            yield BaseOf(f"{root}", release.manifest.base, str(release))
-            for name, version in sorted(release.manifest.plugins.items()):
-                yield Plugin(name, version, str(release))
+        bases, needed = {}, {}
+        for release in candidate.releases:  # thousands may say the same
+            base = release.manifest.base
+            bases.setdefault((base.structure, base.sketch.digest, base.tokenizer, str(base.computes)), (base, release))
+            for need in release.manifest.plugins.items():
+                needed.setdefault(need, release)
+        if len(bases) > 1:
+            yield from (BaseOf(str(root), base, str(release)) for base, release in bases.values())
+        yield from (Plugin(name, version, str(release)) for (name, version), release in sorted(needed.items(), key=str))
         for group in self.groups.get(root.name, ()):
             yield BaseOf(group, root.manifest.base, str(root))
 

@@ -22,7 +22,7 @@ _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.EOPNOTSU
 
 watch: Callable[[str, Path, bytes | Path | None], None] | None = None
 """Told of every step before it is done: "write" (with the bytes), "fsync" (a file or folder), "rename" and "link" (with
-where to), "unlink", "commit". Crash tests count the steps, end the process at one, or raise an OSError in its place."""
+where to), "unlink", "commit"; and of "send", a request to another machine. Crash tests count the steps, end the process at one, or raise an OSError in its place."""
 
 
 def announce(step: str, path: Path, detail: bytes | Path | None = None) -> None:

@@ -55,6 +55,7 @@ class Incoming:
         except IntegrityError:
             self.discard()
             raise
+        self.store.came.append(self.blob)
         durable.move(self.path, self.store.path(self.blob.digest))
 
     def discard(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -104,10 +104,13 @@ class Packages:
         not here."""
         if version is not None:
             check_version(version)
-        with self._adding() as put:
+        with self._adding() as store:
             base = manifest.base
-            base = msgspec.structs.replace(base, sketch=put(sketch) if sketch is not None else base.sketch)
-            stored = {role: put(content, role == "tensors") for role, content in files.items()}
+            base = msgspec.structs.replace(base, sketch=store.put(sketch) if sketch is not None else base.sketch)
+            stored = {
+                role: store.put_tensors(content) if role == "tensors" else store.put(content)
+                for role, content in files.items()
+            }
             manifest = msgspec.structs.replace(manifest, base=base, files=stored)
             if sketch is None:
                 self.store.read(base.sketch)
@@ -168,8 +171,8 @@ class Packages:
         for release in releases:
             check_signed(release, envelopes[release.digest], rules)
         files = {file for release in releases for file in release.manifest.needs}
-        with self._adding(files):
-            source.fetch(files, self.store)
+        with self._adding() as store:
+            source.fetch(files, store)
             for file in (release.manifest.files.get("tensors") for release in releases):
                 if file is not None:
                     read_header(self.store.header(file), file.size)
@@ -180,32 +183,24 @@ class Packages:
         return releases
 
     @contextmanager
-    def _adding(self, files: Collection[File] = ()) -> Iterator[Callable[[bytes | Path, bool], File]]:
-        """Nothing is taken away from the store meanwhile: put blobs with what is yielded, then add rows.
+    def _adding(self) -> Iterator[Store]:
+        """Nothing is taken away from the store meanwhile: put blobs into it, then add rows.
 
         After a failure what has come is taken away again, unless others are at work: then gc finds it."""
-        came = list(files)
-
-        def put(content: bytes | Path, tensors: bool = False) -> File:
-            file = self.store.put_tensors(content) if tensors else self.store.put(content)
-            came.append(file)
-            return file
-
+        store = self.store
         try:
-            with self.store.shared():
-                yield put
+            with store.shared():
+                yield store
         except BaseException:
-            with suppress(HubError), self.store.alone(wait=False) as held:  # the first error is the one to tell
+            with suppress(HubError), store.alone(wait=False) as held:  # the first error is the one to tell
                 if held and not self.index.check():
-                    self._drop(came)
+                    self._drop(store.came)
             raise
 
-    def _drop(self, files: Collection[File]) -> None:
-        """Remove what these files are made of and no release needs."""
-        kept = {blob for file in self.index.files() for blob in self.store.blobs(file)}
-        for file in files:
-            with suppress(IntegrityError):  # a list of parts that never came
-                self.store.remove(blob.digest for blob in self.store.blobs(file) if blob not in kept)
+    def _drop(self, blobs: Collection[File]) -> None:
+        """Remove those of these blobs that no release is made of."""
+        kept = {blob.digest for file in self.index.files() for blob in self.store.blobs(file)}
+        self.store.remove(blob.digest for blob in blobs if blob.digest not in kept)
 
     # --- the rest of the package manager -----------------------------------------------------------------------
 
@@ -235,20 +230,20 @@ class Packages:
                 raise HubError(
                     f"{wanted} is needed by {', '.join(sorted(needed))}", "remove those first, or use --force"
                 )
-            files = self._files(rows)
+            blobs = self._blobs(rows)
             self.index.remove([row.digest for row in rows])
             if not self.index.check():  # a damaged index does not know which bytes others need: then all of them stay
                 with suppress(IntegrityError):
-                    self._drop(files)
+                    self._drop(blobs)
         return going
 
-    def _files(self, rows: Sequence[Row]) -> list[File]:
-        files: list[File] = []
+    def _blobs(self, rows: Sequence[Row]) -> list[File]:
+        blobs: list[File] = []
         for row in rows:
-            with suppress(IntegrityError):  # a damaged manifest does not say
+            with suppress(IntegrityError):  # a damaged manifest, or list of parts, does not say
                 release = self.index.get(row.name, row.version)
-                files += release.manifest.needs if release else []
-        return files
+                blobs += [b for file in release.manifest.needs for b in self.store.blobs(file)] if release else []
+        return blobs
 
     def verify(self, mode: Mode = "full") -> list[Problem]:
         """What is wrong with it; empty when all is sound. See adapterhub.care."""

@@ -68,6 +68,17 @@ def is_enabled(distribution: str) -> bool:
     return folder is not None and distribution in settings.enabled(project.read(folder).plugins)
 
 
+def runs(installed: str, made_with: str) -> bool:
+    """Whether a plugin's installed version runs what was made with another: not older, and of the same major version."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        here, then = Version(installed), Version(made_with)
+    except InvalidVersion:
+        return installed == made_with
+    return here >= then and here.major == then.major
+
+
 def origin(made_with: str) -> str:
     """How to come by a part that is missing, when its manifest says that "adapterhub-loreft 0.1.0" brings it: only packages
     that we know are named."""

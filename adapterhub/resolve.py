@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 from resolvelib import AbstractProvider, BaseReporter, ResolutionImpossible, ResolutionTooDeep, Resolver
 
 from adapterhub import plugins
@@ -239,7 +239,7 @@ class _Provider(AbstractProvider):
             fits = first not in excluded and all(self.is_satisfied_by(one, first) for one in wanted)
             return [first] if fits else []
         installed = plugins.installed(name)
-        fits = installed is not None and all(compatible(installed, one.version) for one in wanted)
+        fits = installed is not None and all(plugins.runs(installed, one.version) for one in wanted)
         return [Installed(name, installed)] if fits and Installed(name, installed) not in excluded else []
 
     def is_satisfied_by(self, requirement, candidate) -> bool:
@@ -249,7 +249,7 @@ class _Provider(AbstractProvider):
             case BaseOf(base=base):
                 return same_base(base, candidate.base, self.rules.copies)
             case Plugin(version=version):
-                return compatible(candidate.version, version)
+                return plugins.runs(candidate.version, version)
         return False
 
     def get_dependencies(self, candidate) -> Iterator[Any]:
@@ -287,15 +287,6 @@ def same_base(one: Base, other: Base, copies: Callable[[Base, Base], bool]) -> b
     if one.structure != other.structure:
         return False
     return (one.sketch.digest, one.computes) == (other.sketch.digest, other.computes) or copies(one, other)
-
-
-def compatible(installed: str, made_with: str) -> bool:
-    """Whether a plugin's installed version runs what was made with another: not older, and of the same major version."""
-    try:
-        here, then = Version(installed), Version(made_with)
-    except InvalidVersion:
-        return installed == made_with
-    return here >= then and here.major == then.major
 
 
 def _descending(version: str) -> tuple[int, ...]:

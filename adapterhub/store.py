@@ -42,6 +42,8 @@ class Store:
     def __init__(self, root: Path):
         self.root = Path(root)
         self.folder = self.root / "blobs" / "sha256"
+        self.came: list[File] = []
+        """Blobs that were written through this object, or were about to be."""
 
     # --- locks -------------------------------------------------------------------------------------------------
 
@@ -90,6 +92,7 @@ class Store:
     def take(self, blob: File, chunks: Iterable[bytes], source: Path | str, unsynced: set[Path] | None = None) -> None:
         """Keep a blob whose bytes come from anywhere. Raises IntegrityError, and keeps nothing, when they are others."""
         if self.fault(blob) is not None:
+            self.came.append(blob)
             durable.write(self.path(blob.digest), hashed(chunks, blob, source), blob.size, unsynced)
 
     def adopt(self, blob: File, source: Path, unsynced: set[Path] | None = None) -> None:
@@ -98,6 +101,7 @@ class Store:
             return
         for _ in hashed(_chunks(source), blob, source):
             pass
+        self.came.append(blob)
         if not durable.link(self.path(blob.digest), source, unsynced):
             self.take(blob, _chunks(source), source, unsynced)
 

@@ -1,109 +1,29 @@
 """A command killed, or refused by the disk, at any durable step leaves the old state or the new one.
 
 Every step is tried, not a sample: a child is forked from this warm process for n = 1, 2, ... until the command gets through.
-The steps are the calls of the operating system in adapterhub.durable, and the commits of the database.
+The steps are what adapterhub.durable announces; tests/test_strace.py holds them against what the kernel was asked for.
 """
 
-import errno
 import os
-import pickle
 import resource
 import shutil
 import signal
-import sqlite3
+import subprocess
+import sys
 import tempfile
-import traceback
+import threading
+import time
 from pathlib import Path
 
-import adapterhub_registry.migrate  # noqa: F401 (imported here once, not in each child)
+import adapterhub_registry.migrate  # (imported here once, not in each child)
 import pytest
-from sqlalchemy.engine.default import DefaultDialect
+from crashed import COMMANDS, LARGE, TENSORS, make_before, publish
+from failpoints import Steps, child, die, every_step, full, half_written, needless, state
 
 import adapterhub
-from adapterhub import durable
-from adapterhub.errors import HubError, NotFound
-from adapterhub.manifest import Base, File, Made, Manifest, Parent, digest_of
-
-STEPS = ("open", "write", "fsync", "replace", "unlink", "mkdir")
-HEADER = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
-TENSORS = len(HEADER).to_bytes(8, "little") + HEADER + b"\1\2\3\4"
-
-
-class Steps:
-    """`os` for adapterhub.durable, with something happening at the n-th step of a command."""
-
-    def __init__(self, n, happen):
-        self.count, self.n, self.happen, self.trace = 0, n, happen, []
-
-    def __getattr__(self, name):
-        call = getattr(os, name)
-        if name not in STEPS:
-            return call
-
-        def step(*args, **more):
-            self.at(name, args)
-            return call(*args, **more)
-
-        return step
-
-    def at(self, name, args):
-        self.count += 1
-        self.trace.append((name, args))
-        if self.count == self.n:
-            self.happen(name, args)
-
-    def install(self, monkeypatch):
-        monkeypatch.setattr(durable, "os", self)
-        commit = DefaultDialect.do_commit
-
-        def committed(dialect, connection):
-            self.at("commit", ())
-            commit(dialect, connection)
-            self.at("committed", ())
-
-        monkeypatch.setattr(DefaultDialect, "do_commit", committed)
-
-
-def die(name, args):
-    """Before the step; of a write, the first half is done."""
-    if name == "write":
-        os.write(args[0], bytes(args[1])[: len(args[1]) // 2])
-    os._exit(137)
-
-
-def full(name, args):
-    if name == "committed":
-        os._exit(137)  # a commit that is done cannot be refused
-    if name == "commit":
-        raise sqlite3.OperationalError("database or disk is full")
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def child(work):
-    """work() in a forked process: (exit code, what it returned or the error it raised)."""
-    with tempfile.TemporaryFile() as answer:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                try:
-                    result = work()
-                except HubError as error:
-                    result = (type(error).__name__, str(error), error.hint)
-                os.write(answer.fileno(), pickle.dumps(result))
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        answer.seek(0)
-        return code, pickle.load(answer) if code == 0 else None
-
-
-def publish(hub, name="me/x", tensors=TENSORS, parents=()):
-    base = Base(name="tiny", architecture="llama", structure=digest_of(b"shapes"), sketch=File(digest="", size=0))
-    parents = [Parent(name=p.name, version=p.version, digest=p.digest, relation="on") for p in parents]
-    manifest = Manifest(name=name, version="0.0.0", base=base, method=Made(name="lora"), parents=parents)
-    return hub.publish(manifest, {"tensors": tensors, "log": b"log" + name.encode()}, b"rows")[0]
+from adapterhub import care, durable
+from adapterhub.errors import HubError
+from adapterhub.sources.registry_push import push
 
 
 @pytest.fixture(scope="module")
@@ -122,230 +42,169 @@ def work_in(room):
 
 @pytest.fixture(scope="module")
 def before(room):
-    """A folder with a hub to work on, and one to install from."""
-    folder = room / "before"
-    hub = adapterhub.open(folder / "hub", create=True)
-    publish(hub, "me/old")
-    publish(hub, "me/going", TENSORS[:-1] + b"\5")
-    hub.tag("me/going", "stable")
-    other = adapterhub.open(folder / "other", create=True)
-    parent = publish(other, "me/parent", TENSORS[:-1] + b"\6")
-    publish(other, "me/child", TENSORS[:-1] + b"\7", [parent])
-    other.export_bundle("me/child", folder / "bundle")
-    return folder
-
-
-COMMANDS = {
-    "publish": lambda hub: publish(hub, "me/new", TENSORS[:-1] + b"\x08"),
-    "install a bundle": lambda hub: hub.install(hub.root.parent / "bundle"),
-    "install from a hub": lambda hub: hub.install(f"{hub.root.parent / 'other'}:me/child"),
-    "remove": lambda hub: hub.remove("me/going"),
-    "tag": lambda hub: hub.tag("me/old", "stable"),
-    "export": lambda hub: hub.export_bundle("me/old", hub.root.parent / "out"),
-    "init": lambda hub: publish(adapterhub.open(hub.root.parent / "fresh", create=True)),
-}
+    return make_before(room / "before")
 
 
 EVERY = [
-    pytest.param(command, marks=[pytest.mark.slow] if command in ("init", "install from a hub") else [])
-    for command in COMMANDS
+    pytest.param(name, marks=[pytest.mark.slow] if name in ("init", "install from a hub") else []) for name in COMMANDS
 ]
+AGAIN = {"remove", "export", "yank"}
+"""Commands that say so when what they do is done already."""
 
 
-def hub_in(folder):
-    """An empty hub.db with no blobs is none yet: nothing is lost, and `init` goes on."""
-    database = folder / "hub.db"
-    if database.exists() and not database.stat().st_size and not (folder / "blobs").exists():
-        with pytest.raises(NotFound):
-            adapterhub.open(folder)
-        return False
-    return database.exists()
+def names(paths):
+    return sorted(path.name for path in paths)
 
 
-def state(folder):
-    """What anyone can see of every hub in the folder and of the bundle; every hub is sound."""
-    seen = {}
-    for name in ("hub", "fresh"):
-        if hub_in(folder / name):
-            hub = adapterhub.open(folder / name)
-            assert hub.verify() == []
-            seen[name] = tuple((str(row), row.digest, row.tags) for row in hub.releases())
-    if (folder / "out").exists():
-        seen["out"] = tuple(sorted(path.name for path in (folder / "out").rglob("*")))
-    return seen
-
-
-def leftovers(folder):
-    """Files that no release needs."""
-    found = half_written(folder)
-    for name in ("hub", "fresh"):
-        if hub_in(folder / name):
-            hub = adapterhub.open(folder / name)
-            needed = {hub.store.path(file.digest) for file in hub.index.files()}
-            found |= {path for path in (folder / name / "blobs").glob("*/*/*") if path not in needed}
-    return sorted(found)
-
-
-def half_written(folder):
-    found = folder.rglob("*" + durable.TEMPORARY)
-    return {path for path in found if not any(above.name.endswith(durable.TEMPORARY) for above in path.parents)}
-
-
-def states_of(command, before, work_in):
-    """(old, new): each as a list of acceptable states; `init` shows the empty hub between."""
+def states_of(name, before, work_in):
+    """(old, new): `old` a list, as `init` shows the empty hub between."""
     folder = Path(shutil.copytree(before, work_in / "reference"))
     old = [state(folder)]
-    COMMANDS[command](adapterhub.open(folder / "hub"))
+    COMMANDS[name](folder)
     new = state(folder)
-    if command == "init":
+    if name == "init":
         old.append(old[0] | {"fresh": ()})
     shutil.rmtree(folder)
     return old, new
 
 
-def every_step(command, before, work_in, happen):
-    """Run the command with `happen` at step 1, 2, ...; yields (n, folder, exit code, answer) until it gets through."""
-    for n in range(1, 400):
-        folder = Path(shutil.copytree(before, work_in / f"step{n}"))
-
-        def work(folder=folder, n=n):
-            with pytest.MonkeyPatch.context() as patch:
-                steps = Steps(n, happen)
-                steps.install(patch)
-                COMMANDS[command](adapterhub.open(folder / "hub"))
-            return "through" if steps.count < n else "survived"
-
-        code, answer = child(work)
-        yield n, folder, code, answer
-        shutil.rmtree(folder)
-        if answer == "through":
-            return
-    raise AssertionError("the command never gets through")
-
-
-FEWEST_STEPS = {"remove": 6, "tag": 3}
-
-
-@pytest.mark.parametrize("command", EVERY)
-def test_killed_at_every_step(command, before, work_in):
-    old, new = states_of(command, before, work_in)
+@pytest.mark.parametrize("name", EVERY)
+def test_A1_A2_killed_at_every_step(name, before, work_in):
+    old, new = states_of(name, before, work_in)
     seen = []
-    for n, folder, code, answer in every_step(command, before, work_in, die):
+    for n, folder, code, answer in every_step(COMMANDS[name], before, work_in, die):
         assert code == 137 or answer == "through", (n, code, answer)
         now = state(folder)
         assert now in [*old, new], f"killed at step {n}: {now}"
         seen.append(now == new)
-        assert len(half_written(folder)) <= 1
-        # The next run needs no step by hand. (What is there already is told: a removed release, an exported folder.)
-        try:
-            COMMANDS[command](adapterhub.open(folder / "hub"))
+        try:  # the next run needs no step by hand; what is done already is told
+            COMMANDS[name](folder)
         except HubError:
-            assert now == new and command in ("remove", "export")
+            assert now == new and name in AGAIN, name
         assert state(folder) == new
-        # ... and what the kill left goes with the next removal.
-        hub = adapterhub.open(folder / "hub")
-        hub.remove("me/old", force=True)
-        if command not in ("export", "init"):
-            assert leftovers(folder) == [], n
-    assert seen == sorted(seen) and seen[-1] and not seen[0]  # old, old, ..., new: one step makes it so
-    assert len(seen) > FEWEST_STEPS.get(command, 10)
+        if name not in ("export", "init"):
+            for hub in ("hub", "fresh"):
+                care.gc(adapterhub.open(folder / hub))
+            assert needless(folder) == [], n
+            assert state(folder) == new
+    if new not in old:
+        assert seen == sorted(seen) and seen[-1] and not seen[0]  # old, old, ..., new: one step makes it so
+    assert len(seen) >= 2
 
 
-@pytest.mark.parametrize("command", EVERY)
-def test_a_full_disk_at_every_step(command, before, work_in):
-    old, new = states_of(command, before, work_in)
+@pytest.mark.parametrize("name", EVERY)
+def test_A5_a_full_disk_at_every_step(name, before, work_in):
+    old, new = states_of(name, before, work_in)
     errors = 0
-    for n, folder, exit_code, answer in every_step(command, before, work_in, full):
+    for n, folder, code, answer in every_step(COMMANDS[name], before, work_in, full):
         now = state(folder)
         assert now in [*old, new], (n, now)
-        if exit_code == 0 and answer not in ("through", "survived"):
+        assert code == 0, (n, code)
+        if answer not in ("through", "survived"):
             errors += 1
             kind, message, hint = answer
             assert kind == "HubError" and str(folder) in message and "\n" not in message and hint, answer
-            # After the row is there, what is left to do is tidying; before it, everything must be as it was.
-            if now != new:
-                assert leftovers(folder) == [], (n, answer)
-        else:
-            assert exit_code in (0, 137), (n, exit_code)
+            assert now == new or half_written(folder) == set(), (n, answer)
+            if now != new and name not in ("gc", "migrate"):
+                assert names(needless(folder)) == names(needless(before)), (n, answer)
         if now != new:
-            COMMANDS[command](adapterhub.open(folder / "hub"))
+            COMMANDS[name](folder)
             assert state(folder) == new
-    assert errors >= (2 if command == "tag" else 5)
+    assert errors >= 1
 
 
-@pytest.mark.parametrize("command", ["publish", "install a bundle", "install from a hub"])
-def test_nothing_is_listed_before_its_bytes_are_on_disk(command, before, work_in):
-    """The order that survives a power cut: bytes, their sync, the name, its folder's sync; and only then the commit."""
+def test_A1_only_one_step_of_an_install_makes_it_so(before, work_in):
+    """Bytes, their sync, the name, its folder's sync; and only then the commit: the order that survives a power cut."""
     folder = Path(shutil.copytree(before, work_in / "all"))
-    with pytest.MonkeyPatch.context() as patch:
-        steps = Steps(0, die)
-        steps.install(patch)
-        COMMANDS[command](adapterhub.open(folder / "hub"))
-    trace = steps.trace[: [name for name, _ in steps.trace].index("commit")]
-    opened, synced, durable_names, renamed = {}, set(), set(), set()
-    last = None
-    for name, args in trace:
-        if name == "open":
-            last = str(args[0])
-            opened[last] = args[1]
-        elif name == "fsync":
-            synced.add(last)
-            if last in {str(Path(path).parent) for path in renamed}:
-                durable_names |= {path for path in renamed if str(Path(path).parent) == last}
-        elif name == "write":
-            synced.discard(last)
-        elif name == "replace":
-            temporary, target = map(str, args)
-            assert temporary in synced, "renamed before its bytes were synced"
-            renamed.add(target)
-    hub = adapterhub.open(folder / "hub")
-    old = adapterhub.open(before / "hub")
-    fresh = {str(hub.store.path(file.digest)) for file in hub.index.files() if file not in old.index.files()}
-    assert len(fresh) >= 2 and fresh == renamed == durable_names
-    made = [str(args[0]) for name, args in trace if name == "mkdir"]
-    assert all(str(Path(path).parent) in synced for path in made)
+    with Steps() as steps:
+        COMMANDS["install a bundle"](folder)
+    trace = steps.trace[: [step for step, *_ in steps.trace].index("commit")]
+    written, synced, renamed, safe = {}, set(), {}, set()
+    for step, path, to in trace:
+        if step == "write":
+            written[path] = True
+            synced.discard(path)
+        elif step == "fsync":
+            synced.add(path)
+            safe |= {target for target in renamed if str(Path(target).parent) == path}
+        elif step == "rename":
+            assert path in synced, "renamed before its bytes were synced"
+            renamed[str(to)] = path
+    hub, old = adapterhub.open(folder / "hub"), adapterhub.open(before / "hub")
+    had = {b for f in old.index.files() for b in old.store.blobs(f)}
+    fresh = {str(hub.store.path(b.digest)) for f in hub.index.files() for b in hub.store.blobs(f) if b not in had}
+    assert len(fresh) >= 4 and fresh == set(renamed) == safe
 
 
-def test_rows_go_before_their_blobs(before, work_in):
+def test_A2_rows_go_before_their_blobs(before, work_in):
     folder = Path(shutil.copytree(before, work_in / "all"))
-    with pytest.MonkeyPatch.context() as patch:
-        steps = Steps(0, die)
-        steps.install(patch)
-        COMMANDS["remove"](adapterhub.open(folder / "hub"))
-    names = [name for name, _ in steps.trace]
-    assert "unlink" in names and names.index("committed") < names.index("unlink")
+    with Steps() as steps:
+        COMMANDS["remove"](folder)
+    names = [step for step, *_ in steps.trace]
+    assert "unlink" in names and names.index("commit") < names.index("unlink")
 
 
-@pytest.mark.parametrize("limit", [1 << 10, 4 << 10, 16 << 10, 60 << 10, 200 << 10])
-def test_a_real_limit_of_the_file_size(before, work_in, limit):
+@pytest.fixture
+def registry(work_in, monkeypatch):
+    """A registry over a hub in `work_in`, in a thread of this process; its address and its hub."""
+    from served import serving
+
+    hub = adapterhub.open(work_in / "served", create=True)
+    monkeypatch.setenv("ADAPTERHUB_TOKEN", "secret")
+    with serving(hub, token="secret") as url:
+        yield url, hub
+
+
+def test_A2_a_push_killed_at_every_request(before, work_in, registry):
+    """The registry has no version, or the whole one; what has come is not sent again."""
+    url, there = registry
+    hub = adapterhub.open(before / "other")
+
+    def command(folder):
+        push(hub, "me/child", url)
+
+    seen = []
+    for _, _, code, answer in every_step(command, before, work_in, die, kinds=("send",)):
+        assert code == 137 or answer == "through"
+        assert there.verify() == []
+        seen.append([row.name for row in there.releases()])
+    assert seen[0] == [] and seen[-1] == ["me/child", "me/parent"] and len(seen) > 5
+    assert all(names in ([], ["me/parent"], ["me/child", "me/parent"]) for names in seen)
+
+
+@pytest.mark.parametrize("limit", [1 << 10, 16 << 10, 60 << 10, 200 << 10])
+def test_A6_a_real_limit_of_the_file_size(before, work_in, limit):
     """The kernel refuses: a journal, the database or a blob, whichever is too large first."""
     folder = Path(shutil.copytree(before, work_in / "all"))
     old = state(folder)
 
-    def work():
+    def limited(*what):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        publish(adapterhub.open(folder / "hub"), "me/large", TENSORS + bytes(300 << 10))
+        publish(adapterhub.open(folder / "hub"), *what)
 
-    code, (kind, message, hint) = child(work)
+    code, (kind, message, hint) = child(lambda: limited("me/large", LARGE))
     assert code == 0 and kind == "HubError" and str(folder) in message and hint
-    assert "bytes needed" in message
-    assert state(folder) == old and leftovers(folder) == []
-
-    def small():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        publish(adapterhub.open(folder / "hub"), "me/small")
-
-    code, answer = child(small)
-    assert code == 0, answer
-    if answer is not None:  # the database itself could not grow
-        assert limit < 60 << 10 and "hub.db" in answer[1] and answer[2]
-        assert state(folder) == old and leftovers(folder) == []
-    publish(adapterhub.open(folder / "hub"), "me/large", TENSORS + bytes(300 << 10))
-    assert ("me/large@0.1.0" in str(state(folder))) and leftovers(folder) == []
+    assert state(folder) == old and half_written(folder) == set()
+    publish(adapterhub.open(folder / "hub"), "me/large", LARGE)
+    assert "me/large@0.1.0" in str(state(folder))
 
 
-def test_a_hub_that_may_only_be_read():
+def test_A7_a_blob_that_cannot_be_read(before, work_in, monkeypatch):
+    folder = Path(shutil.copytree(before, work_in / "all"))
+    hub = adapterhub.open(folder / "hub")
+    file = hub.resolve("me/going").manifest.files["tensors"]
+    path = hub.store.path(file.digest)
+    path.unlink()
+    path.mkdir()  # reading it is an error of the operating system, for root too
+    with pytest.raises(HubError) as caught:
+        hub.store.read(file)
+    assert caught.value.code == 4 and str(path) in str(caught.value)
+    assert hub.store.read(hub.resolve("me/old").manifest.files["tensors"]) == TENSORS
+    assert [problem.path for problem in hub.verify()] == [path]
+
+
+def test_A8_a_hub_that_may_only_be_read():
     """Looking works; writing is refused in one line."""
     with tempfile.TemporaryDirectory() as outside:  # pytest's own folders are closed to other users
         folder = Path(outside)
@@ -358,19 +217,143 @@ def test_a_hub_that_may_only_be_read():
         def look():
             if os.getuid() == 0:
                 os.setuid(65534)
-            mine = adapterhub.open(hub.root)
-            return mine.resolve("me/x").digest, len(mine.releases()), mine.verify()
+            hub = adapterhub.open(folder / "hub")
+            assert hub.resolve("me/x") == release and hub.store.read(release.manifest.files["tensors"]) == TENSORS
+            with hub.store.shared():
+                assert hub.verify() == []
+            for write in (lambda: publish(hub, "me/y"), lambda: hub.remove("me/x"), lambda: hub.tag("me/x", "t")):
+                try:
+                    write()
+                    return "written"
+                except HubError as error:
+                    assert error.hint and "\n" not in str(error)
+            return "refused"
 
-        def change(verb):
-            if os.getuid() == 0:
-                os.setuid(65534)
-            verb(adapterhub.open(hub.root))
-
-        assert child(look) == (0, (release.digest, 1, []))
-        for verb in (lambda h: publish(h, "me/y"), lambda h: h.remove("me/x"), lambda h: h.tag("me/x", "t")):
-            code, answer = child(lambda verb=verb: change(verb))
-            assert code == 0 and answer[0] == "HubError" and str(hub.root) in answer[1] and answer[2]
-        code, answer = child(lambda: change(lambda h: adapterhub.open(hub.root / "below", create=True)))
-        assert code == 0 and answer[0] == "HubError" and "below" in answer[1]
+        assert child(look) == (0, "refused")
         for path in [hub.root, *hub.root.rglob("*")]:
             os.chmod(path, 0o755)
+
+
+def test_A8_no_home_and_a_cache_that_cannot_be_written(tmp_path):
+    hub = adapterhub.open(tmp_path / "hub", create=True)
+    publish(hub)
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "ADAPTERHUB_CACHE": "/proc/none"}
+    for arguments, code in ((["list"], 0), (["show", "me/x"], 0), (["key", "new"], 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "adapterhub", *arguments],
+            cwd=hub.root,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if code and os.getuid() == 0 and done.returncode == 0:
+            shutil.rmtree("/nonexistent", ignore_errors=True)  # root may write anywhere
+            continue
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+
+
+def test_A9_another_file_system(before, tmp_path):
+    """A link cannot cross it: then it is a copy, inside the target."""
+    if os.stat(before).st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("both folders are on one file system here")
+    hub = adapterhub.open(tmp_path / "hub", create=True)
+    release = hub.install(f"{before / 'other'}:me/child")[0]
+    assert hub.verify() == []
+    for blob in hub.store.blobs(release.manifest.files["tensors"]):
+        assert hub.store.path(blob.digest).stat().st_nlink == 1
+
+
+def test_A9_on_one_file_system_a_blob_gets_a_second_name(before, work_in):
+    hub = adapterhub.open(work_in / "hub", create=True)
+    release = hub.install(f"{before / 'other'}:me/child")[0]
+    large = hub.store.parts(release.manifest.files["tensors"])[-1]
+    assert hub.store.path(large.digest).stat().st_nlink == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_A10_a_signal_in_the_middle(before, work_in, number, code):
+    """The temporary file goes, the lock is free, and the exit status says which signal it was."""
+    folder = Path(shutil.copytree(before, work_in / "all"))
+    program = (
+        "import sys, time, pathlib\n"
+        "from adapterhub import durable\n"
+        "def watch(step, path, detail=None):\n"
+        "    if step == 'rename':\n"
+        "        sys.stdout.write('now\\n')\n"
+        "        sys.stdout.flush()\n"
+        "        time.sleep(2)\n"
+        "durable.watch = watch\n"
+        "from adapterhub.cli.app import main\n"
+        "sys.argv = ['adapterhub', 'install', sys.argv[1]]\n"
+        "main()\n"
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder / "bundle")],
+        cwd=folder / "hub",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert running.stdout.readline().startswith(b"now")
+    running.send_signal(number)
+    _, told = running.communicate(timeout=20)
+    assert running.returncode == code and b"Traceback" not in told, told
+    assert half_written(folder) == set() and names(needless(folder)) == names(needless(before))
+    with adapterhub.open(folder / "hub").store.alone(wait=False) as held:
+        assert held
+
+
+def test_A10_a_reader_that_goes_away(before):
+    """`adapterhub list | head -0`: the status of SIGPIPE, and no word about it."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "adapterhub", "list"], cwd=before / "hub", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    running.stdout.close()
+    assert (running.wait(), running.stderr.read()) == (141, b"")
+
+
+def test_A12_a_clock_that_was_set(before, work_in, monkeypatch):
+    """A year back or forward: leases, ages and shares of verify do not fail, and nothing needed goes."""
+    for shift in (-365, 365):
+        folder = Path(shutil.copytree(before, work_in / f"clock{shift}"))
+        old = state(folder)
+        now = time.time()
+        with monkeypatch.context() as patch:
+            patch.setattr(care.time, "time", lambda now=now, shift=shift: now + shift * 86400)
+            hub = adapterhub.open(folder / "hub")
+            (hub.root / "training" / "run").mkdir(parents=True)
+            (hub.root / "training" / "run" / "x").write_bytes(b"1")
+            gone = {stray.path.name for stray in care.gc(hub)}
+            assert ("run" in gone) == (shift > 0)
+            assert hub.verify(0.05) == []
+        assert state(folder) == old
+
+
+@pytest.mark.slow
+def test_A3_twenty_processes_killed_at_any_moment(before, work_in):
+    """Whole processes running whatever commands, SIGKILLed by the clock."""
+    folder = Path(shutil.copytree(before, work_in / "all"))
+    program = "import sys; from crashed import loop; loop(sys.argv[1], int(sys.argv[2]))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "support")}
+    for seed in range(20):
+        running = subprocess.Popen(
+            [sys.executable, "-c", program, str(folder), str(seed)], env=environment, stdout=subprocess.PIPE
+        )
+        assert running.stdout.readline()
+        timer = threading.Timer(0.05 + 0.06 * seed, running.kill)
+        timer.start()
+        running.wait()
+        timer.cancel()
+        assert running.returncode == -9
+        hub = adapterhub.open(folder / "hub")
+        assert hub.verify() == [] and len(half_written(folder)) <= (seed + 1) * durable_workers()
+    care.gc(adapterhub.open(folder / "hub"), force=True)
+    assert needless(folder) == []
+
+
+def durable_workers():
+    from adapterhub.store import WORKERS
+
+    return WORKERS
+
+
+assert durable and adapterhub_registry

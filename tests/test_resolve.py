@@ -12,8 +12,9 @@ from shelf import Shelf, base, release, sources
 
 from adapterhub.conflict import Conflict
 from adapterhub.errors import HubError, NotFound, UsageError
+from adapterhub.plugins import runs
 from adapterhub.requirement import Requirement
-from adapterhub.resolve import Asked, Rules, compatible, resolve
+from adapterhub.resolve import Asked, Rules, resolve
 
 
 def ask(*texts, by="adapterhub.toml"):
@@ -125,11 +126,11 @@ def test_plugins_are_checked_and_a_version_that_they_run_is_found(shelf):
 
 
 @pytest.mark.parametrize(
-    ("installed", "made_with", "runs"),
+    ("installed", "made_with", "does"),
     [("0.1.0", "0.1.0", True), ("0.2.0", "0.1.0", True), ("0.1.0", "0.2.0", False), ("2.0.0", "1.9.0", False)],
 )
-def test_which_plugin_versions_run_what(installed, made_with, runs):
-    assert compatible(installed, made_with) is runs
+def test_which_plugin_versions_run_what(installed, made_with, does):
+    assert runs(installed, made_with) is does
 
 
 def test_E2_a_bound_namespace_is_looked_for_in_its_source_alone():

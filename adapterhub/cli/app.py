@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -137,6 +138,7 @@ def main() -> NoReturn:
     for name in ("stdout", "stderr"):  # Python has None for one that was closed (`>&-`)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that what is half done is undone
     sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no reason to fail
     warnings.simplefilter("ignore", FutureWarning)  # of a library to its callers, not of ours to a user
     warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
@@ -169,7 +171,12 @@ def execute(arguments: Sequence[str]) -> int:
         return failed("UsageError", message, hint, error.exit_code)
     except BrokenPipeError:  # whoever read our output has gone
         _drop_output()
-        return 1
+        return 141
+    except SystemExit as error:
+        if error.code != 1:
+            raise
+        _drop_output()  # typer's answer to a broken pipe; its other exits come back as a status
+        return 141
     except KeyboardInterrupt:
         return 130
     except OSError as error:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Repo:
         from huggingface_hub import errors
 
         place = f"hf:{self.name}" + (f" ({what})" if what else "")
+        durable.announce("send", Path(self.name))
         try:
             yield
         except errors.GatedRepoError:

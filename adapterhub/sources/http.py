@@ -6,11 +6,13 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
+from adapterhub import durable
 from adapterhub.errors import HubError, NotFound, Unreachable, UsageError
 
 TRIES = 5
@@ -50,6 +52,7 @@ class Http:
         accept: status codes besides 2xx that the caller understands. Raises NotFound for 404, Unreachable, HubError."""
 
         def once() -> httpx.Response:
+            durable.announce("send", Path(path))
             answer = self._client.request(method, path, **more)
             self._check(answer, accept)
             return answer
@@ -60,6 +63,7 @@ class Http:
     def stream(self, path: str, headers: Mapping[str, str] | None = None) -> Iterator[httpx.Response]:
         """The answer to a GET before its body is read. Not tried again: the caller knows where it stopped."""
         self._online()
+        durable.announce("send", Path(path))
         try:
             with self._client.stream("GET", path, headers=headers) as answer:
                 if answer.status_code not in (200, 206, 416):

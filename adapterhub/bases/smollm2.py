@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -59,7 +58,7 @@ class SmolLM2:
             with durable.lock(target.parent / "smollm2.lock"):
                 if not target.is_dir():
                     for left in target.parent.glob(f".{FOLDER}.*"):  # by a killed conversion; under the lock nobody's
-                        shutil.rmtree(left)
+                        durable.remove_tree(left)
                     _convert(source, target)
         return target
 

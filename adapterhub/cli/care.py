@@ -77,11 +77,15 @@ def repair(
     Example:
       adapterhub repair --from ../other-hub
     """
-    from adapterhub import care
-    from adapterhub.sources import known, named
+    from adapterhub import care, project
+    from adapterhub.sources import named
+    from adapterhub.sync import sources
 
     hub = adapterhub.open()
-    done = care.repair(hub, [named(text) for text in source] if source else known())
+    folder = project.nearest()
+    known = sources(hub, folder, project.read(folder) if folder else None)
+    places = [named(text) for text in source] if source else [known.get(name) for name in known.names()]
+    done = care.repair(hub, places)
     if not as_json:
         for path in done.mended:
             out(f"{path}: mended")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
@@ -145,9 +145,7 @@ class Registry:
                 incoming.discard()
                 if answer.status_code != 200:
                     return
-            for chunk in answer.iter_bytes(durable.CHUNK):
-                incoming.append([chunk])
-                advance(len(chunk))
+            incoming.append(_counted(answer.iter_raw(), advance))  # as it comes: what a break leaves counts
         if incoming.offset < blob.size:
             raise Unreachable(f"{self.label} ended {blob.digest} early", "try again")
 
@@ -188,6 +186,12 @@ class Registry:
             raise IntegrityError(f"{self.label}: its list has no serial number", AGAIN)
         _no_older(self.http.url, serial, self.label)
         return found
+
+
+def _counted(chunks: Iterator[bytes], advance: Callable[[int], None]) -> Iterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+        advance(len(chunk))
 
 
 def _no_older(url: str, serial: int, label: str) -> None:

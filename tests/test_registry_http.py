@@ -403,10 +403,10 @@ def test_E9_lists_are_signed_never_older_and_not_expired(signed, mine, team, the
     push(mine, "me/x", url)
     assert bring(team, url, "me/x", key)[0].version == "0.2.0"
     source = Registry(url, key=key)
-    monkeypatch.setattr(source, "_bytes", lambda path: old)
-    with pytest.raises(IntegrityError, match=r"serial number \d+, and \d+ was seen"):
-        source.candidates("me/x")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "_bytes", lambda path: old)
+        with pytest.raises(IntegrityError, match=r"serial number \d+, and \d+ was seen"):
+            source.candidates("me/x")
     stranger = Registry(url, key=new_key("stranger").public.text)
     with pytest.raises(IntegrityError, match="not signed by the key"):
         stranger.candidates("me/x")

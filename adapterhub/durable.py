@@ -85,25 +85,27 @@ def append(path: Path, chunks: Iterable[bytes], size: int) -> None:
 
 
 def link(path: Path, source: Path, unsynced: set[Path] | None = None) -> bool:
-    """Give a file that never changes a second name; False where that cannot be (another file system, another owner)."""
+    """Give a file that never changes a second name, in place of what has that name; False where that cannot be (another
+    file system, another owner)."""
     state = source.stat()
     if state.st_uid != os.geteuid() or state.st_mode & 0o022:
         return False  # somebody else could write to it later
-    temporary = _beside(path)
     with _told(path, 0):
         make_folder(path.parent, unsynced)
         try:
-            announce("link", source, temporary)
-            os.link(source, temporary)
+            _link(source, path)
+        except FileExistsError:
+            temporary = _beside(path)
+            _link(source, temporary)
+            try:
+                _rename(temporary, path)
+            except BaseException:
+                with suppress(OSError):
+                    _unlink(temporary)
+                raise
         except OSError as error:
             if error.errno in _NO_LINK:
                 return False
-            raise
-        try:
-            _rename(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                _unlink(temporary)
             raise
         _settle(path.parent, unsynced)
     return True
@@ -133,7 +135,7 @@ def read_chunks(path: Path) -> Iterator[bytes]:
 
 def make_folder(path: Path, unsynced: set[Path] | None = None) -> None:
     """The folder and those above it, durably (unsynced: as for `write`)."""
-    if path.is_dir():
+    if (unsynced and path in unsynced) or path.is_dir():
         return
     with _told(path, 0):
         make_folder(path.parent, unsynced)
@@ -237,6 +239,11 @@ def _write(handle: int, path: Path, chunk: bytes) -> None:
     while view:
         announce("write", path, view)
         view = view[os.write(handle, view) :]
+
+
+def _link(source: Path, path: Path) -> None:
+    announce("link", source, path)
+    os.link(source, path)
 
 
 def _rename(source: Path, path: Path) -> None:

@@ -37,7 +37,11 @@ def open(path: str | Path | None = None, create: bool = False, database: str | N
         durable.make_folder(root)
     from adapterhub_registry.database import Database
 
-    return Hub(root, Database(root / DATABASE, create=create and not _is_hub(root), url=database))
+    new = create and not _is_hub(root)
+    hub = Hub(root, Database(root / DATABASE, create=new, url=database))
+    if new:
+        hub.store.prepare()
+    return hub
 
 
 def _is_hub(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from adapterhub.manifest import File, check_digest, digest_of
 
 DATABASE = "hub.db"
 """The file that makes a folder a hub; the index lives in it, the blobs beside it."""
-WORKERS = 8
+WORKERS = 4
 """Blobs that are written or fetched side by side: a disk commits what several wait for at once."""
 _REPAIR = "adapterhub repair mends it from where it came; adapterhub verify lists all damage"
 
@@ -55,12 +55,19 @@ class Store:
         """Held while blobs are taken away."""
         return durable.lock(self.root / "hub.lock", wait=wait)
 
+    def prepare(self) -> None:
+        """Make the folders that blobs lie in, so that no install has to."""
+        unsynced: set[Path] = set()
+        for first in range(256):
+            durable.make_folder(self.folder / f"{first:02x}", unsynced)
+        durable.sync(unsynced)
+
     # --- putting -----------------------------------------------------------------------------------------------
 
     def path(self, digest: str) -> Path:
         """Where a blob lies, or would. Its bytes are not checked; `read` does that."""
         hex_digits = check_digest(digest).removeprefix("sha256:")
-        return self.folder / hex_digits[:2] / hex_digits
+        return Path(f"{self.folder}/{hex_digits[:2]}/{hex_digits}")
 
     def put(self, content: bytes | Path) -> File:
         """Keep these bytes, or a copy of this file, as one blob. One that is there already and sound is not written again."""
@@ -95,15 +102,18 @@ class Store:
             self.came.append(blob)
             durable.write(self.path(blob.digest), hashed(chunks, blob, source), blob.size, unsynced)
 
-    def adopt(self, blob: File, source: Path, unsynced: set[Path] | None = None) -> None:
-        """Keep a blob that lies in another store, as a second name of the same file where the file system can."""
-        if self.fault(blob) is None:
-            return
-        for _ in hashed(_chunks(source), blob, source):
-            pass
-        self.came.append(blob)
-        if not durable.link(self.path(blob.digest), source, unsynced):
-            self.take(blob, _chunks(source), source, unsynced)
+    def adopt(self, blobs: Mapping[File, Path]) -> None:
+        """Keep blobs that lie in another store, each as a second name of the same file where the file system can.
+
+        While some are hashed, side by side, others that were get their names. Raises IntegrityError for other bytes."""
+        folders: set[Path] = set()
+        with ThreadPoolExecutor(WORKERS) as pool:
+            checks = pool.map(lambda place: _drain(hashed(_chunks(place[1]), *place)), blobs.items())
+            for (blob, path), _ in zip(blobs.items(), checks, strict=True):
+                self.came.append(blob)
+                if not durable.link(self.path(blob.digest), path, folders):
+                    self.take(blob, _chunks(path), path, folders)
+        durable.sync(folders)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -248,6 +258,11 @@ def hashed(chunks: Iterable[bytes], blob: File, source: Path | str) -> Iterator[
             f"{source} is not {blob.digest} of {blob.size} bytes",
             "it was changed on the way; get it again from its source",
         )
+
+
+def _drain(chunks: Iterator[bytes]) -> None:
+    for _ in chunks:
+        pass
 
 
 def each(function: Callable, items: Iterable) -> list:

@@ -253,7 +253,7 @@ def test_a_minus_at_the_start_is_explained(run, hub):
 def test_a_reader_that_goes_away_is_quiet(hub):
     process = subprocess.Popen([*ADAPTERHUB, "plugins", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
-    assert process.wait(30) == 1
+    assert process.wait(30) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
 
@@ -313,6 +313,7 @@ def test_list_as_json(run, put, hub):
         "base": "tiny",
         "size": release.manifest.files["tensors"].size,
         "created": "",
+        "yanked": None,
         "tags": [],
     }
 
@@ -406,8 +407,10 @@ def test_plugins_list_and_show(run):
     from importlib.metadata import version
 
     listed = json.loads(run("plugins list --json")[1])["plugins"]
-    assert {"group": "methods", "name": "lora", "distribution": f"adapterhub {version('adapterhub')}"} in listed
-    assert {"group": "forms", "name": "subspace", "distribution": "adapterhub-loreft 0.1.0"} in listed
+    ours = {"distribution": f"adapterhub {version('adapterhub')}", "enabled": True}
+    assert {"group": "methods", "name": "lora", **ours} in listed
+    theirs = {"distribution": "adapterhub-loreft 0.1.0", "enabled": True}
+    assert {"group": "forms", "name": "subspace", **theirs} in listed
     out = run("plugins show lora")[1]
     assert re.search(r"^lora_alpha +float +16$", out, re.M) and "adapterhub" in out
     assert run("plugins show nothing")[0] == 3

@@ -266,7 +266,7 @@ def test_gc_takes_nothing_when_the_index_looks_lost(hub, tmp_path):
     care.gc(hub)
     everything = sorted(path for path in hub.store.folder.rglob("*") if path.is_file())
     fresh = adapterhub.open(tmp_path / "fresh", create=True)
-    shutil.copytree(hub.root / "blobs", fresh.root / "blobs")
+    shutil.copytree(hub.root / "blobs", fresh.root / "blobs", dirs_exist_ok=True)
     with pytest.raises(HubError, match="although there are blobs"):
         care.gc(fresh)
     hub.index.remember(care.ROOTS, 1000)

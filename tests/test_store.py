@@ -86,14 +86,14 @@ def test_bytes_that_are_not_the_expected_ones_are_not_kept(tmp_path):
         with pytest.raises(IntegrityError):
             store.take(expected, [b"weights"], "the bytes given")
         with pytest.raises(IntegrityError):
-            store.adopt(expected, source)
+            store.adopt({expected: source})
     assert blob_files(store) == []
 
 
 def test_an_endless_source_is_cut_at_the_expected_size(tmp_path):
     """A source that goes on beyond its declared size fills no disk."""
     with pytest.raises(IntegrityError):
-        Store(tmp_path).adopt(File(digest=digest_of(b"x"), size=10), Path("/dev/zero"))
+        Store(tmp_path).adopt({File(digest=digest_of(b"x"), size=10): Path("/dev/zero")})
     assert blob_files(Store(tmp_path)) == []
 
 

@@ -43,7 +43,7 @@ class Disk:
         mine = self.hub.store
         with mine.shared():
             blobs = {blob for file in files for blob in mine.blobs(file)}
-            store.fill(blobs, lambda blob, folders: store.adopt(blob, mine.path(blob.digest), folders))
+            store.adopt({blob: mine.path(blob.digest) for blob in blobs})
 
     def signatures(self, digest: str) -> list[bytes]:
         return self.hub.index.signatures(digest)

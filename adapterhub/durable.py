@@ -85,29 +85,25 @@ def append(path: Path, chunks: Iterable[bytes], size: int) -> None:
 
 
 def link(path: Path, source: Path, unsynced: set[Path] | None = None) -> bool:
-    """Give a file that never changes a second name, in place of what has that name; False where that cannot be (another
-    file system, another owner)."""
+    """Give a file that never changes a second name; False where that cannot be (another file system, another owner).
+
+    Raises FileExistsError for a name that is taken."""
     state = source.stat()
     if state.st_uid != os.geteuid() or state.st_mode & 0o022:
         return False  # somebody else could write to it later
     with _told(path, 0):
         make_folder(path.parent, unsynced)
-        try:
-            _link(source, path)
-        except FileExistsError:
-            temporary = _beside(path)
-            _link(source, temporary)
-            try:
-                _rename(temporary, path)
-            except BaseException:
-                with suppress(OSError):
-                    _unlink(temporary)
-                raise
-        except OSError as error:
-            if error.errno in _NO_LINK:
-                return False
+        announce("link", source, path)
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno in _NO_LINK:
+            return False
+        with _told(path, 0):
             raise
-        _settle(path.parent, unsynced)
+    _settle(path.parent, unsynced)
     return True
 
 
@@ -239,11 +235,6 @@ def _write(handle: int, path: Path, chunk: bytes) -> None:
     while view:
         announce("write", path, view)
         view = view[os.write(handle, view) :]
-
-
-def _link(source: Path, path: Path) -> None:
-    announce("link", source, path)
-    os.link(source, path)
 
 
 def _rename(source: Path, path: Path) -> None:

@@ -110,9 +110,13 @@ class Store:
         with ThreadPoolExecutor(WORKERS) as pool:
             checks = pool.map(lambda place: _drain(hashed(_chunks(place[1]), *place)), blobs.items())
             for (blob, path), _ in zip(blobs.items(), checks, strict=True):
-                self.came.append(blob)
-                if not durable.link(self.path(blob.digest), path, folders):
-                    self.take(blob, _chunks(path), path, folders)
+                try:
+                    if durable.link(self.path(blob.digest), path, folders):
+                        self.came.append(blob)
+                        continue
+                except FileExistsError:
+                    pass
+                self.take(blob, _chunks(path), path, folders)  # a copy; nothing, when it is there already and sound
         durable.sync(folders)
 
     # --- reading -----------------------------------------------------------------------------------------------

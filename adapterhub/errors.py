@@ -103,3 +103,7 @@ class ParentsWarning(UserWarning):
 
 class YankedWarning(UserWarning):
     """A version is used that its publisher has taken out of choice."""
+
+
+class ScanWarning(UserWarning):
+    """An adapter's weights are unlike those of others."""

@@ -79,7 +79,7 @@ PANELS = {
     },
     "Use them": {"run": run.run, "chat": run.chat, "eval": run.eval_, "explain": look.explain, "demo": run.demo},
     "Share": {"push": share.push, "serve": share.serve},
-    "Trust": {"sign": trust.sign, "bom": trust.bom},
+    "Trust": {"sign": trust.sign, "bom": trust.bom, "scan": look.scan},
     "Look after the hub": {
         "verify": care.verify,
         "repair": care.repair,

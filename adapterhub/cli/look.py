@@ -138,3 +138,33 @@ def explain(
         note(f"next: {found['next']}")
     if not found["runs"]:
         raise typer.Exit(1)
+
+
+def scan(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="name, name@version or name@tag.")], as_json: Json = False
+) -> None:
+    """Hold an adapter's changes against the size of the base's weights, without loading the base.
+
+    Exit status 5 for changes that no training makes. It finds what is broken or absurd, not what is malicious.
+
+    \b
+    Example:
+      adapterhub scan acme/sql
+    """
+    from adapterhub.adapter import Adapter
+    from adapterhub.look import scan as scanning
+    from adapterhub.look.touched import require_tensors
+
+    hub = adapterhub.open()
+    release = hub.resolve(ref)
+    require_tensors(release)
+    report = scanning.scan(Adapter.load(hub, release).modifications(), hub.store.read(release.manifest.base.sketch))
+    if as_json:
+        json_out({"release": str(release), **report})
+    else:
+        out(
+            f"{report['sites']} sites, {report['measured']} held against the base's weights; largest rank {report['rank']}"
+        )
+        if report["site"]:
+            out(f"largest change: {report['relative']:.3g} times the weight's norm, at {report['site']}")
+    scanning.check(report, str(release))

@@ -14,6 +14,7 @@ from adapterhub.errors import HubError, NotFound, UsageError
 from adapterhub.formats import peft
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import CONFIG, read_config
+from adapterhub.look import scan
 from adapterhub.manifest import Release, check_name, check_version
 from adapterhub.publish import publish_tensors
 
@@ -36,7 +37,8 @@ def import_adapter(
     `licence` the one that its model card states. The same files again are no new release.
 
     Raises what `formats.peft.read` raises; NotFound when there is no base; IncompatibleBase for tensors of other widths, or
-    when the config names a folder on this machine that holds another model than `base` (unless forced); NoEffect."""
+    when the config names a folder on this machine that holds another model than `base` (unless forced); NoEffect; UnsafeFile for
+    changes that are absurdly large (unless forced; `look.scan`). The scan's report stands in the manifest's metrics."""
     check_name(name)
     if version is not None:
         check_version(version)
@@ -51,6 +53,8 @@ def import_adapter(
     needs = any(part.form == "dora" for here in parts.values() for part in here)  # its change depends on the weights
     require_effect(parts, model.sites, model.load() if needs else model.skeleton, folder.name)
     current = fingerprint(resolved)
+    report = scan.scan(parts, current.sketch)
+    scan.check(report, folder.name, force)
     if base is not None:
         _require_same(config.base_model_name_or_path, current, force)
     recipe = {
@@ -69,6 +73,7 @@ def import_adapter(
         sketch=current.sketch,
         method=adapter.method,
         recipe={key: value for key, value in recipe.items() if value},
+        metrics={"scan": report},
         licence=licence or _card_licence(folder),
     )
 

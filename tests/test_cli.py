@@ -354,7 +354,7 @@ def test_tag_rm_install(run, put, hub, tmp_path, monkeypatch):
 # --- foreign text and terminals -------------------------------------------------------------------------------------
 
 
-def test_no_control_character_of_a_manifest_reaches_the_terminal(run, put):
+def test_D11_no_control_character_of_a_manifest_reaches_the_terminal(run, put):
     # A manifest with such a name, base or licence is refused; what its maker measured and set may be anything.
     method = Made(name="lora", options={"\x1b]0;title\x07": "\x1b[31mred\u202etxt[bold]"})
     put("me/a", method=method, recipe={"\x9b2J": "a\rb\nc"})

@@ -212,13 +212,13 @@ def index_of(encoded, change):
         (lambda text: b"{}", "names"),
     ],
 )
-def test_a_hostile_index_is_refused(change, problem):
+def test_D7_a_hostile_index_is_refused(change, problem):
     encoded, _ = compeft({f"{SITE}.up": torch.randn(50, 20, generator=torch.Generator().manual_seed(6))})
     with pytest.raises(CodecError, match=problem):
         ComPEFT().decode(index_of(encoded, change))
 
 
-def test_hostile_streams_are_refused():
+def test_D7_hostile_streams_are_refused():
     encoded, _ = compeft({f"{SITE}.up": torch.randn(50, 20, generator=torch.Generator().manual_seed(6))})
     stream = encoded["compeft.stream"]
     nan = stream.clone()
@@ -392,7 +392,7 @@ def test_int8_keeps_what_is_not_worth_it_or_must_be_exact():
         lambda t: {k: v * 1e38 if "steps" in k else v for k, v in t.items()},
     ],
 )
-def test_hostile_int8_is_refused(change):
+def test_D7_hostile_int8_is_refused(change):
     encoded = Int8().encode({"a.dense.0.weight": 300 * torch.randn(6, 40).sign()}, Int8.Config())
     with pytest.raises(CodecError):
         Int8().decode(change(encoded))

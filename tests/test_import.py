@@ -132,7 +132,7 @@ def test_the_base_given_must_be_the_one_named_if_that_is_here(hub, folder, tmp_p
     hub.import_adapter(folder, name="me/y", base=other)
 
 
-def test_another_shape_is_refused(hub, folder, tmp_path, tiny_model, tiny_saved):
+def test_D9_another_shape_is_refused(hub, folder, tmp_path, tiny_model, tiny_saved):
     wide = tiny_saved(tmp_path / "wide", tiny_model(intermediate_size=48))
     with pytest.raises(IncompatibleBase) as caught:
         hub.import_adapter(folder, name="me/x", base=wide)
@@ -154,7 +154,7 @@ def test_an_adapter_that_changes_nothing_is_refused(hub, folder):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite_are_refused(value, hub, folder):
+def test_D8_values_that_are_not_finite_are_refused(value, hub, folder):
     def poison(tensor):
         tensor = tensor.clone()
         tensor[0, 0] = value
@@ -173,7 +173,7 @@ def test_truncated_tensors_are_refused(hub, folder):
         hub.import_adapter(folder, name="me/x")
 
 
-def test_a_rank_above_the_widths_is_told(hub, folder):
+def test_D9_a_rank_above_the_widths_is_told(hub, folder):
     pairs = {n: t.repeat(9, 1) if "lora_A" in n else t.repeat(1, 9) for n, t in load_file(folder / TENSORS).items()}
     save_file(pairs, folder / TENSORS)
     edit(folder, r=36)

@@ -279,7 +279,7 @@ def test_a_flipped_bit_in_the_manifest(bundle, target, at):
 @pytest.mark.parametrize(
     "name", ["adapter_model.bin", "blobs/x.pt", "deep/er/optimizer.pkl", "m.ckpt", "m.pickle", "m.PT"]
 )
-def test_a_pickle_anywhere_is_refused(bundle, target, name):
+def test_D4_a_pickle_anywhere_is_refused(bundle, target, name):
     path = bundle / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"\x80\x04N.")
@@ -287,7 +287,7 @@ def test_a_pickle_anywhere_is_refused(bundle, target, name):
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "manifest", "pipe", "loop"])
-def test_links_and_pipes_are_not_followed(family, bundle, target, tmp_path, what):
+def test_D6_links_and_pipes_are_not_followed(family, bundle, target, tmp_path, what):
     path = a_blob(bundle, family)
     outside = tmp_path / "outside"
     if what == "folder":
@@ -310,7 +310,7 @@ def test_a_bundle_may_itself_be_a_link(bundle, target, tmp_path):
     assert len(target.install(tmp_path / "link")) == 4
 
 
-def test_a_manifest_without_end(bundle, target):
+def test_D12_a_manifest_without_end(bundle, target):
     with (bundle / "manifest.json").open("r+b") as file:
         file.truncate(1 << 40)  # sparse
     refused(target, bundle, ManifestError, "too large")
@@ -328,7 +328,7 @@ def test_a_manifest_without_end(bundle, target):
     ],
     ids=["empty", "pickle", "truncated", "path", "control", "huge header"],
 )
-def test_hostile_tensors_under_a_true_digest(family, target, tmp_path, tensors, error):
+def test_D2_D4_hostile_tensors_under_a_true_digest(family, target, tmp_path, tensors, error):
     """Whoever makes the manifest makes the digests too, so a right digest makes no file safe."""
     hub = adapterhub.open(tmp_path / "hostile", create=True)
     base = Base(name="tiny", architecture="llama", structure=digest_of(b"shapes"), sketch=File(digest="", size=0))

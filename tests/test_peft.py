@@ -266,7 +266,7 @@ def test_no_site_at_all(plain, tiny_model):
     assert str(caught.value).count("layers.1.") == 3 and "--base" in caught.value.hint
 
 
-def test_pickles_are_not_opened(plain, tiny_model):
+def test_D4_pickles_are_not_opened(plain, tiny_model):
     (plain / peft.TENSORS).unlink()
     with pytest.raises(NotFound):
         read(plain, tiny_model())
@@ -316,7 +316,7 @@ def test_modules_without_tensors_and_unknown_keys_are_told(plain, tiny_model):
     ],
     ids=range(21),
 )
-def test_hostile_configs_are_refused_at_once(text, tmp_path):
+def test_D5_hostile_configs_are_refused_at_once(text, tmp_path):
     (tmp_path / CONFIG).write_bytes(text.encode("latin-1"))
     start = time.perf_counter()
     with pytest.raises(HubError) as caught:
@@ -352,7 +352,7 @@ def test_matching_is_res():
     assert bounded_re.match([r"x\.(?P<idx>\d)"], texts) == [{"x.7.y": "7"}]
 
 
-def test_reading_imports_nothing_that_the_config_names(plain, monkeypatch):
+def test_D5_reading_imports_nothing_that_the_config_names(plain, monkeypatch):
     edit(plain, auto_mapping={"base_model_class": "Evil", "parent_library": "evil_one"}, megatron_core="evil_two",
          auto_map={"AutoConfig": "evil_three.Config"}, tokenizer_kwargs={"x": "evil_four"})  # fmt: skip
 

@@ -372,7 +372,7 @@ def test_keys_turn_with_the_positions(tiny_model):
     ],
     ids=str,
 )  # fmt: skip
-def test_hostile_configs_end_in_one_line(changes, error, vera, hub, tiny_folder):
+def test_D5_hostile_configs_end_in_one_line(changes, error, vera, hub, tiny_folder):
     edit(vera, **changes)
     start = time.process_time()
     with pytest.raises(error) as caught, warnings.catch_warnings():

@@ -90,7 +90,7 @@ UNSAFE = {
     [pytest.param(IntegrityError, d, id=n) for n, d in DAMAGED.items()]
     + [pytest.param(UnsafeFile, d, id=n) for n, d in UNSAFE.items()],
 )
-def test_hostile_files_are_refused_at_once(tmp_path, kind, data):
+def test_D1_D2_hostile_files_are_refused_at_once(tmp_path, kind, data):
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
     start = time.process_time()
@@ -103,7 +103,7 @@ def test_hostile_files_are_refused_at_once(tmp_path, kind, data):
         tensors.load(data)
 
 
-def test_memory_is_bounded():
+def test_D1_D2_memory_is_bounded():
     """Headers of 8 MiB made of as many small objects as fit, in a process that has only the checker in it."""
     program = """
 from adapterhub.errors import HubError
@@ -170,7 +170,7 @@ def test_a_pipe_is_refused_unopened(tmp_path):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_values_that_are_no_numbers(tmp_path, bad, dtype):
+def test_D8_values_that_are_no_numbers(tmp_path, bad, dtype):
     given = {"fine": torch.zeros(3), "broken": torch.tensor([0, bad, 0], dtype=dtype)}
     with pytest.raises(UnsafeFile, match="broken"):
         tensors.dump(given)

@@ -170,6 +170,9 @@ def test_A2_a_push_killed_at_every_request(before, work_in, registry):
         seen.append([row.name for row in there.releases()])
     assert seen[0] == [] and seen[-1] == ["me/child", "me/parent"] and len(seen) > 5
     assert all(names in ([], ["me/parent"], ["me/child", "me/parent"]) for names in seen)
+    with Steps() as steps:
+        command(before)
+    assert [step for step in steps.trace if str(before) in step[1]] == []  # here it writes nothing
 
 
 @pytest.mark.parametrize("limit", [1 << 10, 16 << 10, 60 << 10, 200 << 10])

@@ -23,8 +23,6 @@ from adapterhub.sources import AGAIN, Candidate
 from adapterhub.sources.http import Http
 from adapterhub.store import Store, each
 
-LIST = "application/vnd.adapterhub.list+json"
-"""The type of a signed list of releases."""
 LARGEST = 32 << 20
 """Bytes of a list or manifest."""
 BREAKS = 8
@@ -157,7 +155,7 @@ class Registry:
             try:
                 found = json.loads(data)
                 if isinstance(found, dict) and "payload" in found:  # signed, and we have no key to hold it against
-                    from adapterhub.trust.signature import opened
+                    from adapterhub.trust.signature import LIST, opened
 
                     found, _ = opened(data, LIST, ())
             except (ValueError, RecursionError):
@@ -168,7 +166,7 @@ class Registry:
 
     def _signed(self, data: bytes) -> dict[str, Any]:
         from adapterhub.trust.keys import PublicKey
-        from adapterhub.trust.signature import opened
+        from adapterhub.trust.signature import LIST, opened
 
         try:
             found, signer = opened(data, LIST, [PublicKey(self._key)])

@@ -17,8 +17,10 @@ from adapterhub.trust.keys import PrivateKey, PublicKey
 
 RELEASE = "application/vnd.adapterhub.release+json"
 """The payload's type: {"digest", "name", "version"} of a release."""
-LARGEST = 64 << 10
-"""Bytes of an envelope."""
+LIST = "application/vnd.adapterhub.list+json"
+"""The type of a registry's list of the releases of one name."""
+LARGEST = 4 << 20
+"""Bytes of an envelope: a list may name thousands of releases."""
 
 
 def sign(payload: Mapping[str, Any], kind: str, key: PrivateKey) -> bytes:

@@ -17,9 +17,8 @@ from adapterhub.errors import NotFound
 from adapterhub.manifest import canonical, check_digest, check_name
 from adapterhub.packages import Packages
 from adapterhub.trust.keys import PrivateKey
-from adapterhub.trust.signature import sign
+from adapterhub.trust.signature import LIST, sign
 
-LIST = "application/vnd.adapterhub.list+json"
 PAGE = 200
 FRESH = timedelta(days=7)
 """How long a signed list counts."""

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, TagMoved, UsageError
 from adapterhub.incoming import Incoming
@@ -86,6 +87,8 @@ def make_app(hub: Packages, token: str = "", key: PrivateKey | None = None, pati
                 chunk = await asyncio.wait_for(anext(stream), patience)
             except StopAsyncIteration:
                 return
+            except ClientDisconnect:
+                raise HTTPException(400, "the sender went away") from None
             except TimeoutError:
                 raise HTTPException(408, f"nothing came for {patience} seconds") from None
             total += len(chunk)

@@ -39,12 +39,28 @@ def make_before(folder):
     publish(hub, "me/going", TENSORS[:-1] + b"\5")
     hub.tag("me/going", "stable")
     hub.store.put(b"stray")
+    low_ranks(hub)
     other = adapterhub.open(folder / "other", create=True)
     parent = publish(other, "me/parent", large(1))
     publish(other, "me/child", large(2), [parent])
     other.export_bundle("me/child", folder / "bundle")
     first_schema(folder / "fresh")
     return folder
+
+
+def low_ranks(hub):
+    """me/l1 and me/l2, to merge and to compress."""
+    import torch
+
+    from adapterhub.forms.low_rank import LowRank
+    from adapterhub.publish import publish_tensors
+
+    base = Base(name="tiny", architecture="llama", structure=digest_of(b"shapes"), sketch=File(digest="", size=0))
+    for i in (1, 2):
+        dice = torch.Generator().manual_seed(i)
+        down, up = torch.randn(4, 6000, generator=dice), torch.randn(50, 4, generator=dice)
+        part = LowRank(down=down, up=up, scale=torch.tensor(1.0))
+        publish_tensors(hub, {"m.q": [part]}, name=f"me/l{i}", base=base, sketch=b"rows", method=Made(name="lora"))
 
 
 def first_schema(folder):
@@ -88,6 +104,8 @@ COMMANDS = {
     "publish parts": lambda folder: publish(_hub(folder), "me/new", large(8)),
     "install a bundle": lambda folder: _hub(folder).install(folder / "bundle"),
     "install from a hub": lambda folder: _hub(folder).install(f"{folder / 'other'}:me/child"),
+    "merge": lambda folder: _hub(folder).merge(["me/l1", "me/l2"], name="me/merged"),
+    "compress": lambda folder: _hub(folder).compress("me/l1", codec="svd", options={"rank": 1}, name="me/compressed"),
     "remove": lambda folder: _hub(folder).remove("me/going"),
     "tag": lambda folder: _hub(folder).tag("me/old", "stable"),
     "yank": lambda folder: yank(_hub(folder), "me/old@0.1.0", "bad"),

@@ -138,6 +138,8 @@ class Packages:
     @staticmethod
     def names_a_place(text: str) -> bool:
         """Whether a text that is to be installed says where to look, instead of a requirement of what our sources have."""
+        if "@sha256:" in text:
+            return False
         place, colon, _ = text.rpartition(":")
         folders = [durable.user_path(each) for each in (text, place) if each]
         return text.startswith("hf:") or (bool(colon) and "/" in place) or any(folder.is_dir() for folder in folders)

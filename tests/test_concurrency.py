@@ -20,12 +20,6 @@ from adapterhub import care, durable
 from adapterhub.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
-INSTALL = """
-import sys, adapterhub
-hub = adapterhub.open(sys.argv[1])
-for name in sys.argv[3:]:
-    hub.install(f"{sys.argv[2]}:{name}")
-"""
 GC = """
 import sys, time, adapterhub
 from adapterhub import care
@@ -83,7 +77,14 @@ def test_B2_sixteen_processes_install_fifty_overlapping_adapters_beside_gc(sourc
     names = [publish(source, f"me/a{i}", large(100 + i), [shared[i % 4]]).name for i in range(60)]
     sweeper = started(GC, hub.root)
     dice = random.Random(0)
-    running = [started(INSTALL, hub.root, source.root, *dice.sample(names, 50)) for _ in range(16)]
+    command = [sys.executable, "-m", "adapterhub", "install"]
+    running = [
+        subprocess.Popen(
+            [*command, *(f"{source.root}:{name}" for name in dice.sample(names, 50))],
+            cwd=hub.root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        for _ in range(16)
+    ]  # fmt: skip
     told = [process.communicate()[1].decode() for process in running]
     assert [process.returncode for process in running] == [0] * 16, told
     assert all("locked" not in text for text in told)

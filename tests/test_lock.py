@@ -70,6 +70,22 @@ def test_add_lock_sync_and_a_stack(here, capsys):
     assert run("why", "acme/none") == 3
 
 
+def test_install_by_range_tag_digest_source_and_place(here, source):
+    source.tag("acme/sql@0.1.0", "stable")
+    digest = source.resolve("acme/sql@0.1.0").digest
+    for text, version in (
+        ("acme/sql>=0.2", "0.2.0"),
+        ("acme/sql@stable", "0.1.0"),
+        (f"acme/sql@{digest}", "0.1.0"),
+        ("team:acme/sql<0.2", "0.1.0"),
+        (f"{source.root}:acme/sql@0.2.0", "0.2.0"),
+    ):
+        fresh_hub(here)
+        assert run("install", text) == 0, text
+        assert [row.version for row in adapterhub.open(here).releases("acme/sql")] == [version]
+    assert run("install", "acme/sql>=9") == 3 and run("install", "acme/sql>>9") == 2
+
+
 def test_what_is_locked_stays_until_it_is_updated(here, source, capsys):
     assert run("add", "acme/sql") == 0
     publish(source, "acme/sql", large(4))

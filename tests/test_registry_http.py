@@ -383,6 +383,32 @@ def test_lists_that_are_none(answer, monkeypatch):
         source.candidates("me/x")
 
 
+def test_a_registry_that_never_stops_talking_is_cut_off(monkeypatch):
+    """A body without end takes no more memory than a list may."""
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Endless(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(b"x" * (1 << 20))
+            except OSError:
+                pass
+
+    monkeypatch.setattr("adapterhub.sources.registry.LARGEST", 4 << 20)
+    server = HTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(IntegrityError, match="more than"):
+        Registry(f"http://127.0.0.1:{server.server_port}").candidates("me/x")
+    server.shutdown()
+
+
 # --- E9 -------------------------------------------------------------------------------------------------------------
 
 

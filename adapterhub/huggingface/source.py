@@ -59,6 +59,8 @@ class Pushed:
         for file in files:
             if file.parts:
                 listed = File(digest=file.digest, size=sum(size for _, _, size in self._pieces(file)))
+                if listed.size > parts.LARGEST_LIST:
+                    raise IntegrityError(f"{self.label}: the list of parts {file.digest} is too large", AGAIN)
                 self._take(listed, store, set())
                 blobs |= set(parts.decode(store.read(listed), file))
             else:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from adapterhub import durable
-from adapterhub.errors import HubError, NotFound, Unreachable, UsageError
+from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
 
 TRIES = 5
 PATIENCE = 60.0
@@ -43,8 +43,23 @@ class Http:
             timeout=httpx.Timeout(30, connect=10),
         )
 
-    def get(self, path: str, **more: Any) -> httpx.Response:
-        return self.request("GET", path, **more)
+    def read(self, path: str, most: int) -> bytes:
+        """The body of a GET, of which no more than `most` bytes are ever taken. Raises IntegrityError for more of them."""
+
+        def once() -> bytes:
+            durable.announce("send", Path(path))
+            with self._client.stream("GET", path) as answer:
+                if answer.status_code >= 300:
+                    answer.read()
+                self._check(answer, ())
+                taken = bytearray()
+                for chunk in answer.iter_bytes():
+                    taken += chunk
+                    if len(taken) > most:
+                        raise IntegrityError(f"{self.url} gives more than {most} bytes for {path}", "ask who runs it")
+                return bytes(taken)
+
+        return self._tried(once)
 
     def request(self, method: str, path: str, accept: tuple[int, ...] = (), **more: Any) -> httpx.Response:
         """The answer, tried again while the server is busy or away. Only for requests that may be made twice.

@@ -91,10 +91,7 @@ class Registry:
     # --- inside ------------------------------------------------------------------------------------------------
 
     def _bytes(self, path: str) -> bytes:
-        data = self.http.get(path).content
-        if len(data) > LARGEST:
-            raise IntegrityError(f"{self.label} gives {len(data)} bytes for {path}", AGAIN)
-        return data
+        return self.http.read(path, LARGEST)
 
     def _parts(self, file: File, store: Store) -> bytes:
         """The list of a file's parts, from the store when it is there."""

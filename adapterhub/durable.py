@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -88,9 +89,9 @@ def link(path: Path, source: Path, unsynced: set[Path] | None = None) -> bool:
     """Give a file that never changes a second name; False where that cannot be (another file system, another owner).
 
     Raises FileExistsError for a name that is taken."""
-    state = source.stat()
-    if state.st_uid != os.geteuid() or state.st_mode & 0o022:
-        return False  # somebody else could write to it later
+    state = source.lstat()
+    if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & 0o022:
+        return False  # somebody else could write to it later, or it is a link to what may change
     with _told(path, 0):
         make_folder(path.parent, unsynced)
         announce("link", source, path)

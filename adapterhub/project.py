@@ -96,7 +96,7 @@ def read(folder: Path) -> Project:
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
         project = msgspec.convert(found, Project)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is no TOML: {error}", "mend it") from None
     except OSError as error:
         raise NotFound(f"{path} cannot be read: {error.strerror}", "check the file") from None

@@ -58,7 +58,7 @@ def load() -> Settings:
         return Settings()
     except OSError as error:
         raise HubError(f"{path} cannot be read: {error.strerror}", "check its permissions") from None
-    except (ValueError, msgspec.ValidationError) as error:
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:
         raise UsageError(f"{path} is no configuration: {error}", "mend it, or move it away") from None
 
 

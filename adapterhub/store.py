@@ -102,14 +102,16 @@ class Store:
             self.came.append(blob)
             durable.write(self.path(blob.digest), hashed(chunks, blob, source), blob.size, unsynced)
 
-    def adopt(self, blobs: Mapping[File, Path]) -> None:
-        """Keep blobs that lie in another store, each as a second name of the same file where the file system can.
+    def adopt(self, blobs: Mapping[File, Path], advance: Callable[[int], None] = lambda size: None) -> None:
+        """Keep blobs that lie in another store, each as a second name of the same file where the file system can. `advance` is
+        told of the bytes of each.
 
         While some are hashed, side by side, others that were get their names. Raises IntegrityError for other bytes."""
         folders: set[Path] = set()
         with ThreadPoolExecutor(WORKERS) as pool:
             checks = pool.map(lambda place: _drain(hashed(_chunks(place[1]), *place)), blobs.items())
             for (blob, path), _ in zip(blobs.items(), checks, strict=True):
+                advance(blob.size)
                 try:
                     if durable.link(self.path(blob.digest), path, folders):
                         self.came.append(blob)

@@ -18,6 +18,7 @@ from adapterhub import durable, parts
 from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile
 from adapterhub.manifest import File, Manifest, Release, canonical, digest_of
 from adapterhub.packages import Packages
+from adapterhub.progress import bar
 from adapterhub.sources import AGAIN, Candidate, closure
 from adapterhub.store import Store
 
@@ -67,9 +68,13 @@ class Bundle:
         for file in files:
             blobs.add(file if not file.parts else self._listed(file, store, blobs))
         paths = {blob: self._file(f"blobs/{_hex(blob.digest)}") for blob in blobs}
-        store.fill(
-            paths, lambda blob, folders: store.take(blob, durable.read_chunks(paths[blob]), paths[blob], folders)
-        )
+        with bar(f"install from {self.label}", sum(blob.size for blob in paths)) as advance:
+
+            def take(blob: File, folders: set[Path]) -> None:
+                store.take(blob, durable.read_chunks(paths[blob]), paths[blob], folders)
+                advance(blob.size)
+
+            store.fill(paths, take)
 
     def _listed(self, file: File, store: Store, blobs: set[File]) -> File:
         """The list of a file's parts as a blob; the parts join `blobs`."""

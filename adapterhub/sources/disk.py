@@ -8,6 +8,7 @@ from pathlib import Path
 from adapterhub.errors import IntegrityError, NotFound
 from adapterhub.manifest import File, Reference, Release
 from adapterhub.packages import Packages
+from adapterhub.progress import bar
 from adapterhub.sources import AGAIN, Candidate
 from adapterhub.store import Store
 
@@ -43,7 +44,8 @@ class Disk:
         mine = self.hub.store
         with mine.shared():
             blobs = {blob for file in files for blob in mine.blobs(file)}
-            store.adopt({blob: mine.path(blob.digest) for blob in blobs})
+            with bar(f"install from {self.label}", sum(blob.size for blob in blobs)) as advance:
+                store.adopt({blob: mine.path(blob.digest) for blob in blobs}, advance)
 
     def signatures(self, digest: str) -> list[bytes]:
         return self.hub.index.signatures(digest)

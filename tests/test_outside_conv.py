@@ -63,10 +63,12 @@ def test_it_trains_saves_stacks_routes_and_decodes(site, tiny_folder, tmp_path):
         "".join(json.dumps({"prompt": p, "completion": p[::-1]}) + "\n" for p in ("ab", "bc", "cd", "de") * 3)
     )
     run(FILLED_IN / "journey.py", tiny_folder, data, tmp_path / "hub", path=site, cwd=tmp_path)
-    # Where the package is missing, the error names it.
+    # Where the package is missing, the error says so, and names no package that only the manifest knows.
     with pytest.raises(PluginError, match="needs the form 'causal_conv'") as caught:
         adapterhub.open(tmp_path / "hub").load(tiny_folder, "me/conv")
-    assert "adapterhub-causal-conv 0.1.0" in caught.value.hint
+    assert (
+        "adapterhub-causal-conv" not in caught.value.hint and "install the package that brings it" in caught.value.hint
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -24,7 +25,7 @@ def server():
     if not BINARIES and not shutil.which("initdb"):
         pytest.skip("no PostgreSQL server is installed")
     home = BINARIES[-1].parent if BINARIES else Path(shutil.which("initdb")).parent
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         user = {}
         if os.getuid() == 0:  # the server refuses to run as root
             os.chmod(folder, 0o777)
@@ -45,8 +46,8 @@ def server():
                 time.sleep(0.05)
             yield folder, home
         finally:
-            running.terminate()
-            running.wait()
+            running.send_signal(signal.SIGINT)  # whoever is still connected is cut off; SIGTERM would wait for them
+            running.wait(60)
 
 
 @pytest.fixture

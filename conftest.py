@@ -9,6 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of fixtures and of what tests s
 import pytest
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Two processes for the whole suite; one for a file or a test, which is quicker, and for slow ones, which take all cores."""
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    return 2 if whole and "not slow" in config.option.markexpr else 0
+
+
 @pytest.fixture(autouse=True)
 def _threads(request):
     """One thread: tiny models gain nothing from more, and equal bits need equal threads. Slow tests take what there is."""

@@ -130,7 +130,7 @@ def test_C8_installing_under_require_signed(hub, mine, tmp_path):
     hub.index.sign(child.digest, sign(statement(child), RELEASE, mine))
     with pytest.raises(UnsafeFile, match=r"acme/base@0\.1\.0 is refused: it is not signed"):
         team.install(f"{hub.root}:acme/sql")
-    assert team.releases() == [] and list(team.store.folder.rglob("*")) == []
+    assert team.releases() == [] and not any(path.is_file() for path in team.store.folder.rglob("*"))
     hub.index.sign(base.digest, sign(statement(base), RELEASE, mine))
     hub.export_bundle("acme/sql", tmp_path / "bundle")
     team.install(tmp_path / "bundle")  # signatures travel with a bundle

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from adapterhub import durable, parts
@@ -109,7 +111,7 @@ class Store:
         While some are hashed, side by side, others that were get their names. Raises IntegrityError for other bytes."""
         folders: set[Path] = set()
         with ThreadPoolExecutor(WORKERS) as pool:
-            checks = pool.map(lambda place: _drain(hashed(_chunks(place[1]), *place)), blobs.items())
+            checks = pool.map(lambda place: deque(hashed(_chunks(place[1]), *place), maxlen=0), blobs.items())
             for (blob, path), _ in zip(blobs.items(), checks, strict=True):
                 advance(blob.size)
                 try:
@@ -140,7 +142,7 @@ class Store:
         if len(found) == 1:
             return self._blob(found[0].digest)
         whole = bytearray(file.size)
-        ends = list(_sums(found))
+        ends = list(accumulate(blob.size for blob in found))
 
         def copy(place: tuple[File, int]) -> None:
             blob, end = place
@@ -266,30 +268,22 @@ def hashed(chunks: Iterable[bytes], blob: File, source: Path | str) -> Iterator[
         )
 
 
-def _drain(chunks: Iterator[bytes]) -> None:
-    for _ in chunks:
-        pass
-
-
 def each(function: Callable, items: Iterable) -> list:
     """The results, several computed side by side; the first error ends it, once what runs has ended."""
     items = list(items)
     if len(items) < 2:
         return [function(item) for item in items]
+    # A pool that is interrupted while it starts a thread forgets that thread: none is at work until all have started.
+    begin: Future[bool] = Future()
     with ThreadPoolExecutor(WORKERS) as pool:
-        waiting = [pool.submit(function, item) for item in items]
         try:
+            waiting = [pool.submit(lambda item: begin.result() and function(item), item) for item in items]
+            begin.set_result(True)
             return [future.result() for future in waiting]
         except BaseException:
+            begin.cancel()
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _sums(blobs: Iterable[File]) -> Iterator[int]:
-    total = 0
-    for blob in blobs:
-        total += blob.size
-        yield total
 
 
 def _chunks(source: Path) -> Iterator[bytes]:

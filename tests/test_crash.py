@@ -278,7 +278,8 @@ def test_A10_a_signal_in_the_middle(before, work_in, number, code):
     """The temporary file goes, the lock is free, and the exit status says which signal it was."""
     folder = Path(shutil.copytree(before, work_in / "all"))
     program = (
-        "import sys, time, pathlib\n"
+        "import signal, sys, time, pathlib\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts in the background ignores it
         "from adapterhub import durable\n"
         "def watch(step, path, detail=None):\n"
         "    if step == 'rename':\n"

@@ -13,7 +13,7 @@ import pytest
 from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse
 from adapterhub.manifest import File, digest_of
-from adapterhub.store import Store
+from adapterhub.store import Store, each
 
 
 def blob_files(store):
@@ -202,3 +202,23 @@ def test_a_dead_process_holds_no_lock(tmp_path):
     os.close(reader), os.close(writer)
     with durable.lock(tmp_path / "lock"):
         pass
+
+
+@pytest.mark.parametrize("nth", [1, 3])
+def test_an_interrupt_while_threads_start_leaves_none_at_work(monkeypatch, nth):
+    """A pool does not wait for a thread that it was interrupted in starting: what comes then would never be taken away."""
+    start, started, done = threading.Thread.start, [], []
+
+    def interrupted(thread):
+        start(thread)
+        started.append(thread)
+        if len(started) == nth:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            each(lambda item: (time.sleep(0.1), done.append(item)), range(8))
+    for thread in started:
+        thread.join(10)
+    assert len(started) == nth and done == []

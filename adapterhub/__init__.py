@@ -10,23 +10,43 @@ from adapterhub.errors import HubError
 from adapterhub.hub import Hub, open
 
 if TYPE_CHECKING:
-    from adapterhub.method import Method, Stage
-    from adapterhub.modification import Modification, Step
+    from adapterhub.codecs import Codec
+    from adapterhub.mergers import Merger
+    from adapterhub.method import Given, Measurement, Method, Stage
+    from adapterhub.modification import Modification, Step, Tap
+    from adapterhub.objective import Objective
+    from adapterhub.parameter_schedule import ParameterSchedule
+    from adapterhub.recipe import Recipe
     from adapterhub.runtime import Model
+    from adapterhub.setting import Moment, Setting
     from adapterhub.sites import Site
+    from adapterhub.verifier import Verdict, Verifier
 
 _LAZY = {
     "Codec": "adapterhub.codecs",
+    "Given": "adapterhub.method",
+    "Measurement": "adapterhub.method",
     "Merger": "adapterhub.mergers",
     "Method": "adapterhub.method",
     "Model": "adapterhub.runtime",
     "Modification": "adapterhub.modification",
+    "Moment": "adapterhub.setting",
+    "Objective": "adapterhub.objective",
+    "ParameterSchedule": "adapterhub.parameter_schedule",
+    "Recipe": "adapterhub.recipe",
+    "Setting": "adapterhub.setting",
     "Site": "adapterhub.sites",
     "Stage": "adapterhub.method",
     "Step": "adapterhub.modification",
+    "Tap": "adapterhub.modification",
+    "Verdict": "adapterhub.verifier",
+    "Verifier": "adapterhub.verifier",
 }
 
-__all__ = ["Codec", "Hub", "HubError", "Merger", "Method", "Model", "Modification", "Site", "Stage", "Step", "open"]
+__all__ = [
+    "Codec", "Given", "Hub", "HubError", "Measurement", "Merger", "Method", "Model", "Modification", "Moment", "Objective",
+    "ParameterSchedule", "Recipe", "Setting", "Site", "Stage", "Step", "Tap", "Verdict", "Verifier", "open",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

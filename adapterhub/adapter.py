@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adapterhub import plugins
 from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError, UnsafeFile
 from adapterhub.manifest import Made, Manifest, Release
-from adapterhub.modification import BARE, Modification, Step
+from adapterhub.modification import BARE, Modification, Step, Tap
 from adapterhub.sites import Site, matrix
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ def require_effect(modifications: Modifications, sites: Sequence[Site], model: t
         for modification in parts:
             bind(modification, site, model)
             local = modification.to("cpu", torch.float32)
-            changes = [c for c in (local.delta_in(x, Step()), local.delta_out(x, y, Step())) if c is not None]
+            step = Step(tapped=lambda tap: _random_states(tap, sites, random))
+            changes = [c for c in (local.delta_in(x, step), local.delta_out(x, y, step)) if c is not None]
             if not all(change.isfinite().all() for change in changes):
                 raise UnsafeFile(f"{name} is too large: at {path} it overflows float32", "train or scale it again")
             effect |= local.lanes() != BARE or any(change.count_nonzero() for change in changes)
@@ -173,6 +174,14 @@ def require_effect(modifications: Modifications, sites: Sequence[Site], model: t
         f"{name} changes nothing: its modifications are zero at every site",
         "check that it was trained and saved whole (a LoRA whose B is zero has never learned)",
     )
+
+
+def _random_states(tap: Tap, sites: Sequence[Site], random: torch.Generator) -> Tensor:
+    """Hidden states (1, 4, width) as a tap of these sites reads them; of an embedding that is read: token ids (1, 4)."""
+    site = next(site for site in sites if (site.role, site.layer, site.part) == (tap.role, tap.layer, tap.part))
+    if site.embedding and tap.into:
+        return torch.randint(site.inputs, (1, 4), generator=random)
+    return torch.randn(1, 4, site.inputs if tap.into else site.outputs, generator=random)
 
 
 def bind(modification: Modification, site: Site, model: nn.Module) -> None:

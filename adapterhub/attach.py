@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from adapterhub import attention, hooks
 from adapterhub.errors import BatchError
 from adapterhub.forward import Forward, Plan, Sequences
-from adapterhub.sites import family
+from adapterhub.modification import Tap
+from adapterhub.sites import family, tapped
 
 GIVEN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "decoder_input_ids", "decoder_inputs_embeds")
 """What a model may be called with, rows first."""
@@ -43,6 +44,8 @@ class Attachment:
         self._window = getattr(base.config.get_text_config(), "sliding_window", None)
         self._encoder = ""
         self._hooks: dict[str, list] = {}
+        self._taps: dict[Tap, str] = {}
+        """The module that each reads."""
         self._attending: set[str] = set()
         """Attention modules that ask for memories."""
         self.closed = False
@@ -80,8 +83,19 @@ class Attachment:
         for path in plan.attending - self._attending:
             self._attending.add(path)
             hooks.remember(self, path)
-        for path in plan.sites.keys() - self._hooks.keys():
+        for tap in plan.taps:
+            if tap not in self._taps:
+                self._taps[tap] = tapped(self.base, tap)
+        for path in (plan.sites.keys() | set(self._taps.values())) - self._hooks.keys():
             self._hooks[path] = hooks.site_hooks(self, path)
+
+    def tapped_at(self, path: str) -> list[Tap]:
+        """The taps of the pass at hand at this module."""
+        return [tap for tap in self.forward.plan.taps if self._taps[tap] == path]
+
+    def in_encoder(self, path: str) -> bool:
+        """Whether it lies in the encoder of a model that has a decoder too."""
+        return bool(self._encoder) and path.startswith(f"{self._encoder}.")
 
     def detach(self) -> None:
         """Remove every hook: the base is as it was."""
@@ -125,6 +139,8 @@ class Attachment:
             args, kwargs = plan.lanes.spread(args, kwargs)
             rows = len(plan.lanes.rows)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        flat = self.base.config.is_encoder_decoder and isinstance(mask, Tensor) and mask.ndim == 2
+        encoder_mask = mask.bool() if flat else None
         cache = kwargs.get("past_key_values")
         memories = plan.memories()
         if plan.stateful and self.base.config.is_encoder_decoder:
@@ -158,7 +174,7 @@ class Attachment:
         if sequences is None:
             sequences = Sequences(plan, states=None if torch.is_grad_enabled() else {})
         sequences.seen = seen + tokens
-        self.forward = Forward(module, plan, mask, sequences, self._training, memories, begins=not seen)
+        self.forward = Forward(module, plan, mask, encoder_mask, sequences, self._training, memories, begins=not seen)
         if torch.is_grad_enabled():
             self._follow_checkpoints()
         return args, kwargs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapterhub.errors import NotFoldable, UsageError
-from adapterhub.modification import BARE, Lane, Modification, Step
+from adapterhub.modification import BARE, Lane, Modification, Step, Tap
 from adapterhub.sites import Columns
 
 
@@ -37,6 +37,10 @@ class Composite(Modification):
     @property
     def folds(self) -> bool:
         return any(part.folds for part in self.parts) and all(_a_weight(part) for part in self.parts)
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        return tuple(dict.fromkeys(tap for part in self.parts for tap in part.taps))
 
     @property
     def advance(self) -> int:

@@ -1,11 +1,13 @@
 """Training and evaluation data: JSON Lines as TRL reads it. No torch.
 
-Three kinds of rows, one kind to a file; other keys (an id, a source) are ignored:
+Four kinds of rows, one kind to a file; other keys (an id, a source) are ignored:
 
     {"prompt": "2 + 2 =", "completion": " 4"}                                  loss on the completion
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
                                                                                loss on the last answer
     {"text": "a whole document"}                                               loss on every token
+    {"prompt": "2 + 2 =", "completions": [" 4", " 5"], "rewards": [1, 0]}      several answers and how good each is, for
+                                                                               objectives that learn from that
 
 The last answer only, because it is the one place where what precedes it is exactly what the model sees when it is
 asked: several chat templates write earlier turns differently once they are past. To train on all answers of a
@@ -16,13 +18,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adapterhub.errors import DataError, NotFound
 
-KINDS = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
+KINDS = {
+    "prompt": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+    "scored": ("prompt", "completions", "rewards"),
+}
 """The keys of each kind of row."""
 
 
@@ -36,6 +44,8 @@ class Row:
     completion: str = ""
     """The answer, or the whole text."""
     messages: tuple[dict[str, Any], ...] = ()
+    completions: tuple[str, ...] = ()
+    rewards: tuple[float, ...] = ()
 
     @property
     def answer(self) -> str:
@@ -57,7 +67,7 @@ class Data:
     digest: str
     """Of the file's bytes, "sha256:<64 hex>"."""
     kind: str
-    """"prompt", "messages" or "text"."""
+    """"prompt", "messages", "text" or "scored"."""
     rows: tuple[Row, ...]
 
     def first(self, limit: int | None) -> Data:
@@ -116,8 +126,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def _kind(data: Data, line: int, value: dict) -> str:
-    kinds = [kind for kind, keys in KINDS.items() if any(key in value for key in keys)]
-    hint = "a row has prompt and completion, or messages, or text"
+    given = value.keys() - {"prompt"} if "completions" in value or "rewards" in value else value.keys()
+    kinds = [
+        kind for kind, keys in KINDS.items() if any(key in given for key in keys if kind != "scored" or key != "prompt")
+    ]
+    hint = "a row has prompt and completion, or messages, or text, or prompt, completions and rewards"
     if len(kinds) != 1:
         what = f"{' and '.join(kinds)} in one row" if kinds else f"no text in it, only {sorted(value)[:5]}"
         raise data.fault(line, what, hint)
@@ -130,12 +143,35 @@ def _kind(data: Data, line: int, value: dict) -> str:
 def _row(data: Data, line: int, kind: str, value: dict) -> Row:
     if kind == "messages":
         return Row(line, messages=_messages(data, line, value["messages"]))
+    if kind == "scored":
+        return _scored(data, line, value)
     for key in KINDS[kind]:
         _check_text(data, line, key, value[key])
     completion = value[KINDS[kind][-1]]
     if not completion.strip():
         raise data.fault(line, f"{KINDS[kind][-1]!r} is empty", "there is nothing to learn from it; leave the row out")
     return Row(line, prompt=value.get("prompt", "") if kind == "prompt" else "", completion=completion)
+
+
+def _scored(data: Data, line: int, value: dict) -> Row:
+    completions, rewards = value["completions"], value["rewards"]
+    if (
+        not isinstance(completions, list)
+        or not isinstance(rewards, list)
+        or len(completions) != len(rewards)
+        or not rewards
+    ):
+        raise data.fault(
+            line, "'completions' and 'rewards' are not two lists of one length", '"completions": [" 4"], "rewards": [1]'
+        )
+    for key, text in (("prompt", value["prompt"]), *(("completions", text) for text in completions)):
+        _check_text(data, line, key, text)
+    if not all(text.strip() for text in completions):
+        raise data.fault(line, "a completion is empty", "leave it out, with its reward")
+    for reward in rewards:
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+            raise data.fault(line, f"the reward {reward!r} is no finite number", "for example 1 or -0.5")
+    return Row(line, prompt=value["prompt"], completions=tuple(completions), rewards=tuple(map(float, rewards)))
 
 
 def _messages(data: Data, line: int, messages: object) -> tuple[dict[str, Any], ...]:

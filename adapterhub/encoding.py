@@ -6,8 +6,9 @@ completion is known. A completion starts with its own space where it needs one. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,10 @@ class Example:
     """Prompt, completion, end token."""
     start: int
     """Where the completion begins: loss from there on."""
+    reward: float = 0.0
+    """Of a scored row's completion."""
+    group: int = 0
+    """Which row of the file it is of, where a row has several completions."""
 
     @property
     def targets(self) -> int:
@@ -52,6 +57,7 @@ def encode(data: Data, tokenizer: PreTrainedTokenizerBase | None, max_length: in
     """The rows in tokens, each at most max_length long, and how many had to be cut.
 
     A long row loses the beginning of its prompt, and only then the end of its completion; a text loses its end.
+    A scored row gives one example for each of its completions, one after the other (`grouped` puts them together).
     Raises UsageError for a base without tokenizer or end token, DataError for a row the chat template refuses."""
     if tokenizer is None:
         raise UsageError("this base has no tokenizer, so text cannot be read", "give a base folder that holds one")
@@ -60,15 +66,29 @@ def encode(data: Data, tokenizer: PreTrainedTokenizerBase | None, max_length: in
     if max_length < 8:
         raise UsageError(f"a maximal length of {max_length} tokens leaves no room for a row", "give at least 8")
     examples, cut = [], 0
-    for row in data.rows:
+    for group, row, reward in _answers(data):
         prompt, completion = tokens(data, row, tokenizer)
         if len(prompt) + len(completion) < 2:
             raise data.fault(row.line, "the tokenizer makes nothing of it", "leave the row out")
         if len(prompt) + len(completion) > max_length:
             cut += 1
             prompt, completion = _shortened(prompt, completion, max_length, tokenizer.bos_token_id)
-        examples.append(Example(row.line, tuple(prompt + completion), len(prompt)))
+        examples.append(Example(row.line, tuple(prompt + completion), len(prompt), reward, group))
     return examples, cut
+
+
+def _answers(data: Data) -> Iterator[tuple[int, Row, float]]:
+    """(number of the row, the row with one completion, its reward)."""
+    for number, row in enumerate(data.rows):
+        if data.kind != "scored":
+            yield number, row, 0.0
+        for completion, reward in zip(row.completions, row.rewards, strict=True):
+            yield number, replace(row, completion=completion), reward
+
+
+def grouped(examples: Sequence[Example]) -> list[tuple[Example, ...]]:
+    """The examples of each row together, in order: what a batch draws where rows have several completions."""
+    return [tuple(members) for _, members in groupby(examples, key=lambda example: example.group)]
 
 
 def tokens(data: Data, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -147,12 +167,20 @@ def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tens
     return ids, mask
 
 
-def collate(examples: Iterable[Example], pad: int) -> dict[str, Tensor]:
+def collate(examples: Iterable[Example | Sequence[Example]], pad: int) -> dict[str, Tensor]:
     """A batch padded on the left, so that the answers lie at the end and the head is needed only there.
 
     input_ids, attention_mask (rows, tokens); labels (rows, answer): the tokens that the last `answer` positions
-    but the very last predict, IGNORE where there is no loss; answer is the longest completion's length."""
+    but the very last predict, IGNORE where there is no loss; answer is the longest completion's length. Of groups of
+    examples also reward (rows,) float32 and group (rows,) int64."""
     examples = list(examples)
+    if examples and not isinstance(examples[0], Example):
+        flat = [example for group in examples for example in group]
+        told = {
+            "reward": torch.tensor([example.reward for example in flat]),
+            "group": torch.tensor([example.group for example in flat]),
+        }
+        return collate(flat, pad) | told
     ids, mask = pad_left([example.ids for example in examples], pad)
     counts = [example.targets for example in examples]
     labels = ids[:, ids.shape[1] - max(counts) :].clone()

@@ -93,6 +93,8 @@ def _plan(data: Data, metrics: Sequence[str] | None, labels: Sequence[str] | Non
     for name in metrics or ():
         if name not in METRICS:
             raise UsageError(f"unknown metric {name!r}", f"one of: {', '.join(METRICS)}")
+    if data.kind == "scored":
+        raise UsageError(f"{data.path} holds several answers to a prompt", "evaluate on rows of prompt and completion")
     if data.kind == "text":
         if labels or set(metrics or ()) - {"loss"}:
             raise UsageError(f"{data.path} holds texts, which have no answers", "only their loss can be measured")

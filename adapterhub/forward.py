@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 
 from adapterhub.attention import Memory
 from adapterhub.ensemble import Lanes
-from adapterhub.modification import Modification, Step
+from adapterhub.errors import BatchError
+from adapterhub.modification import Modification, Step, Tap
 
 
 @dataclass(eq=False)
@@ -43,6 +45,11 @@ class Plan:
     def stateful(self) -> bool:
         return any(modification.stateful for modification in self.sites.values())
 
+    @cached_property
+    def taps(self) -> tuple[Tap, ...]:
+        """The sites whose hidden states others read."""
+        return tuple(dict.fromkeys(tap for modification in self.sites.values() for tap in modification.taps))
+
 
 @dataclass
 class Sequences:
@@ -62,6 +69,8 @@ class Forward:
     """The model, or its encoder when that runs by itself."""
     plan: Plan
     mask: Tensor | None
+    encoder_mask: Tensor | None
+    """Of an encoder-decoder, for the sites of its encoder."""
     sequences: Sequences
     training: bool
     memories: Mapping[str, Memory]
@@ -70,3 +79,14 @@ class Forward:
     running: dict[str, list[tuple[Modification, Step]]] = field(default_factory=dict)
     """By site: modifications whose input has gone in and whose output has not come out yet."""
     ran: set[str] = field(default_factory=set)
+    states: dict[Tap, Tensor] = field(default_factory=dict)
+    """What the taps have read so far."""
+
+    def tapped(self, tap: Tap) -> Tensor:
+        if tap not in self.states:
+            where = f"{tap.role} of layer {tap.layer}" if tap.layer is not None else tap.role
+            raise BatchError(
+                f"an adapter reads the states at the {where}, and that site has not run before it",
+                "give the model input_ids, and run the whole of it",
+            )
+        return self.states[tap]

@@ -35,6 +35,10 @@ def site_hooks(attachment: Attachment, path: str) -> list:
     def before(module: nn.Module, args: tuple, kwargs: dict):
         _own_weight(module)
         forward = attachment.forward
+        if forward is not None and (taps := attachment.tapped_at(path)):
+            for tap in taps:
+                if tap.into:
+                    forward.states[tap] = args[0] if args else kwargs["hidden_states"]
         if forward is None and attachment.plan is not None and path in attachment.plan.sites:
             raise BatchError(
                 f"{path} was called outside of the model's own forward pass, where no rows are known",
@@ -54,7 +58,9 @@ def site_hooks(attachment: Attachment, path: str) -> list:
             forward.running.setdefault(path, []).append((_NOTHING, Step()))
             return None
         keeps = modification.stateful and forward.sequences.states is not None
-        step = Step(forward.mask, forward.sequences.states.setdefault(path, {}) if keeps else {}, forward.training)
+        state = forward.sequences.states.setdefault(path, {}) if keeps else {}
+        mask = forward.encoder_mask if attachment.in_encoder(path) else forward.mask
+        step = Step(mask, state, forward.training, tapped=forward.tapped)
         forward.running.setdefault(path, []).append((modification, step))
         if not modification.changes_input:
             return None
@@ -65,6 +71,16 @@ def site_hooks(attachment: Attachment, path: str) -> list:
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
     def after(module: nn.Module, args: tuple, kwargs: dict, output):
+        changed = changed_by_adapters(module, args, kwargs, output)
+        forward = attachment.forward
+        if forward is not None and (taps := attachment.tapped_at(path)):
+            y = output if changed is None else changed
+            for tap in taps:
+                if not tap.into:
+                    forward.states[tap] = y[0] if isinstance(y, tuple) else y
+        return changed
+
+    def changed_by_adapters(module: nn.Module, args: tuple, kwargs: dict, output):
         forward = attachment.forward
         if forward is None or path not in forward.plan.sites:
             return None

@@ -4,17 +4,54 @@ true while it trains. Most have one stage."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterhub.modification import Modification
-from adapterhub.sites import Site
+from adapterhub.sites import Site, matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from adapterhub.setting import Setting
 
 Parts = Mapping[str, Modification]
 """{site path: what is trained there}."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a stage builds from."""
+
+    sites: Sequence[Site]
+    base: PreTrainedModel
+    """To read from, never to change."""
+    before: Parts = field(default_factory=dict)
+    """The stage before, trained, on the CPU; {} for the first. Of an adapter that goes on (`--continue`): itself."""
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the stage's measurement found."""
+
+    def weight(self, site: Site) -> Tensor:
+        """The base's weight at a linear site or an embedding, (outputs, inputs) float32 on the CPU, a copy."""
+        weight = matrix(self.base.get_submodule(site.module)).detach()
+        if site.columns:
+            weight = weight[site.columns.index()]
+        return weight.float().cpu().clone()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is found out on the base (and what lies beneath) before a stage builds. Kept in the hub's folder
+    `training/measured`, by the digests of base, data and options: another run that shares them does not measure again."""
+
+    name: str
+    take: Callable[[Setting], Mapping[str, Tensor]]
+    """The tensors by names of one's own, on the CPU. Nothing new is on the model yet; gradients are off."""
+    extra: str | None = None
+    """Which of the run's extra data files it reads (`--extra NAME=FILE`); None: the training data."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The method's options that decide what comes out."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +63,11 @@ class Stage:
 
     name: str
     """[a-z][a-z0-9_]*; none twice in a method."""
-    build: Callable[[Sequence[Site], Parts], Parts]
-    """(sites, before) -> fresh modifications, float32 on the CPU; random numbers from torch's global generator (seeded).
+    build: Callable[[Given], Parts]
+    """Fresh modifications, float32 on the CPU; random numbers from torch's global generator (seeded).
 
-    before: the stage before, trained, on the CPU; {} for the first. An adapter that goes on (`--continue`) is built by
-    the last stage alone, with itself as `before`; the stored tensors then take the place of the fresh ones."""
+    An adapter that goes on (`--continue`) is built by the last stage alone, with itself as `given.before`; the stored
+    tensors then take the place of the fresh ones."""
     share: float = 1.0
     """Of the run's steps, relative to the other stages' shares."""
     lr: float = 1.0
@@ -45,6 +82,10 @@ class Stage:
     share the stage: it is trained once."""
     note: Callable[[Parts], Mapping[str, Any]] | None = None
     """What the recipe shall say of it once it is trained: what was selected, for example. As JSON has it."""
+    measurement: Measurement | None = None
+    """Taken before it builds."""
+    finish: Callable[[Parts, Given], Parts] | None = None
+    """(trained, on the CPU; given) -> what is stored in their place, which must do the same. Of the last stage."""
 
 
 class Method:
@@ -77,4 +118,4 @@ class Method:
     def stages(self, config: Config) -> Sequence[Stage]:
         """The trainings that make an adapter, in order. Refuse here, or in the first one's build, what cannot be done:
         later stages begin after hours."""
-        return [Stage("train", lambda sites, before: self.build(sites, config), after_step=self.after_step)]
+        return [Stage("train", lambda given: self.build(given.sites, config), after_step=self.after_step)]

@@ -7,7 +7,7 @@ are exact for every form, and nothing needs to know which form it holds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,8 +15,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
-from adapterhub.errors import NotFoldable
+from adapterhub.errors import BatchError, NotFoldable
 from adapterhub.sites import Site
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Hidden states of another site that a modification reads: what went into the site, or came out of it with all that
+    adapters changed there. The site must run before the one that reads."""
+
+    role: str
+    layer: int | None = None
+    """None: the one outside of the layers (the embedding)."""
+    into: bool = False
+    """What went in (of an embedding: the token ids), instead of what came out."""
+    part: str = ""
+    """As Site.part: "encoder" or "decoder" where there are both."""
 
 
 @dataclass
@@ -28,17 +42,31 @@ class Step:
               chunk of the same key-value cache. Empty at the start of a sequence. Tensors in it have rows first.
     training  True while a method trains (dropout)
     kept      what delta_in leaves for delta_out of the same forward pass
+    tapped    the hidden states of the sites that modifications of this pass read, all rows; use `tap`
+    rows      (n,) int64, which rows of the pass these are, or None: all of them
     """
 
     mask: Tensor | None = None
     state: dict = field(default_factory=dict)
     training: bool = False
     kept: dict = field(default_factory=dict)
+    tapped: Callable[[Tap], Tensor] | None = None
+    rows: Tensor | None = None
 
     def child(self, key: object, rows: Tensor | None = None) -> Step:
         """The part of this step that belongs to one member of a composition (and, in a Route, to some of the rows)."""
         mask = self.mask if rows is None or self.mask is None else self.mask[rows]
-        return Step(mask, self.state.setdefault(key, {}), self.training, self.kept.setdefault(key, {}))
+        among = self.rows if rows is None else rows if self.rows is None else self.rows[rows]
+        state, kept = self.state.setdefault(key, {}), self.kept.setdefault(key, {})
+        return Step(mask, state, self.training, kept, self.tapped, among)
+
+    def tap(self, tap: Tap) -> Tensor:
+        """What one of the modification's `taps` reads, (rows, tokens, width), of the tokens of this pass. Raises BatchError
+        where that site has not run."""
+        if self.tapped is None:
+            raise BatchError(f"the states at {tap.role} are not known here", "run the whole model")
+        states = self.tapped(tap)
+        return states if self.rows is None else states[self.rows.to(states.device)]
 
     def window(self, x: Tensor, size: int) -> Tensor:
         """The last `size` real tokens at each token, itself the last: x (rows, tokens, width) -> (rows, tokens, size, width).
@@ -96,6 +124,8 @@ class Modification:
     """Tensors that describe rather than learn (a scale); no method trains them."""
     folds: bool = False
     """It trains through the weight it changes (`delta_weight`), which is cheaper for it than a change of the output."""
+    taps: tuple[Tap, ...] = ()
+    """Other sites whose hidden states it reads, by `step.tap`."""
     advance: int = 0
     """How many positions the tokens of its rows move up (a prefix that was trained as tokens)."""
 

@@ -1,24 +1,25 @@
 """Installed parts, found by entry point. Listing reads metadata only; a part is imported when it is used.
 
-Code of other distributions runs only when the user has enabled them. Groups: adapterhub.forms, .composers, .methods, .mergers, .codecs, .bases. Built-ins come through the same door.
+Code of other distributions runs only when the user has enabled them. Groups: adapterhub.forms, .methods and so on (GROUPS). Built-ins come through the same door.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, requires
 from typing import Any
 
 import msgspec
 
-from adapterhub.errors import PluginError, UsageError
+from adapterhub.errors import HubError, PluginError, UsageError
 
-OURS = ("adapterhub-lofit", "adapterhub-loreft", "adapterhub-lt-sft")
-"""Our own packages that bring parts; a test compares this list with the folder plugins/."""
-GROUPS = ("forms", "composers", "methods", "mergers", "codecs", "bases")
+GROUPS = (
+    "forms", "composers", "methods", "objectives", "recipes", "schedules", "verifiers", "mergers", "codecs", "bases"
+)  # fmt: skip
 
 
 @cache
@@ -89,9 +90,30 @@ def origin(made_with: str) -> str:
 
 
 def is_known(distribution: str) -> bool:
-    """Whether we may name it to a user as something to install: it is here, or in our own tree. Anybody can write
-    anything into a manifest."""
-    return installed(distribution) is not None or distribution in OURS
+    """Whether we may name it to a user as something to install: it is here, of our own tree, or in the project's lock.
+    Anybody can write anything into a manifest."""
+    return installed(distribution) is not None or distribution in ours() or distribution in _locked()
+
+
+def ours() -> set[str]:
+    """Our own packages that bring parts: what adapterhub's own metadata offers as its extra `plugins`."""
+    extra = (line.partition(";") for line in requires("adapterhub") or ())
+    return {
+        re.split(r"[^a-z0-9-]", name.strip())[0]
+        for name, _, marker in extra
+        if 'extra == "plugins"' in marker.replace("'", '"')
+    }
+
+
+def _locked() -> set[str]:
+    """The packages that the project's lock names."""
+    from adapterhub import lock, project
+
+    folder = project.nearest()
+    try:
+        return set() if folder is None else {plugin.name for plugin in lock.read(folder).plugin}
+    except HubError:  # none, or a broken one: another command says so
+        return set()
 
 
 def needed(parts: Iterable[str], *groups: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint
     from adapterhub.hub import Hub
 
-
 Adapters = str | Sequence[str | None] | None
 """One expression for all rows, or one (or None, the bare base) for each row. None: what the model runs by default."""
 
@@ -46,9 +45,8 @@ def load(
     trainable: Sequence[str] = (),
     force: bool = False,
 ) -> Model:
-    """A base with an expression's adapters on it. base: known name, folder, repo id, or a loaded transformers model,
-    which is frozen (then dtype and device are its own). dtype: float32, bfloat16, float16, "stored", or "auto" (see
-    adapterhub.device). force loads adapters that were made for another base.
+    """A base with an expression's adapters on it. base: known name, folder, repo id, or a loaded transformers model, which
+    is frozen (then dtype and device are its own). dtype: as in `train`. force loads adapters that were made for another base.
 
     Raises NotFound, IncompatibleBase, ExpressionError, PluginError; UsageError for a trainable that is not in it."""
     from adapterhub import bases
@@ -89,6 +87,8 @@ class Model:
         self._trainable: dict[str, Modifications] = {}
         """By "name@version"; they hold nn.Parameters."""
         self._new: Modifications = {}
+        self._bare = False
+        """Inside of `without_new`."""
         self._plans: dict[tuple, Plan] = {}
 
     @property
@@ -136,16 +136,28 @@ class Model:
         return assemble(node, adapter, join)
 
     def _program(self, node: Node | None) -> Modifications:
-        """What a row runs at each module, new modifications that train on top included."""
+        """What a row runs at each module, new modifications on top included."""
         parts = self._assembled(node, join=not self._trains)
-        return placed(stacked([parts, self._new]) if self._new else parts, self.sites)
+        return placed(stacked([parts, self._new]) if self._new and not self._bare else parts, self.sites)
+
+    @contextmanager
+    def without_new(self) -> Iterator[None]:
+        """Calls inside run what lies beneath alone, without gradients or dropout: the reference on the same resident base."""
+        before, trained, self._bare = self._bare, self._training_mode, True
+        self.training_mode(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._bare = before
+            self.training_mode(trained)
 
     @property
     def _trains(self) -> bool:
         return bool(self._trainable or self._new)
 
     def _plan(self, adapters: Adapters, rows: int | None) -> Plan:
-        key = (adapters if isinstance(adapters, str | None) else tuple(adapters), rows)
+        key = (adapters if isinstance(adapters, str | None) else tuple(adapters), rows, self._bare)
         if key not in self._plans:
             expressions = [adapters] if isinstance(adapters, str | None) else list(adapters)
             nodes = [self._residents.node(expression) for expression in expressions]
@@ -203,11 +215,7 @@ class Model:
             return self.base.generate(*args, **kwargs)
 
     def complete(
-        self,
-        texts: Sequence[str],
-        adapters: Adapters = None,
-        max_new_tokens: int = 20,
-        **kwargs,
+        self, texts: Sequence[str], adapters: Adapters = None, max_new_tokens: int = 20, **kwargs
     ) -> list[str]:
         """Texts in, their continuations out (greedy unless sampling options of `generate` are given)."""
         if self.tokenizer is None:

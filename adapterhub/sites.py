@@ -10,11 +10,13 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from adapterhub.errors import UsageError
+from adapterhub.errors import IncompatibleBase, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from adapterhub.modification import Tap
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Site:
     """transformers' name of the model's architecture."""
     bias: bool = False
     """Whether the module adds a bias of its own to what comes out."""
+    causal: bool = False
+    """Whether a token sees only itself and those before it here, so that what looks ahead would be wrong."""
 
     @property
     def module(self) -> str:
@@ -140,7 +144,34 @@ def sites(model: PreTrainedModel) -> list[Site]:
     biased = {
         path.rpartition(".")[0] for path, _ in model.named_parameters(remove_duplicate=False) if path.endswith(".bias")
     }
-    return [replace(site, bias=site.module in biased, model_type=model.config.model_type) for site in found]
+    causal = _causal(model)
+    return [
+        replace(
+            site,
+            bias=site.module in biased,
+            model_type=model.config.model_type,
+            causal=site.part in ("decoder", "cross") if model.config.is_encoder_decoder else causal,
+        )
+        for site in found
+    ]
+
+
+def _causal(model: PreTrainedModel) -> bool:
+    """Whether the attention of a model without encoder is causal; of one that says nothing: whether it generates."""
+    said = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    return any(said) if said else model.can_generate()
+
+
+def tapped(model: PreTrainedModel, tap: Tap) -> str:
+    """The path of the module that a tap reads. Raises IncompatibleBase if this base has no such site, or several."""
+    found = [s for s in sites(model) if (s.role, s.part) == (tap.role, tap.part) and s.layer == tap.layer]
+    if len(found) != 1 or found[0].columns:
+        where = f" of layer {tap.layer}" if tap.layer is not None else ""
+        raise IncompatibleBase(
+            f"this base has {len(found) or 'no'} sites {tap.role!r}{where}, where an adapter reads one",
+            "use the base that the adapter was made for",
+        )
+    return found[0].module
 
 
 def _heads(config: Any) -> Heads | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from adapterhub import durable
 from adapterhub.adapter import modifications_of
-from adapterhub.encoding import Example
 from adapterhub.errors import UsageError
+from adapterhub.ingredients import Ingredients
+from adapterhub.learner import Learner
 from adapterhub.manifest import canonical, digest_of
-from adapterhub.method import Parts, Stage
+from adapterhub.method import Given, Measurement, Parts, Stage
 from adapterhub.modification import named_tensors
 from adapterhub.runtime import Model
+from adapterhub.setting import Setting
 from adapterhub.tensors import dump, load
 from adapterhub.trainer import Schedule, fit
 
@@ -66,56 +68,71 @@ def planned(
     return plan
 
 
-def attach(model: Model, stage: Stage, before: Parts, seed: int) -> None:
-    """Put what the stage trains on the model."""
+def given(model: Model, before: Parts, measured: Mapping[str, Tensor] | None = None) -> Given:
+    """What a stage builds from on this model."""
+    return Given(model.sites, model.base, before, measured or {})
+
+
+def attach(
+    model: Model, stage: Stage, start: Given, seed: int, begin: Callable[[Parts, Given], Parts] | None = None
+) -> None:
+    """Put what the stage trains on the model. begin: what a parameter schedule makes of it."""
     torch.manual_seed(seed)
-    model.attach_new(stage.build(model.sites, before))
+    built = stage.build(start)
+    model.attach_new(begin(built, start) if begin else built)
     if not model.trainable_parameters():
         raise UsageError(f"there is nothing to train: the stage {stage.name!r} made no tensors", "check its options")
 
 
 def run(
-    model: Model,
     plan: Sequence[Planned],
-    examples: list[Example],
-    pad: int,
+    setting: Setting,
+    made_of: Ingredients,
     folder: Path,
     kept: Path,
     save_every: int | None,
     title: str,
+    goes_on: bool = False,
+    starts_at_base: bool = True,
+    shared: Mapping[str, Any] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train the stages in order; the last one's modifications stay on the model. Returns the loss curve, each entry with
     its stage's name where there are several, and what was found: {stage: its note, and the sha256 of what was kept}.
 
-    folder: of the checkpoints, by stage; kept: of finished stages, by key. save_every: as in `train`."""
-    curve, found, before = [], {}, {}
+    folder: of the checkpoints, by stage; kept: of finished stages, by key. save_every: as in `train`. goes_on: it begins
+    with an adapter's stored tensors. starts_at_base: a site where nothing trained is left out of what is stored. shared: what decides a measurement besides its data and its options."""
+    curve, found, before, model = [], {}, {}, setting.model
     for part in plan:
         stage, last = part.stage, part is plan[-1]
         finished = None if last else _finished(kept / part.key)
         told = {} if len(plan) == 1 else {"stage": stage.name}
+        note: dict[str, Any] = {}
         if finished is None:
-            attach(model, stage, before, part.schedule.seed)
+            measured, digest = measure(stage.measurement, setting, kept.parent / "measured", shared or {})
+            if digest:
+                note["measured"] = digest
+            start = given(model, before, measured)
+            learner = Learner(replace(setting, steps=part.schedule.steps), made_of, stage)
+            attach(model, stage, start, part.schedule.seed, None if goes_on else learner.start)
             log = fit(
-                model,
-                examples,
-                pad,
+                learner,
                 part.schedule,
                 folder / stage.name,
                 save_every or min(-(-part.schedule.steps // 10), 100),
-                lambda stage=stage: stage.after_step and stage.after_step(_single(model)),
                 f"{title}: {stage.name}" if told else title,
-                stage.penalty and (lambda stage=stage: stage.penalty(_single(model))),
             )
-            if not last:
+            note |= learner.found()
+            if last:
+                _finish(model, stage, start, learner, starts_at_base and not goes_on)
+            else:
                 _keep(kept / part.key, model, log)
                 shutil.rmtree(folder / stage.name, ignore_errors=True)
                 finished = _finished(kept / part.key)
-        note = {}
         if finished is not None:
             before, log, note["tensors"] = finished
         if stage.note is not None:
             with torch.no_grad():
-                note |= stage.note(before if finished else _single(model))
+                note |= stage.note(before if finished else single(model))
         if note:
             found[stage.name] = note
         curve += [told | entry for entry in log]
@@ -138,8 +155,48 @@ def _parts(tensors: Mapping[str, Tensor]) -> Parts:
     return {path: part for path, [part] in modifications_of(tensors).items()}
 
 
-def _single(model: Model) -> Parts:
+def single(model: Model) -> Parts:
+    """What trains on the model, one modification a site."""
     return {path: part for path, [part] in model.new_modifications().items()}
+
+
+@torch.no_grad()
+def _finish(model: Model, stage: Stage, start: Given, learner: Learner, leaves_out: bool) -> None:
+    """What is stored: without what never trained, and as the stage says. It takes the place of what trained."""
+    untouched = learner.untouched if leaves_out else set()
+    if stage.finish is None and not untouched:
+        return
+    parts = {path: part for path, part in single(model).items() if path not in untouched}
+    if stage.finish is not None:
+        stored = _parts(
+            {name: t.detach().cpu() for name, t in named_tensors({p: [m] for p, m in parts.items()}).items()}
+        )
+        parts = stage.finish(stored, start)
+    model.attach_new(parts)
+
+
+def measure(
+    measurement: Measurement | None, setting: Setting, folder: Path, shared: Mapping[str, Any]
+) -> tuple[Mapping[str, Tensor], str]:
+    """What a measurement finds, from the folder if it was taken before, and its sha256; of none: ({}, "").
+
+    shared: what decides it besides its options: {"base": ..., "data": digests by name, ...}."""
+    if measurement is None:
+        return {}, ""
+    data = shared.get("data", {})
+    decides = {"name": measurement.name, "options": dict(measurement.options), **shared}
+    decides["data"] = data.get(measurement.extra or "", "")
+    path = folder / digest_of(canonical(decides)).removeprefix("sha256:")
+    if (known := _kept_tensors(path)) is None:
+        if measurement.extra is not None:
+            setting.extra(measurement.extra, f"{measurement.name} is measured on it")
+        with torch.no_grad():
+            tensors = dump({name: tensor.detach().cpu() for name, tensor in measurement.take(setting).items()})
+        durable.make_folder(folder)
+        durable.write_bytes(path.with_suffix(".safetensors"), tensors)
+        durable.write_bytes(_mark(path), canonical({"tensors": digest_of(tensors)}))
+        known = load(tensors), {"tensors": digest_of(tensors)}
+    return known[0], known[1]["tensors"]
 
 
 # --- finished stages: <key>.safetensors and, written last, <key>.json with its sha256 and the loss curve ------------
@@ -157,10 +214,14 @@ def _keep(path: Path, model: Model, log: list[dict[str, float]]) -> None:
 
 def _finished(path: Path) -> tuple[Parts, list[dict[str, float]], str] | None:
     """The modifications of a finished stage, its loss curve and the digest of its tensors; None unless it is whole."""
+    kept = _kept_tensors(path)
+    return kept and (_parts(kept[0]), kept[1]["log"], kept[1]["tensors"])
+
+
+def _kept_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The tensors and what was written beside them; None unless they are whole."""
     try:
         mark, tensors = json.loads(_mark(path).read_bytes()), path.with_suffix(".safetensors").read_bytes()
-        if mark["tensors"] != digest_of(tensors):
-            return None
+        return (load(tensors), mark) if mark["tensors"] == digest_of(tensors) else None
     except (OSError, ValueError):
         return None
-    return _parts(load(tensors)), mark["log"], mark["tensors"]

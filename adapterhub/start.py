@@ -14,10 +14,9 @@ from adapterhub.compose import expand
 from adapterhub.errors import UsageError
 from adapterhub.expression import parse, references
 from adapterhub.manifest import Made, Parent, Release
-from adapterhub.method import Method, Parts, Stage
+from adapterhub.method import Given, Method, Parts, Stage
 from adapterhub.plan import gated
 from adapterhub.runtime import Model
-from adapterhub.sites import Site
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
@@ -50,20 +49,22 @@ class Start:
         check_base(record, hub.store.read(record.sketch), model.fingerprint, force=force)
         stored = Adapter.load(hub, self.goes_on).modifications()
         if self.method is None:
-            return [Stage("train", lambda sites, before: stored)]
+            return [Stage("train", lambda given: stored)]
         last = self.method.stages(self.config)[-1]
         single = {path: parts[0] for path, parts in stored.items()}
-        return [replace(last, build=lambda sites, before: self._continued(last.build(sites, single), stored))]
+        return [replace(last, build=lambda given: self._continued(last.build(replace(given, before=single)), stored))]
 
     def _continued(self, fresh: Parts, stored: Modifications) -> Parts:
         """What its method makes (with dropout and whatever else is not stored) around the stored tensors."""
-        if forms_of({path: [part] for path, part in fresh.items()}) != forms_of(stored):
+        here = forms_of({path: [part] for path, part in fresh.items()})
+        absent = here.keys() - stored.keys() if self.method.starts_at_base else set()  # a schedule never trained there
+        if {path: forms for path, forms in here.items() if path not in absent} != forms_of(stored):
             raise UsageError(
                 f"{self.goes_on} is not what its method {self.made.name!r} makes of this base, so it cannot go on",
                 "train a new adapter over it: --on",
             )
-        for path, part in fresh.items():
-            part.tensors = stored[path][0].tensors
+        for path, parts in stored.items():
+            fresh[path].tensors = parts[0].tensors
         return fresh
 
 
@@ -71,9 +72,10 @@ def gating(stages: Sequence[Stage], children: Callable[[], Sequence[Modification
     """The stages of a method that `weighs`, over what it weighs."""
 
     def wrapped(stage: Stage) -> Stage:
-        def build(sites: Sequence[Site], before: Parts) -> Parts:
+        def build(given: Given) -> Parts:
             acting = children()
-            fresh = stage.build([site for site in sites if any(site.path in child for child in acting)], before)
+            here = [site for site in given.sites if any(site.path in child for child in acting)]
+            fresh = stage.build(replace(given, sites=here))
             gates = gated({path: [gate] for path, gate in fresh.items()}, acting, "the new gate")
             return {path: gate for path, [gate] in gates.items()}
 

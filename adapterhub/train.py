@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version as installed
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,17 @@ from adapterhub.adapter import require_effect
 from adapterhub.compose import joined_licences
 from adapterhub.data import Data, read
 from adapterhub.device import memory_told
-from adapterhub.encoding import Example, check_vocabulary, encode, pad_token
+from adapterhub.encoding import Example, check_vocabulary, encode, grouped, pad_token
 from adapterhub.errors import NameInUse, UsageError
-from adapterhub.evaluate import evaluate
+from adapterhub.ingredients import ingredients
 from adapterhub.manifest import Made, Reference, Release, canonical, check_name, check_seed, check_version, digest_of
 from adapterhub.method import Stage
 from adapterhub.modification import named_tensors
 from adapterhub.publish import publish_tensors
+from adapterhub.record import measured_on, metrics_of, recipe_of, told
 from adapterhub.runtime import Model, load
-from adapterhub.stages import Planned, attach, forget, planned
+from adapterhub.setting import Setting
+from adapterhub.stages import Planned, attach, forget, given, planned
 from adapterhub.stages import run as run_stages
 from adapterhub.start import Start, start
 from adapterhub.tensors import check_finite
@@ -35,8 +37,6 @@ from adapterhub.trainer import Schedule
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
-
-LIBRARIES = ("torch", "transformers", "accelerate")
 
 
 class DataWarning(UserWarning):
@@ -51,6 +51,10 @@ def train(
     name: str | None = None,
     *,
     options: Mapping[str, Any] | None = None,
+    objective: str | None = None,
+    recipes: Sequence[str] = (),
+    schedule: str | None = None,
+    extras: Mapping[str, str | Path] | None = None,
     version: str | None = None,
     on: Sequence[str] | None = None,
     continue_from: str | None = None,
@@ -74,6 +78,9 @@ def train(
 
     base: a known name, a folder, a repo id or a loaded transformers model; None with continue_from: the known name it records
     method, options: how (`adapterhub plugins list`); left out with continue_from, which brings its own
+    objective: what is minimised (sft); recipes: what changes the data or adds a term to the loss, in order; schedule: which
+        tensors train when, and how fast. Their options are in `options` too, as "<part>.<option>"
+    extras: other data files by name, for the parts that ask for one (calibration, background)
     data, eval_data: files as in adapterhub.data; eval_data is measured at the end, into the release's metrics
     on: frozen adapters beneath the new one, in order (a composition: what it is made of), or what a gate weighs; recorded as its parents, and
         as an expression in the recipe's "beneath"
@@ -98,6 +105,9 @@ def train(
             "training in several processes is not supported yet (WORLD_SIZE is set)",
             "start it as one process, without torchrun",
         )
+    made_of, options = ingredients(
+        objective, [recipes] if isinstance(recipes, str) else recipes, schedule, options or {}
+    )
     begin = start(hub, method, options, on, continue_from)
     name = check_name(name or (begin.goes_on.name if begin.goes_on else ""))
     if version is not None:
@@ -118,31 +128,51 @@ def train(
     if licence is None:
         licence = joined_licences([hub.exact(parent) for parent in begin.parents])
     rows, held_out = read(data), read(eval_data) if eval_data is not None else None
+    others = {key: read(path) for key, path in sorted((extras or {}).items())}
+    made_of.check(rows.kind, others)
 
     model = load(hub, base, begin.beneath, dtype=_precision(begin, dtype), device=device, force=force)
     try:
         _check_precision(begin, str(model.base.dtype).removeprefix("torch."))
         stages = begin.stages(hub, model, force)
-        attach(model, stages[0], {}, seed)  # what it refuses is refused before anything is written
         examples = _examples(rows, model, max_length)
+        pad = pad_token(model.tokenizer)
+        setting = Setting(
+            model,
+            examples,
+            pad,
+            batch_size,
+            seed,
+            extras={key: _examples(one, model, max_length) for key, one in others.items()},
+        )
+        if stages[0].measurement is None:
+            attach(model, stages[0], given(model, {}), seed)  # what it refuses is refused before anything is written
         if held_out is not None:
             _examples(held_out, model, max_length)
-        steps = steps or math.ceil(math.ceil(len(examples) / batch_size) * (epochs or 3))
-        schedule = Schedule(
-            steps, batch_size, lr, steps // 10 if warmup is None else warmup, seed, gradient_checkpointing
-        )
-        recipe = _recipe(rows, schedule, max_length, model)
+        changed = made_of.recipes()
+        for recipe_ in changed:
+            examples = recipe_.examples(examples, setting)
+        setting = replace(setting, examples=grouped(examples) if rows.kind == "scored" else examples)
+        steps = steps or math.ceil(math.ceil(len(setting.examples) / batch_size) * (epochs or 3))
+        pace = Schedule(steps, batch_size, lr, steps // 10 if warmup is None else warmup, seed, gradient_checkpointing)
+        recipe = recipe_of(rows, pace, max_length, model) | made_of.told
+        if others:
+            recipe["extras"] = {key: told(one) for key, one in others.items()}
+        if mixed := {
+            r.name: dict(f) for r, one in zip(made_of.chosen_recipes, changed, strict=True) if (f := one.found())
+        }:
+            recipe["mixed"] = mixed
         if begin.beneath is not None:
             recipe["beneath"] = begin.beneath
         made = {"base": model.fingerprint.base, "method": begin.made, "parents": begin.parents}
-        plan = _plan(stages, schedule, warmup, made, recipe)
+        plan = _plan(stages, pace, warmup, made, recipe)
         if len(plan) > 1:
             recipe["stages"] = [part.told for part in plan]
         run = {"name": name, **made, "recipe": recipe}
         training = hub.root / "training"
         folder, kept = training / digest_of(_bytes(run)).removeprefix("sha256:"), training / "stages"
-        told = {"licence": licence, "eval": held_out and held_out.digest}
-        if (release := _published(hub, version, run | told)) is not None:
+        asked = {"licence": licence, "eval": held_out and held_out.digest}
+        if (release := _published(hub, version, run | asked)) is not None:
             shutil.rmtree(folder, ignore_errors=True)  # it was killed after it was published
             return release
         durable.make_folder(folder)
@@ -150,8 +180,18 @@ def train(
             if not resume:
                 forget(plan, folder, kept)
             with memory_told("a smaller batch_size or max_length, or gradient_checkpointing"):
-                pad = pad_token(model.tokenizer)
-                log, found = run_stages(model, plan, examples, pad, folder, kept, save_every, f"train {name}")
+                log, found = run_stages(
+                    plan,
+                    setting,
+                    made_of,
+                    folder,
+                    kept,
+                    save_every,
+                    f"train {name}",
+                    goes_on=begin.goes_on is not None,
+                    starts_at_base=begin.method is None or begin.method.starts_at_base,
+                    shared=measured_on(model, begin, recipe),
+                )
             if found:
                 recipe["found"] = found
             parts = model.new_modifications()
@@ -168,7 +208,7 @@ def train(
                 method=begin.made,
                 parents=begin.parents,
                 recipe=recipe,
-                metrics=_metrics(model, log, held_out, batch_size, max_length),
+                metrics=metrics_of(model, log, held_out, batch_size, max_length),
                 licence=licence,
                 files={"log": canonical(log)},
             )
@@ -249,29 +289,3 @@ def _examples(data: Data, model: Model, max_length: int) -> list[Example]:
             stacklevel=3,
         )
     return examples
-
-
-def _recipe(data: Data, schedule: Schedule, max_length: int, model: Model) -> dict[str, Any]:
-    return {
-        "data": {"digest": data.digest, "rows": len(data.rows), "kind": data.kind},
-        **vars(schedule),
-        "max_length": max_length,
-        "optimizer": "adamw",
-        "dtype": str(model.base.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "libraries": {name: installed(name) for name in LIBRARIES},
-    }
-
-
-def _metrics(
-    model: Model, log: list[dict[str, float]], held_out: Data | None, batch_size: int, max_length: int
-) -> dict[str, Any]:
-    """train_loss: the mean over the last tenth of the (last stage's) steps; eval: what `evaluate` says of the held-out data."""
-    log = [entry for entry in log if entry.get("stage") == log[-1].get("stage")]
-    last = [entry["loss"] for entry in log[-max(1, len(log) // 10) :]]
-    metrics: dict[str, Any] = {"train_loss": sum(last) / len(last)}
-    if held_out is not None:
-        path = held_out.path
-        measured = evaluate(None, None, None, path, model=model, batch_size=batch_size, max_length=max_length)
-        metrics["eval"] = {key: value for key, value in measured.items() if key != "rows"}
-    return metrics

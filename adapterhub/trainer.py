@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer over one module that owns the adapter's tensors and nothing else."""
+"""The training loop: transformers' Trainer over a Learner, which owns what trains and nothing else."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from adapterhub import durable
-from adapterhub.encoding import IGNORE, Example, collate
+from adapterhub.encoding import collate
 from adapterhub.errors import HubError, UsageError
+from adapterhub.learner import Learner
 from adapterhub.manifest import canonical
-from adapterhub.runtime import Model
-from adapterhub.scoring import token_losses
 
 COMPLETE = "complete.json"
 """Written into a checkpoint last: the sha256 of its files. A checkpoint without it, or with other bytes, is none."""
@@ -47,52 +45,17 @@ class Schedule:
     """Compute the layers' activations again in the backward pass instead of keeping them."""
 
 
-class Trained(nn.Module):
-    """The trained tensors as a module. The base stays outside the module tree: a checkpoint holds adapter tensors only,
-    and they stay where their sites are."""
+def fit(learner: Learner, schedule: Schedule, folder: Path, save_every: int, title: str) -> list[dict[str, float]]:
+    """Train what is trainable in the learner's model, in place; returns the loss curve: step, loss, gradient norm, rate of
+    each step.
 
-    def __init__(self, model: Model, penalty: Callable[[], Tensor] | None = None):
-        super().__init__()
-        self.__dict__["model"], self.penalty = model, penalty
-        for name, parameter in model.trainable_tensors().items():
-            self.register_parameter(name.replace(".", "/"), parameter)  # torch allows no dot in a parameter's name
-
-    accepts_loss_kwargs = False
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The mean loss of the batch's completion tokens, and the penalty."""
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        loss = token_losses(self.model, batch).sum() / (labels != IGNORE).sum()
-        return {"loss": loss if self.penalty is None else loss + self.penalty()}
-
-    def train(self, mode: bool = True) -> Trained:
-        self.model.training_mode(mode)
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True) -> Trained:
-        return self
-
-
-def fit(
-    model: Model,
-    examples: list[Example],
-    pad: int,
-    schedule: Schedule,
-    folder: Path,
-    save_every: int,
-    after_step: Callable[[], None],
-    title: str,
-    penalty: Callable[[], Tensor] | None = None,
-) -> list[dict[str, float]]:
-    """Train what is trainable in the model, in place; returns the loss curve: step, loss, gradient norm, rate of each step.
-
-    pad: the token that fills up short rows. penalty: added to the loss, which the curve then shows with it. Checkpoints lie in folder; the newest whole one there is where it goes on, so
-    that a run killed anywhere ends with the bits of one that was not. Raises HubError when loss or gradient is no number,
-    or a checkpoint cannot be written."""
-    module = Trained(model, penalty)
+    Checkpoints lie in folder; the newest whole one there is where it goes on, so that a run killed anywhere ends with the
+    bits of one that was not. Raises HubError when loss or gradient is no number, or a checkpoint cannot be written."""
+    learner.prepare()
+    setting, model = learner.setting, learner.setting.model
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None and checkpoint.name == f"checkpoint-{schedule.steps}":  # killed while it was published
-        module.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        learner.load_state_dict(load_file(checkpoint / "model.safetensors"))
         return _curve(json.loads((checkpoint / "trainer_state.json").read_bytes())["log_history"])
     if schedule.gradient_checkpointing and not model.base.supports_gradient_checkpointing:
         raise UsageError(
@@ -101,11 +64,12 @@ def fit(
     verbosity = logging.get_verbosity()  # the Trainer sets it for the whole process
     with _progress(title, schedule.steps) as shown:
         trainer = Trainer(
-            model=module,
-            args=_arguments(schedule, folder, save_every, model.device),
-            train_dataset=examples,
-            data_collator=lambda rows: collate(rows, pad),
-            callbacks=[_Watch(after_step, shown)],
+            model=learner,
+            args=_arguments(schedule, folder, _whole(save_every, learner.objective.period), model.device),
+            train_dataset=setting.examples,
+            data_collator=lambda rows: collate(rows, setting.pad),
+            callbacks=[_Watch(learner, shown)],
+            optimizers=learner.optimizer(schedule.lr, schedule.warmup),
         )
         trainer.remove_callback(PrinterCallback)
         if schedule.gradient_checkpointing:
@@ -124,9 +88,14 @@ def fit(
         finally:
             if schedule.gradient_checkpointing:
                 model.base.activation_checkpointing_disable()
-            module.eval()
+            learner.eval()
             logging.set_verbosity(verbosity)
     return _curve(trainer.state.log_history)
+
+
+def _whole(steps: int, period: int) -> int:
+    """So many steps, or the next multiple of the period."""
+    return -(-steps // period) * period
 
 
 def _curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -139,11 +108,6 @@ def _arguments(schedule: Schedule, folder: Path, save_every: int, device: torch.
         output_dir=str(folder),
         max_steps=schedule.steps,
         per_device_train_batch_size=schedule.batch_size,
-        learning_rate=schedule.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=schedule.warmup,
-        optim="adamw_torch_fused",
-        weight_decay=0.0,
         max_grad_norm=1.0,
         seed=schedule.seed,
         data_seed=schedule.seed,
@@ -170,12 +134,15 @@ def _arguments(schedule: Schedule, folder: Path, save_every: int, device: torch.
 class _Watch(TrainerCallback):
     """What happens beside the loop."""
 
-    def __init__(self, after_step: Callable[[], None], shown: Callable[[int, float], None]):
-        self.after_step, self.shown = after_step, shown
+    def __init__(self, learner: Learner, shown: Callable[[int, float], None]):
+        self.learner, self.shown = learner, shown
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.learner.begin(state.global_step)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         with torch.no_grad():
-            self.after_step()
+            self.learner.after_step()
 
     def on_log(self, args, state, control, logs: Mapping[str, Any] | None = None, **kwargs) -> None:
         if not logs or "loss" not in logs:

@@ -52,7 +52,7 @@ MAY = {
     "manifest": "errors",
     "expression": "errors manifest",
     "durable": "errors",
-    "plugins": "errors project settings",
+    "plugins": "errors lock project settings",
     "index": "errors manifest",
     "parts": "errors manifest formats",
     "store": "errors manifest durable parts formats",

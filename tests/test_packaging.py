@@ -9,6 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from adapterhub import plugins
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -47,11 +49,11 @@ def test_every_dependency_has_its_reason():
     assert all(reasons.values())
 
 
-def test_the_plugins_group_is_the_folders():
+def test_the_extra_plugins_is_the_folders():
     folders = {
         folder.name for folder in (ROOT / "plugins").glob("adapterhub-*") if (folder / "pyproject.toml").exists()
     }
-    assert set(PROJECT["dependency-groups"]["plugins"]) == folders
+    assert set(PROJECT["project"]["optional-dependencies"]["plugins"]) == folders == plugins.ours()
     assert {name for name in PROJECT["tool"]["uv"]["sources"] if name != "adapterhub"} == folders
 
 

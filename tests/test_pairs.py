@@ -28,7 +28,7 @@ from adapterhub.merge import merge
 from adapterhub.publish import publish_tensors
 from adapterhub.runtime import Model
 from adapterhub.sites import matrix
-from adapterhub.stages import attach, trained
+from adapterhub.stages import attach, given, trained
 from adapterhub.testing.bed import distance, padded, tiny_llama
 
 PAGE = Path(__file__).parent.parent / "docs" / "pairs.md"
@@ -181,7 +181,7 @@ class Bed:
         config = plugins.options(part.Config, options)
         fresh, before = Model(tiny_llama().requires_grad_(False)), {}
         for stage in part().stages(config):
-            attach(fresh, stage, before, seed)
+            attach(fresh, stage, given(fresh, before), seed)
             with torch.no_grad():
                 for tensor in fresh.trainable_parameters():
                     tensor += torch.randn_like(tensor) * (0.5 if tensor.ndim == 3 else 0.1)

@@ -34,15 +34,19 @@ class Lean(Method):
         share: float = 0.5
 
     def stages(self, config):
-        def gains(sites, before):
+        def gains(given):
             return {
-                site.path: Affine.of(gain=torch.zeros(site.outputs)) for site in select(sites, ("ffn_down", "query"))
+                site.path: Affine.of(gain=torch.zeros(site.outputs))
+                for site in select(given.sites, ("ffn_down", "query"))
             }
 
-        def low_rank(sites, before):
+        def low_rank(given):
+            before = given.before
             chosen = sorted(before, key=lambda path: -float(before[path].tensors.get("gain", torch.ones(1)).norm()))
             return {
-                site.path: LoRA().fresh(site, LoRA.Config(r=2)) for site in sites if site.path in chosen[: config.sites]
+                site.path: LoRA().fresh(site, LoRA.Config(r=2))
+                for site in given.sites
+                if site.path in chosen[: config.sites]
             }
 
         def norm(parts: Mapping[str, Affine]):

@@ -25,9 +25,13 @@ from adapterhub.errors import (
     ParentsWarning,
     UsageError,
 )
+from adapterhub.ingredients import ingredients
+from adapterhub.learner import Learner
+from adapterhub.method import Stage
 from adapterhub.methods.lora import LoRA
 from adapterhub.modification import named_tensors
 from adapterhub.runtime import Model
+from adapterhub.setting import Setting
 from adapterhub.train import DataWarning
 from adapterhub.trainer import Schedule, fit
 
@@ -265,8 +269,10 @@ def test_after_step_runs_after_each_step_and_only_adapter_tensors_are_saved(path
         for parameter in parameters:
             parameter.clamp_(-0.05, 0.05)
 
-    examples = encode(read(path), model.tokenizer, 64)[0]
-    log = fit(model, examples, 0, Schedule(4, 8, 1e-1, 0, 0, False), tmp_path / "run", 2, after_step, "test")
+    setting = Setting(model, encode(read(path), model.tokenizer, 64)[0], 0, steps=4)
+    stage = Stage("train", lambda given: {}, after_step=lambda parts: after_step())
+    learner = Learner(setting, ingredients(None, (), None, {})[0], stage)
+    log = fit(learner, Schedule(4, 8, 1e-1, 0, 0, False), tmp_path / "run", 2, "test")
     assert calls == [False] * 4 and len(log) == 4
     assert max(float(parameter.detach().abs().max()) for parameter in parameters) <= 0.0500001
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.base.state_dict().items())

@@ -21,7 +21,9 @@ DTYPE = typer.Option(
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="An option of the part (adapterhub plugins show); may be repeated."
+        "--set",
+        metavar="KEY=VALUE",
+        help="An option of the part (adapterhub plugins show); of an objective, recipe or schedule PART.KEY=VALUE. May be repeated.",
     ),
 ]
 
@@ -39,6 +41,17 @@ def options_of(pairs: list[str] | None) -> dict[str, Any]:
     return options
 
 
+def extras_of(pairs: list[str] | None) -> dict[str, str] | None:
+    """["calibration=old.jsonl"] -> {"calibration": "old.jsonl"}"""
+    named: dict[str, str] = {}
+    for pair in pairs or []:
+        name, equals, path = pair.partition("=")
+        if not (name.isidentifier() and equals and path) or name in named:
+            raise UsageError(f"--extra {pair!r} names no file, or one twice", "write --extra calibration=old.jsonl")
+        named[name] = path
+    return named or None
+
+
 def weights_of(text: str | None) -> list[float] | None:
     try:
         return None if text is None else [float(weight) for weight in text.split(",")]
@@ -54,6 +67,15 @@ def train(
     base: Annotated[str | None, BASE] = None,
     method: Annotated[str | None, typer.Option(help="How: lora, bottleneck, ... (adapterhub plugins list).")] = None,
     set_: Set = None,
+    objective: Annotated[str | None, typer.Option(help="What is minimised (sft).")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="What changes the data or adds to the loss; may be repeated.")
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="Which tensors train when, and how fast.")] = None,
+    extra: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Other data that a part asks for (calibration); may be repeated."),
+    ] = None,
     on: Annotated[
         list[str] | None,
         typer.Option(metavar="REF", help="Train over this frozen adapter (a gate: weigh it); may be repeated."),
@@ -92,6 +114,10 @@ def train(
         raise UsageError("no base model to train on", "give --base, for example --base smollm2")
     given = {
         "method": method,
+        "objective": objective,
+        "recipes": recipe,
+        "schedule": schedule,
+        "extras": extras_of(extra),
         "name": name,
         "on": on,
         "continue_from": continue_,

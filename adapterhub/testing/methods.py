@@ -7,6 +7,7 @@ They run with the method's default options on the tiny Llama, which suits any me
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,13 @@ import torch
 from adapterhub.adapter import Modifications, forms_of, modifications_of
 from adapterhub.encoding import Example
 from adapterhub.forms.low_rank import LowRank
+from adapterhub.ingredients import ingredients
 from adapterhub.method import Method
 from adapterhub.modification import named_tensors
 from adapterhub.plan import gated
 from adapterhub.runtime import Model
-from adapterhub.stages import Planned, attach, planned, run, trained
+from adapterhub.setting import Setting
+from adapterhub.stages import Planned, attach, given, measure, planned, run, trained
 from adapterhub.start import gating
 from adapterhub.testing.bed import distance, random_adapter, tiny_llama
 from adapterhub.testing.forms import Declined
@@ -60,8 +63,15 @@ def _fresh(plan: Sequence[Planned], folder: Path, device: str) -> Model:
     if len(plan) > 1:
         _train(plan[:-1], model, folder)
         before = trained(model)
-    attach(model, plan[-1].stage, before, 3)
+    last = plan[-1].stage
+    measured, _ = measure(last.measurement, _setting(model), folder / "measured", {})
+    attach(model, last, given(model, before, measured), 3)
     return model
+
+
+def _setting(model: Model) -> Setting:
+    """The twelve rows are the training data, and whatever extra data a method asks for."""
+    return Setting(model, _examples(), 0, batch_size=4, extras=defaultdict(_examples))
 
 
 def _trained(method: type[Method], folder: Path, device: str) -> Model:
@@ -81,7 +91,8 @@ def _examples() -> list[Example]:
 
 def _train(plan: Sequence[Planned], model: Model, folder: Path) -> list[float]:
     """Train; the losses of the last stage's steps, the rows in shuffled batches of 4."""
-    curve, _ = run(model, plan, _examples(), 0, folder, folder / "stages", STEPS // 3, "law")
+    made_of, _ = ingredients(None, (), None, {})
+    curve, _ = run(plan, _setting(model), made_of, folder, folder / "stages", STEPS // 3, "law")
     return [entry["loss"] for entry in curve[-STEPS:]]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterhub import Method, Modification, Site, Stage
+from adapterhub import Given, Method, Modification, Site, Stage
 from adapterhub.errors import UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.sites import select
@@ -54,14 +54,14 @@ class LoFiT(Method):
                 )
 
     def stages(self, config: Config) -> Sequence[Stage]:
-        def gains(sites: Sequence[Site], before: Mapping[str, Modification]) -> dict[str, Affine]:
-            chosen = _sites(sites)
+        def gains(given: Given) -> dict[str, Affine]:
+            chosen = _sites(given.sites)
             _count(chosen, config)
             return {site.path: Affine.of(gain=1e-3 * torch.randn(site.inputs), into=True) for site in chosen}
 
-        def offsets(sites: Sequence[Site], before: Mapping[str, Modification]) -> dict[str, Offsets]:
-            names = config.heads or _strongest(_sites(sites), before, config)
-            return _offsets(_sites(sites), names)
+        def offsets(given: Given) -> dict[str, Offsets]:
+            names = config.heads or _strongest(_sites(given.sites), given.before, config)
+            return _offsets(_sites(given.sites), names)
 
         def norm(parts: Mapping[str, Modification]) -> Tensor:
             return config.l1 * sum(part.gain.abs().sum() for part in parts.values())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterhub import Method, Modification, Site, Stage
+from adapterhub import Given, Method, Modification, Site, Stage
 from adapterhub.errors import UsageError
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.sparse import Sparse
@@ -50,13 +50,13 @@ class LTSFT(Method):
                 raise UsageError(f"unknown mask {self.mask!r}", "one of: largest, random")
 
     def stages(self, config: Config) -> Sequence[Stage]:
-        def everything(sites: Sequence[Site], before: Mapping[str, Modification]) -> dict[str, Dense]:
-            chosen = _changeable(sites, config)
+        def everything(given: Given) -> dict[str, Dense]:
+            chosen = _changeable(given.sites, config)
             _count(chosen, config)
             return {site.path: Dense(weight=torch.zeros(site.outputs, site.inputs)) for site in chosen}
 
-        def places(sites: Sequence[Site], before: Mapping[str, Modification]) -> dict[str, Sparse]:
-            chosen = _changeable(sites, config)
+        def places(given: Given) -> dict[str, Sparse]:
+            chosen, before = _changeable(given.sites, config), given.before
             made = {}
             if any(isinstance(part, Sparse) for part in before.values()):  # an adapter that goes on keeps its places
                 index = {path: part.index for path, part in before.items()}

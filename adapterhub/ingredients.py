@@ -1,0 +1,117 @@
+"""What a training is made of besides its method and data: the objective, recipes and a parameter schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+
+from adapterhub import plugins
+from adapterhub.errors import UsageError
+from adapterhub.objective import Objective
+from adapterhub.parameter_schedule import ParameterSchedule
+from adapterhub.recipe import Recipe
+
+DEFAULT = "sft"
+"""The objective where none is given."""
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """An installed part and its options."""
+
+    group: str
+    name: str
+    config: Any
+
+    def make(self) -> Any:
+        """A fresh one: each stage of a training has its own."""
+        return plugins.load(self.group, self.name)(self.config)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        options = msgspec.to_builtins(asdict(self.config))
+        return {"name": self.name, "options": options, "distribution": plugins.distribution(self.group, self.name)}
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """Chosen, with their options read."""
+
+    chosen_objective: Ingredient
+    chosen_recipes: tuple[Ingredient, ...] = ()
+    chosen_schedule: Ingredient | None = None
+
+    def objective(self) -> Objective:
+        return self.chosen_objective.make()
+
+    def recipes(self) -> list[Recipe]:
+        return [recipe.make() for recipe in self.chosen_recipes]
+
+    def schedule(self) -> ParameterSchedule:
+        return (
+            ParameterSchedule(ParameterSchedule.Config())
+            if self.chosen_schedule is None
+            else self.chosen_schedule.make()
+        )
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the recipe of a manifest says of them; nothing of the defaults."""
+        told: dict[str, Any] = {}
+        if self.chosen_objective.name != DEFAULT:
+            told["objective"] = self.chosen_objective.told
+        if self.chosen_recipes:
+            told["recipes"] = [recipe.told for recipe in self.chosen_recipes]
+        if self.chosen_schedule is not None:
+            told["schedule"] = self.chosen_schedule.told
+        return told
+
+    def check(self, kind: str, extras: Sequence[str]) -> None:
+        """Raise UsageError for data that the objective does not read, for extra data that is missing, or that nobody reads."""
+        parts = [plugins.load(one.group, one.name) for one in (self.chosen_objective, *self.chosen_recipes)]
+        if kind not in parts[0].kinds:
+            raise UsageError(
+                f"the objective {self.chosen_objective.name!r} reads {' or '.join(parts[0].kinds)} rows, and these are {kind!r} rows",
+                "adapterhub plugins list shows the objectives",
+            )
+        for part in parts:
+            if missing := [name for name in part.extras if name not in extras]:
+                raise UsageError(
+                    f"{part.__name__} needs extra data named {missing[0]!r}", f"give a file: --extra {missing[0]}=FILE"
+                )
+
+
+def ingredients(
+    objective: str | None, recipes: Sequence[str], schedule: str | None, options: Mapping[str, Any]
+) -> tuple[Ingredients, dict[str, Any]]:
+    """The parts with their options, and the options that are left for the method: those whose names have no dot.
+
+    Raises PluginError for a part that is not installed, UsageError for an option of none of them."""
+    named: dict[str, dict[str, Any]] = {}
+    left: dict[str, Any] = {}
+    for key, value in options.items():
+        part, dot, name = key.partition(".")
+        if dot:
+            named.setdefault(part, {})[name] = value
+        else:
+            left[key] = value
+
+    def read(group: str, name: str) -> Ingredient:
+        return Ingredient(group, name, plugins.options(plugins.load(group, name).Config, named.pop(name, {})))
+
+    chosen = Ingredients(
+        read("objectives", objective or DEFAULT),
+        tuple(read("recipes", name) for name in recipes),
+        None if schedule is None else read("schedules", schedule),
+    )
+    if named:
+        part = next(iter(named))
+        raise UsageError(
+            f"{part}.{next(iter(named[part]))} is an option of {part!r}, which is no part of this training",
+            "name the part (--objective, --recipe, --schedule), or leave the option out",
+        )
+    return chosen, left

@@ -1,0 +1,163 @@
+"""One stage's training as a module: the tensors that train, and the loss of a batch at a step."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from adapterhub.errors import UsageError
+from adapterhub.ingredients import Ingredients
+from adapterhub.method import Given, Parts, Stage
+from adapterhub.setting import Moment, Setting
+
+
+def seeded(*words: object) -> int:
+    """A seed that follows from these words, whatever the machine."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, words)).encode()).digest()[:7], "big")
+
+
+class Learner(nn.Module):
+    """The base stays outside the module tree: a checkpoint holds the adapter's tensors (and the objective's own) only, and
+    they stay where their sites are."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, setting: Setting, made_of: Ingredients, stage: Stage):
+        super().__init__()
+        self.__dict__.update(setting=setting, stage=stage, made_of=made_of, step=0)
+        self.objective, self.recipes, self.schedule = made_of.objective(), made_of.recipes(), made_of.schedule()
+        self.kept_as_built: set[str] = set()
+
+    # --- before the first step ---------------------------------------------------------------------------------
+
+    def start(self, parts: Parts, given: Given) -> Parts:
+        """What the parameter schedule makes of what the stage built."""
+        started = self.schedule.start(parts, given)
+        self.kept_as_built = {path for path, part in started.items() if parts.get(path) is part}
+        return started
+
+    def prepare(self) -> None:
+        """Find the tensors on the model, and what the parts need."""
+        for part in (self.objective, *self.recipes):
+            part.prepare(self.setting)
+        trained = self.setting.model.trainable_tensors()
+        for name, parameter in {**trained, **self.objective.parameters()}.items():
+            self.register_parameter(name.replace(".", "/"), parameter)  # torch allows no dot in a parameter's name
+        sites = {site.path: site for site in self.setting.model.sites}
+        tensors = {name: sites[name.rsplit(".", 3)[0]] for name in trained}
+        self.rates: list[Mapping[str, float]] = []
+        for number in range(self.schedule.rounds):
+            draw = random.Random(seeded(self.setting.seed, "round", number))
+            self.rates.append(self.schedule.rates(tensors, number, draw))
+            if not any(self.rates[-1].values()):
+                raise UsageError(f"round {number + 1} of the schedule trains nothing", "check its options")
+        if self.schedule.rounds > self.setting.steps:
+            raise UsageError(
+                f"{self.setting.steps} steps are fewer than the schedule's {self.schedule.rounds} rounds",
+                "give more steps",
+            )
+
+    def optimizer(self, lr: float, warmup: int) -> tuple[AdamW, LambdaLR]:
+        """AdamW without weight decay, and rates that rise over `warmup` steps and fall linearly to 0, each tensor's times
+        its own of the round."""
+        steps, groups = self.setting.steps, {}
+        for name, parameter in self.named_parameters():
+            name = name.replace("/", ".")
+            groups.setdefault(tuple(rates.get(name, 1.0) for rates in self.rates), []).append(parameter)
+        optimizer = AdamW([{"params": group} for group in groups.values()], lr=lr, weight_decay=0.0, fused=True)
+        self.__dict__["optimizing"] = optimizer
+
+        def linear(step: int) -> float:
+            return step / max(1, warmup) if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
+
+        def rate(factors: tuple[float, ...]):
+            return lambda step: linear(step) * factors[self.round_of(min(step, steps - 1))]
+
+        return optimizer, LambdaLR(optimizer, [rate(factors) for factors in groups])
+
+    def round_of(self, step: int) -> int:
+        return step * len(self.rates) // self.setting.steps
+
+    # --- at each step ------------------------------------------------------------------------------------------
+
+    def begin(self, step: int) -> None:
+        """Freeze and free tensors as the round says; what was frozen before begins without the optimiser's memory."""
+        self.__dict__["step"] = step
+        if self.made_of.chosen_schedule is None:
+            return
+        number = self.round_of(step)
+        fresh = number and self.round_of(step - 1) < number
+        for name, parameter in self.named_parameters():
+            rate = self.rates[number].get(name.replace("/", "."), 1.0)
+            parameter.requires_grad_(rate > 0)
+            if fresh and rate > 0 and not self.rates[number - 1].get(name.replace("/", "."), 1.0):
+                self.optimizing.state.pop(parameter, None)
+
+    def moment(self, name: str) -> Moment:
+        draw = torch.Generator().manual_seed(seeded(self.setting.seed, self.stage.name, name, self.step))
+        return Moment(self.step, self.setting.steps, draw)
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """{"loss": ()} of a batch of `collate`: the objective's, the recipes' terms, and the stage's penalty."""
+        moments = [self.moment(f"recipe {n}") for n in range(len(self.recipes))]
+        for recipe, moment in zip(self.recipes, moments, strict=True):
+            batch = recipe.batch(batch, moment)
+        with ExitStack() as around:
+            for recipe, moment in zip(self.recipes, moments, strict=True):
+                around.enter_context(recipe.around(moment))
+            loss = self.objective.loss(batch, self.moment("objective"))
+        for recipe, moment in zip(self.recipes, moments, strict=True):
+            if (term := recipe.term(batch, moment)) is not None:
+                loss = loss + term
+        if self.stage.penalty is not None:
+            loss = loss + self.stage.penalty(self.parts())
+        return {"loss": loss}
+
+    def after_step(self) -> None:
+        if self.stage.after_step is not None:
+            self.stage.after_step(self.parts())
+
+    def parts(self) -> Parts:
+        """What trains, one modification a site."""
+        return {path: part for path, [part] in self.setting.model.new_modifications().items()}
+
+    # --- after the last ----------------------------------------------------------------------------------------
+
+    @property
+    def untouched(self) -> set[str]:
+        """The sites where nothing has ever trained and the schedule changed nothing."""
+        trained = {name.rsplit(".", 3)[0] for rates in self.rates for name, rate in rates.items() if rate}
+        return self.kept_as_built - trained
+
+    def found(self) -> dict[str, Any]:
+        """What the recipe of the manifest shall say."""
+        found: dict[str, Any] = {}
+        if told := dict(self.objective.found()):
+            found["objective"] = told
+        if self.made_of.chosen_schedule is not None:
+            found["rates"] = [_by_rate(rates) for rates in self.rates]
+        return found
+
+    def train(self, mode: bool = True) -> Learner:
+        self.setting.model.training_mode(mode)
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> Learner:
+        return self
+
+
+def _by_rate(rates: Mapping[str, float]) -> dict[str, list[str]]:
+    """{rate: the sites whose tensors have it}, of those that train."""
+    told: dict[str, list[str]] = {}
+    for name, rate in rates.items():
+        if rate and (site := name.rsplit(".", 3)[0]) not in (here := told.setdefault(f"{rate:.6g}", [])):
+            here.append(site)
+    return told

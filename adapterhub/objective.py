@@ -1,0 +1,49 @@
+"""An objective is what training minimises. The default, `sft`, is the likelihood of the completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from adapterhub.setting import Moment, Setting
+
+
+class Objective:
+    """One object for one training (of each stage): `prepare` once, then `loss` at every step."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """The options; `--set <objective>.name=value` on the command line."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("prompt", "messages", "text")
+    """The kinds of rows it reads (adapterhub.data). Of "scored" ones a batch holds each row's completions one after the
+    other, with `group` (rows,) int64, which row of the file, and `reward` (rows,) float32."""
+    extras: ClassVar[tuple[str, ...]] = ()
+    """The extra data files it cannot do without (`--extra NAME=FILE`)."""
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @property
+    def period(self) -> int:
+        """Checkpoints lie only between that many steps: for what is drawn in the first of them and used in all."""
+        return 1
+
+    def prepare(self, setting: Setting) -> None:
+        """Called before the first step, and again where a killed run goes on: it must find the same again."""
+        self.setting = setting
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What it trains besides the adapter (a value head), after `prepare`; in the checkpoints, not in the release."""
+        return {}
+
+    def loss(self, batch: Mapping[str, Tensor], moment: Moment) -> Tensor:
+        """() float, of a batch of `encoding.collate`, differentiable in what trains."""
+        raise NotImplementedError
+
+    def found(self) -> Mapping[str, Any]:
+        """What the recipe shall say of it once it is trained; as JSON has it."""
+        return {}

@@ -1,0 +1,19 @@
+"""Supervised fine-tuning: the mean negative log-likelihood of the batch's completion tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from adapterhub.encoding import IGNORE
+from adapterhub.objective import Objective
+from adapterhub.scoring import token_losses
+from adapterhub.setting import Moment
+
+
+class SFT(Objective):
+    """-log p(completion | prompt), the mean over the batch's completion tokens."""
+
+    def loss(self, batch: Mapping[str, Tensor], moment: Moment) -> Tensor:
+        return token_losses(self.setting.model, batch).sum() / (batch["labels"] != IGNORE).sum()

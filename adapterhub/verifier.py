@@ -1,0 +1,30 @@
+"""A verifier says whether an answer is right: what an objective that learns from rewards asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says of one answer."""
+
+    reward: float
+    """1: right; 0: wrong; between: partly."""
+    message: str = ""
+    """Why, in one line."""
+
+
+class Verifier:
+    """Compares an answer with the one that the data has. It reads text and runs none of it."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """The options; `--set <verifier>.name=value` on the command line."""
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def verify(self, prompt: str, reference: str, answer: str) -> Verdict:
+        """reference: the row's own completion; answer: what the model wrote, without the end token."""
+        raise NotImplementedError

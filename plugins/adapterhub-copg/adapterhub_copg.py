@@ -1,0 +1,1 @@
+"""Contrastive policy gradient for adapterhub (Flet-Berliac et al., 2024)."""

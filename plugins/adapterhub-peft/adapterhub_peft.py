@@ -1,0 +1,1 @@
+"""Every tuner of the installed PEFT as a method of adapterhub."""

@@ -1,0 +1,1 @@
+"""Recipes for adapterhub: masked thought, response-only, cocktail mixing, semantic-preserve, NEFTune."""

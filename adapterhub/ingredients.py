@@ -71,7 +71,7 @@ class Ingredients:
         return told
 
     def check(self, kind: str, extras: Sequence[str]) -> None:
-        """Raise UsageError for data that the objective does not read, for extra data that is missing, or that nobody reads."""
+        """Raise UsageError for data that the objective does not read, and for extra data that a part lacks."""
         parts = [plugins.load(one.group, one.name) for one in (self.chosen_objective, *self.chosen_recipes)]
         if kind not in parts[0].kinds:
             raise UsageError(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from adapterhub.data import Data
 from adapterhub.encoding import Example
 from adapterhub.setting import Moment, Setting
 
@@ -25,6 +26,10 @@ class Recipe:
 
     def __init__(self, config: Config):
         self.config = config
+
+    def rows(self, data: Data) -> Data:
+        """First of all: the rows that are read into tokens instead."""
+        return data
 
     def examples(self, examples: Sequence[Example], setting: Setting) -> Sequence[Example]:
         """Once, before the stages: what is trained on instead. Random numbers from `setting.seed` only."""

@@ -26,6 +26,7 @@ from adapterhub.manifest import Made, Reference, Release, canonical, check_name,
 from adapterhub.method import Stage
 from adapterhub.modification import named_tensors
 from adapterhub.publish import publish_tensors
+from adapterhub.recipe import Recipe
 from adapterhub.record import measured_on, metrics_of, recipe_of, told
 from adapterhub.runtime import Model, load
 from adapterhub.setting import Setting
@@ -135,7 +136,8 @@ def train(
     try:
         _check_precision(begin, str(model.base.dtype).removeprefix("torch."))
         stages = begin.stages(hub, model, force)
-        examples = _examples(rows, model, max_length)
+        changed = made_of.recipes()
+        examples = _examples(_through(changed, rows), model, max_length)
         pad = pad_token(model.tokenizer)
         setting = Setting(
             model,
@@ -147,11 +149,13 @@ def train(
         )
         if stages[0].measurement is None:
             attach(model, stages[0], given(model, {}), seed)  # what it refuses is refused before anything is written
+        for stage in stages:
+            if stage.measurement is not None and stage.measurement.extra is not None:
+                setting.extra(stage.measurement.extra, f"the method measures its {stage.measurement.name} on it")
         if held_out is not None:
             _examples(held_out, model, max_length)
-        changed = made_of.recipes()
-        for recipe_ in changed:
-            examples = recipe_.examples(examples, setting)
+        for one in changed:
+            examples = one.examples(examples, setting)
         setting = replace(setting, examples=grouped(examples) if rows.kind == "scored" else examples)
         steps = steps or math.ceil(math.ceil(len(setting.examples) / batch_size) * (epochs or 3))
         pace = Schedule(steps, batch_size, lr, steps // 10 if warmup is None else warmup, seed, gradient_checkpointing)
@@ -217,6 +221,12 @@ def train(
     finally:
         if not isinstance(base, str | Path):
             model.detach()
+
+
+def _through(recipes: Sequence[Recipe], rows: Data) -> Data:
+    for recipe in recipes:
+        rows = recipe.rows(rows)
+    return rows
 
 
 def _precision(begin: Start, dtype: str) -> str:

@@ -47,17 +47,11 @@ def tiny_model():
 
 
 def save_tiny(folder, model):
-    """The model and a character tokenizer (ids 3..95 are printable ASCII; pad 0, bos 1, eos 2) in a folder."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """The model and a character tokenizer in a folder."""
+    from adapterhub.testing.bed import tiny_tokenizer
 
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(32 + i): 3 + i for i in range(93)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     model.save_pretrained(folder)
-    fast.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

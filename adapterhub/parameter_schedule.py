@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from adapterhub.method import Given, Parts
 from adapterhub.sites import Site
@@ -16,6 +17,9 @@ class ParameterSchedule:
     @dataclass(frozen=True)
     class Config:
         """The options; `--set <schedule>.name=value` on the command line."""
+
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Options that the laws are tried with, where the defaults will not do."""
 
     def __init__(self, config: Config):
         self.config = config

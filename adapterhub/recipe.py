@@ -23,6 +23,8 @@ class Recipe:
 
     extras: ClassVar[tuple[str, ...]] = ()
     """The extra data files it cannot do without (`--extra NAME=FILE`)."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Options that the laws are tried with, where the defaults will not do."""
 
     def __init__(self, config: Config):
         self.config = config

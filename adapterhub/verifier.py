@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class Verifier:
     @dataclass(frozen=True)
     class Config:
         """The options; `--set <verifier>.name=value` on the command line."""
+
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Options that the laws are tried with, where the defaults will not do."""
 
     def __init__(self, config: Config):
         self.config = config

@@ -1,4 +1,4 @@
-"""Commands about installed parts: forms, methods, mergers, codecs and bases.
+"""Commands about installed parts: forms, methods, objectives, recipes, schedules, verifiers, mergers, codecs and bases.
 
 `adapterhub.plugins` is imported inside them: package metadata costs every other command 20 ms."""
 
@@ -22,7 +22,8 @@ Part = Annotated[str, typer.Argument(metavar="NAME", help="As adapterhub plugins
 def start(context: typer.Context) -> None:
     """List and check the installed parts, or start a package of your own.
 
-    Parts are forms, methods, mergers, codecs and bases; ours and those of other packages come through the same door.
+    Parts are forms, methods, objectives, recipes, schedules, verifiers, mergers, codecs and bases; ours and those of other
+    packages come through the same door.
 
     \b
     Example:
@@ -135,7 +136,7 @@ def _option(field: Field) -> tuple[str, str, str]:
 
 @app.command()
 def check(name: Part, as_json: Json = False) -> None:
-    """Run the laws over a part: what every form, method, merger and codec must keep.
+    """Run the laws over a part: what every part of its kind must keep.
 
     Exit status 1 if it breaks one.
 

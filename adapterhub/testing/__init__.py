@@ -24,15 +24,17 @@ class Result:
     detail: str = ""
 
 
+TRIED = ("forms", "methods", "objectives", "recipes", "schedules", "verifiers", "mergers", "codecs")
+"""The groups that have laws."""
+
+
 def check(name: str, device: str = "cpu") -> list[Result]:
     """Every law over every installed part of that name (a package may bring a form and a method of one name).
 
     Raises PluginError if nothing is installed under the name."""
-    groups = [group for group in ("forms", "methods", "mergers", "codecs") if name in plugins.names(group)]
+    groups = [group for group in TRIED if name in plugins.names(group)]
     if not groups:
-        raise PluginError(
-            f"no form, method, merger or codec named {name!r} is installed", "see: adapterhub plugins list"
-        )
+        raise PluginError(f"no part with laws is named {name!r}", "see: adapterhub plugins list")
     return [result for group in groups for result in check_part(group, name, device)]
 
 
@@ -48,6 +50,10 @@ def laws(group: str) -> tuple[Callable, ...]:
         from adapterhub.testing.forms import LAWS
     elif group == "methods":
         from adapterhub.testing.methods import LAWS
+    elif group in ("objectives", "recipes", "schedules", "verifiers"):
+        from adapterhub.testing.ingredients import LAWS as of_group
+
+        LAWS = of_group[group]
     elif group == "mergers":
         from adapterhub.testing.mergers import LAWS
     else:

@@ -36,6 +36,18 @@ def tiny_llama(seed: int = 0, vocabulary: int = 96, **changes):
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
 
+def tiny_tokenizer():
+    """One token a character: ids 3..95 are printable ASCII; pad 0, bos 1, eos 2."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(32 + i): 3 + i for i in range(93)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
 def random_adapter(
     form: type[Modification], model: torch.nn.Module, seed: int, among: Sequence[Site] | None = None
 ) -> Modifications:

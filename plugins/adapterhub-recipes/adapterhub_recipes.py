@@ -157,6 +157,8 @@ class SemanticPreserve(Recipe):
     """Adds weight times the mean of 1 - cos(h, h'), h the last hidden state of a phrase with the taught word, h' that of the
     phrase without it in the base as it was (Huang et al., "ClassDiffusion", 2024)."""
 
+    example = {"phrases": {"a zog": "a dog"}}  # noqa: RUF012
+
     @dataclass(frozen=True)
     class Config:
         phrases: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,207 @@
+"""The laws of objectives, recipes, parameter schedules and verifiers. Each takes a part's class and raises AssertionError
+with the reason.
+
+They run with the part's example options on the tiny Llama: a LoRA, unless a law says otherwise."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterhub import plugins
+from adapterhub.encoding import Example, grouped
+from adapterhub.ingredients import DEFAULT, Ingredient, Ingredients
+from adapterhub.learner import Learner, seeded
+from adapterhub.method import Method
+from adapterhub.methods.bottleneck import BottleneckAdapter
+from adapterhub.methods.full import Full
+from adapterhub.methods.lora import LoRA
+from adapterhub.modification import named_tensors
+from adapterhub.objective import Objective
+from adapterhub.parameter_schedule import ParameterSchedule
+from adapterhub.recipe import Recipe
+from adapterhub.runtime import Model
+from adapterhub.setting import Setting
+from adapterhub.stages import attach, given, planned, run
+from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
+from adapterhub.trainer import Schedule
+from adapterhub.verifier import Verifier
+
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class _Tried(Ingredient):
+    """A part by its class, as the laws get it."""
+
+    part: type | None = None
+
+    def make(self) -> Any:
+        return self.part(self.config)
+
+
+def _made_of(part: type) -> Ingredients:
+    config = plugins.options(part.Config, dict(part.example))
+    group = next(g for g, kind in KINDS.items() if issubclass(part, kind))
+    tried = _Tried(group, part.__name__, config, part)
+    plain = Ingredient("objectives", DEFAULT, plugins.load("objectives", DEFAULT).Config())
+    return Ingredients(
+        tried if group == "objectives" else plain,
+        (tried,) if group == "recipes" else (),
+        tried if group == "schedules" else None,
+    )
+
+
+def _examples() -> list[Example]:
+    """Eight prompts of two answers each, one better than the other."""
+    draw = torch.Generator().manual_seed(5)
+    made = []
+    for row in range(8):
+        prompt = torch.randint(3, 96, (3 + row % 4,), generator=draw).tolist()
+        for reward in (1.0, -1.0):
+            answer = torch.randint(3, 96, (3,), generator=draw).tolist()
+            made.append(Example(row + 1, (*prompt, *answer), len(prompt), reward, row))
+    return made
+
+
+def _setting(part: type, device: str) -> Setting:
+    model = Model(tiny_llama().to(device).requires_grad_(False), tiny_tokenizer())
+    examples = _examples()
+    if issubclass(part, Objective) and "scored" in part.kinds:
+        examples = grouped(examples)
+    setting = Setting(model, examples, 0, batch_size=4, steps=STEPS, extras=defaultdict(_examples, other=_examples()))
+    if issubclass(part, Recipe):
+        setting = replace(setting, examples=_made_of(part).recipes()[0].examples(examples, setting))
+    return setting
+
+
+def _trained(
+    part: type, folder: Path, device: str, method: Method | None = None, stop: bool = False
+) -> tuple[dict[str, Tensor], Setting]:
+    """The tensors of a trained adapter by name, and where it was trained. stop: as a kill at two thirds leaves it."""
+    method = method or LoRA()
+    setting, made_of = _setting(part, device), _made_of(part)
+    whole = Schedule(STEPS, 4, 1e-2, 0, 0, False)
+    plan = planned(method.stages(method.Config()), whole, 0, {}, {})
+    run(plan, setting, made_of, folder, folder / "stages", STEPS // 3, "law")
+    if stop:
+        shutil.rmtree(folder / "train" / f"checkpoint-{STEPS}")
+    return {n: t.detach().clone() for n, t in named_tensors(setting.model.new_modifications()).items()}, setting
+
+
+def resume(part: type, device: str) -> None:
+    """Stopped and started again is never stopped, bit by bit."""
+    with TemporaryDirectory() as folder:
+        whole, _ = _trained(part, Path(folder), device)
+    with TemporaryDirectory() as folder:
+        _trained(part, Path(folder), device, stop=True)
+        again, _ = _trained(part, Path(folder), device)
+    unlike = [name for name in whole.keys() | again.keys() if not torch.equal(whole[name], again[name])]
+    assert not unlike, f"other values after a resumed run: {unlike[:3]}"
+
+
+def base(part: type, device: str) -> None:
+    """The base is left as it was, bit by bit."""
+    before = tiny_llama().state_dict()
+    with TemporaryDirectory() as folder:
+        _, setting = _trained(part, Path(folder), device)
+    after = setting.model.base.state_dict()
+    changed = [name for name in before if not torch.equal(before[name], after[name].cpu())]
+    assert not changed, f"training changed the base: {changed[:3]}"
+
+
+def moves(part: type, device: str) -> None:
+    """Training under it moves the adapter from where it started."""
+    with TemporaryDirectory() as folder:
+        made, setting = _trained(part, Path(folder), device)
+    torch.manual_seed(0)
+    fresh = named_tensors({path: [one] for path, one in LoRA().build(setting.model.sites, LoRA.Config()).items()})
+    assert any(not torch.equal(made[name].cpu(), fresh[name]) for name in made), "nothing moved"
+
+
+def _learner(part: type, device: str) -> Learner:
+    """Prepared, a LoRA on the model."""
+    setting = _setting(part, device)
+    stage = LoRA().stages(LoRA.Config())[0]
+    learner = Learner(setting, _made_of(part), stage)
+    attach(setting.model, stage, given(setting.model, {}), 0)
+    learner.prepare()
+    return learner
+
+
+def loss(part: type, device: str) -> None:
+    """The loss is one finite number, the same again for the same step, and its gradient reaches the adapter."""
+    learner = _learner(part, device)
+    batch = learner.setting.batch(learner.setting.examples[:4])
+    values = []
+    for _ in range(2):
+        learner.begin(0)
+        value = learner(**batch)["loss"]
+        assert value.ndim == 0 and value.isfinite(), f"the loss is {value}"
+        values.append(value.item())
+        learner.objective, learner.recipes = learner.made_of.objective(), learner.made_of.recipes()
+        for one in (learner.objective, *learner.recipes):
+            one.prepare(learner.setting)
+    assert values[0] == values[1], f"{values[0]}, and {values[1]} the second time"
+    value.backward()
+    trained = learner.setting.model.trainable_parameters()
+    assert any(t.grad is not None and t.grad.any() for t in trained), "no gradient reaches the adapter"
+
+
+def rates(part: type[ParameterSchedule], device: str) -> None:
+    """Every tensor gets a rate of at least 0 in each round, the same again for the same seed; what is frozen in all rounds
+    stays, what is not moves; with any method."""
+    for method in (LoRA(), BottleneckAdapter(), Full()):
+        with TemporaryDirectory() as folder:
+            made, setting = _trained(part, Path(folder), device, method)
+        torch.manual_seed(0)
+        built = method.build(setting.model.sites, method.Config())
+        fresh = named_tensors({path: [one] for path, one in built.items()})
+        sites = {site.path: site for site in setting.model.sites}
+        names = {
+            name: sites[name.rsplit(".", 3)[0]]
+            for name, t in fresh.items()
+            if name in made and made[name].requires_grad
+        }
+        names |= {name: sites[name.rsplit(".", 3)[0]] for name in fresh.keys() - made.keys()}
+        drawn = []
+        for number in range(_made_of(part).schedule().rounds):
+            draws = (random.Random(seeded(0, "round", number)) for _ in range(2))
+            first, second = (dict(_made_of(part).schedule().rates(names, number, draw)) for draw in draws)
+            assert first == second, "two draws of one seed differ"
+            assert first.keys() == names.keys() and all(0 <= rate < float("inf") for rate in first.values())
+            drawn.append(first)
+        for name in names:
+            if not any(rates[name] for rates in drawn):
+                assert name not in made or torch.equal(made[name].cpu(), fresh[name]), f"{name} is frozen and has moved"
+
+
+def verdicts(part: type[Verifier], device: str) -> None:
+    """The reference itself is right, nonsense is worth less, an empty answer no error; the same verdict again."""
+    verifier = part(plugins.options(part.Config, dict(part.example)))
+    for reference in ("42", "a=1; ans=8", "the answer is 3.5", "yes", "ärger = 7"):
+        right, wrong, empty = (verifier.verify("p", reference, answer) for answer in (reference, "\x00~", ""))
+        assert right.reward == 1, f"{reference!r} against itself: {right}"
+        assert wrong.reward < 1 and empty.reward < 1, f"{reference!r}: {wrong}, {empty}"
+        assert verifier.verify("p", reference, reference) == right
+        assert "\n" not in right.message + wrong.message + empty.message, "a message of several lines"
+
+
+KINDS: Mapping[str, type] = {
+    "objectives": Objective, "recipes": Recipe, "schedules": ParameterSchedule, "verifiers": Verifier
+}  # fmt: skip
+LAWS: Mapping[str, tuple[Callable, ...]] = {
+    "objectives": (loss, moves, resume, base),
+    "recipes": (loss, moves, resume, base),
+    "schedules": (rates, moves, resume, base),
+    "verifiers": (verdicts,),
+}

@@ -68,7 +68,8 @@ class Learner(nn.Module):
     def optimizer(self, lr: float, warmup: int) -> tuple[AdamW, LambdaLR]:
         """AdamW without weight decay, and rates that rise over `warmup` steps and fall linearly to 0, each tensor's times
         its own of the round."""
-        steps, groups = self.setting.steps, {}
+        steps = self.setting.steps
+        groups = {(1.0,) * len(self.rates): []}  # first, if empty: what is told as the rate is the first group's
         for name, parameter in self.named_parameters():
             name = name.replace("/", ".")
             groups.setdefault(tuple(rates.get(name, 1.0) for rates in self.rates), []).append(parameter)
@@ -89,16 +90,15 @@ class Learner(nn.Module):
     # --- at each step ------------------------------------------------------------------------------------------
 
     def begin(self, step: int) -> None:
-        """Freeze and free tensors as the round says; what was frozen before begins without the optimiser's memory."""
+        """Freeze and free tensors as the round says; what is frozen loses the optimiser's memory."""
         self.__dict__["step"] = step
         if self.made_of.chosen_schedule is None:
             return
         number = self.round_of(step)
-        fresh = number and self.round_of(step - 1) < number
         for name, parameter in self.named_parameters():
-            rate = self.rates[number].get(name.replace("/", "."), 1.0)
-            parameter.requires_grad_(rate > 0)
-            if fresh and rate > 0 and not self.rates[number - 1].get(name.replace("/", "."), 1.0):
+            trains = self.rates[number].get(name.replace("/", "."), 1.0) > 0
+            parameter.requires_grad_(trains)
+            if not trains:
                 self.optimizing.state.pop(parameter, None)
 
     def moment(self, name: str) -> Moment:

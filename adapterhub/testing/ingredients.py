@@ -167,12 +167,8 @@ def rates(part: type[ParameterSchedule], device: str) -> None:
         built = method.build(setting.model.sites, method.Config())
         fresh = named_tensors({path: [one] for path, one in built.items()})
         sites = {site.path: site for site in setting.model.sites}
-        names = {
-            name: sites[name.rsplit(".", 3)[0]]
-            for name, t in fresh.items()
-            if name in made and made[name].requires_grad
-        }
-        names |= {name: sites[name.rsplit(".", 3)[0]] for name in fresh.keys() - made.keys()}
+        constant = {f"{path}.{one.form}.0.{key}" for path, one in built.items() for key in one.constants}
+        names = {name: sites[name.rsplit(".", 3)[0]] for name in fresh if name not in constant}
         drawn = []
         for number in range(_made_of(part).schedule().rounds):
             draws = (random.Random(seeded(0, "round", number)) for _ in range(2))

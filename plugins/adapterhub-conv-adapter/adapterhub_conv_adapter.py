@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -193,9 +192,8 @@ class _Adapter(Method):
         def __post_init__(self) -> None:
             if not 1 <= self.reduction < math.inf or not math.isfinite(self.scale) or not 0 <= self.dropout < 1:
                 raise UsageError(
-                    f"an adapter needs reduction >= 1, a scale and 0 <= dropout < 1, not {self.reduction}, {self.scale} "
-                    f"and {self.dropout}",
-                    "for example --set reduction=96",
+                    f"reduction {self.reduction}, scale {self.scale} and dropout {self.dropout} make no adapter",
+                    "give reduction >= 1, a finite scale and 0 <= dropout < 1, for example --set reduction=96",
                 )
 
     def build(self, sites: Sequence[Site], config: Config) -> Mapping[str, TokenMixer]:
@@ -207,9 +205,6 @@ class _Adapter(Method):
             part = made[site.path] = self.fresh(site, width, max(4, round(width / config.reduction)), config)
             part.dropout = config.dropout
         return made
-
-    def fresh(self, site: Site, width: int, r: int, config: Config) -> TokenMixer:
-        raise NotImplementedError
 
 
 class ConvAdapter(_Adapter):
@@ -256,7 +251,7 @@ class ConvAdapter(_Adapter):
 class SoftMoA(_Adapter):
     """y + s·a soft mixture of bottleneck adapters, at feed-forwards of encoders; zero at the start."""
 
-    bidirectional: ClassVar[bool] = True
+    bidirectional = True
 
     @dataclass(frozen=True)
     class Config(_Adapter.Config):

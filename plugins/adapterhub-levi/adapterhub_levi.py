@@ -107,8 +107,8 @@ class LayerEnsemble(Modification):
 
     @classmethod
     def random(cls, site: Site) -> LayerEnsemble | None:
-        """Of a language model's head, whose outputs are the vocabulary."""
-        if site.role != "head":
+        """Of a causal language model's head, whose outputs are the vocabulary."""
+        if site.role != "head" or not site.causal:
             return None
         config = LEVI.Config(width=6, kernel=4, depth=2, r=5, average="learned")
         made = cls.fresh(site, (0, 1), site.outputs, config)

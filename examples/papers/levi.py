@@ -1,0 +1,144 @@
+"""LEVI's claim on the small model: an ensemble of the base's layers with a small model trained from scratch leans less than a LoRA
+on what only happens to go with the label, in the fine-tuning data or in the pretraining (Roh et al., 2024).
+
+The task: does the last word of a sentence mean 0 to 3 or 4 to 7? The answer is a word of language b, `b00` or `b40`. That is A, the cause.
+Before the sentence stand two tags. B is `low` or `high`: the base is first trained on for a little, on sentences where B tells the answer
+in 95 of 100 cases and the last word tells nothing. C is `forward` or `backward`: it tells the answer always, in the fine-tuning data
+alone. There A and C always agree with the answer and B in 9 of 10 rows. The test in distribution (ID) is drawn as the fine-tuning
+data are; out of distribution (OOD) B and C are drawn by chance, A decides. Measured is the share of right answers.
+
+For each seed (data, start, order), the same rows, steps and batches: a head over the frozen last layer (`levi` with that layer and
+without its small model), a LoRA of rank 8, LEVI (3 layers of 4, a small model of width 64 that sees the whole sentence) and LEVI without the
+small model. The positive control is a LoRA on rows where B and C are drawn by chance: what can be learned of A.
+
+The analysis was fixed before any of the seeds was run: LEVI - LoRA, OOD, paired by seed, its mean and the 95 % interval of Student's
+t. The claim is *seen* if the interval lies above 0, *not seen* if below or if it is narrower than a twentieth of what the control
+has over the LoRA, OOD, and holds 0, else *not resolved*. With it, by the same rule: LEVI - LEVI without its small model, OOD. The same
+difference in distribution is told with its interval, since the claim is one at equal ID.
+
+    python examples/papers/levi.py [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import tiny
+import torch
+
+import adapterhub
+
+SEEDS, WORDS = (1, 2, 3, 4, 5), 5
+PLANT = 400
+"""Steps of the training that plants B."""
+ALONE = {"g": False, "layers": [3]}
+WAYS = {
+    "head": ("levi", ALONE, 1e-2, "train"),
+    "lora": ("lora", {"r": 8}, 5e-3, "train"),
+    "levi": ("levi", {}, 1e-2, "train"),
+    "levi - G": ("levi", {"g": False}, 1e-2, "train"),
+    "control": ("lora", {"r": 8}, 5e-3, "free"),
+}
+"""Name: method, options, learning rate, data."""
+
+
+def row(draw: random.Random, a: float, b: float, c: float) -> tuple[str, str]:
+    """A sentence and its answer, with which the last word, B and C agree with these probabilities."""
+    high = draw.random() < 0.5
+    tags = [pair[high == (draw.random() < p)] for pair, p in ((("high", "low"), b), (("backward", "forward"), c))]
+    last = high == (draw.random() < a)
+    while True:
+        words = tiny.sentence(draw, "a", "any", WORDS).split()[1:]
+        if (int(words[-1][1]) >= tiny.MEANINGS // 2) == last:
+            return f"{' '.join([*tags, *words])} is", " b40" if high else " b00"
+
+
+def rows(name: str, seed: int, count: int) -> str:
+    agree = {"train": (1, 0.9, 1), "id": (1, 0.9, 1), "free": (1, 0.5, 0.5), "ood": (1, 0.5, 0.5)}[name]
+    draw = random.Random(f"{name} {seed}")
+    made = (row(draw, *agree) for _ in range(count))
+    return "\n".join(json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in made)
+
+
+def planted(steps: int, plant: int) -> Path:
+    """The folder of the base, trained on so that it expects the answer that B names; from the cache, or made now."""
+    from transformers import AutoModelForCausalLM
+
+    from adapterhub import durable
+    from adapterhub.bases import cache_folder
+
+    folder = cache_folder() / f"tiny-papers-levi-1-{steps}-{plant}"
+    if folder.is_dir():
+        return folder
+    words, model = tiny.tokenizer(), AutoModelForCausalLM.from_pretrained(tiny.base(steps))
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    draw = random.Random(0)
+    for _ in range(plant):
+        tasks = ["".join(row(draw, 0.5, 0.95, 0.5)) for _ in range(tiny.ROWS // 2)]
+        texts = [*tasks, *(tiny.corpus(draw) for _ in range(tiny.ROWS // 2))]
+        batch = words([f"{text} </s>" for text in texts], return_tensors="pt", padding=True)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        model(input_ids=ids, attention_mask=mask, labels=ids.where(mask.bool(), -100)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    with durable.new_folder(folder) as made:
+        model.save_pretrained(made)
+        words.save_pretrained(made)
+    return folder
+
+
+def measure(base: Path, folder: Path, seed: int, steps: int, count: int) -> dict[str, dict[str, float]]:
+    """The share of right answers each way, "id" and "ood"."""
+    hub = adapterhub.open(folder / f"hub{seed}", create=True)
+    files = {name: folder / f"{name}{seed}.jsonl" for name in ("train", "free", "id", "ood")}
+    for name, path in files.items():
+        path.write_text(rows(name, seed, count))
+    for name, (method, options, lr, data) in WAYS.items():
+        given = {"options": options, "lr": lr, "seed": seed, "batch_size": 16, "steps": steps}
+        hub.train(str(base), method, files[data], name.replace(" - G", "-without"), **given)
+    found = {}
+    for test in ("id", "ood"):
+        names = {name: name.replace(" - G", "-without") for name in WAYS} | {"base": None}
+        found[test] = {
+            name: hub.evaluate(expression, str(base), files[test], labels=[" b00", " b40"])["label"]
+            for name, expression in names.items()
+        }
+        print(f"seed {seed}, {test}: {tiny.shown(found[test])}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of one seed on a hardly trained model: that it runs"
+    )
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    base = planted(20, 3) if quick else planted(tiny.STEPS, PLANT)
+    with TemporaryDirectory() as folder:
+        if quick:
+            measure(base, Path(folder), SEEDS[0], 2, 40)
+            return
+        found = [measure(base, Path(folder), seed, 200, 1000) for seed in SEEDS]
+    for test in ("id", "ood"):
+        print(f"right answers, {test}, mean (standard deviation) over seeds:")
+        for name in found[0][test]:
+            print(f"  {name:8} {tiny.spread([each[test][name] for each in found])}")
+
+    def less(test: str, more: str, other: str) -> list[float]:
+        return [each[test][more] - each[test][other] for each in found]
+
+    scale = sum(less("ood", "control", "lora")) / len(found)
+    print(tiny.verdict("OOD, levi - lora", less("ood", "levi", "lora"), scale))
+    print(tiny.verdict("OOD, levi - (levi - G)", less("ood", "levi", "levi - G"), scale))
+    print(tiny.verdict("ID, levi - lora", less("id", "levi", "lora"), scale))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,161 @@
-"""CorDA for adapterhub: low-rank adapters that start from an oriented decomposition of the weights (Yang et al., 2024)."""
+"""CorDA: a low-rank adapter that begins with the components of each weight that a context uses least, or most (Yang et al.,
+"CorDA: Context-Oriented Decomposition Adaptation of Large Language Models", 2024). One method, `corda`; its adapters are `low_rank`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from adapterhub import Given, Measurement, Method, Modification, Setting, Site, Stage, Step
+from adapterhub.encoding import Example
+from adapterhub.errors import UsageError
+from adapterhub.forms.low_rank import LowRank
+from adapterhub.modification import times
+from adapterhub.scoring import token_losses
+from adapterhub.sites import select
+
+
+class Anchored(LowRank):
+    """W + B·A − B0·A0: down (2r, inputs) is A over A0, up (outputs, 2r) is B beside −B0. The first halves train; the second
+    ones, which are what A and B began with, get a gradient of zero. At the start the two products are equal bit for bit."""
+
+    def _halves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A, B, A0, −B0."""
+        r = len(self.down) // 2
+        return self.down[:r], self.up[:, :r], self.down[r:].detach(), self.up[:, r:].detach()
+
+    def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor:
+        a, b, a0, minus_b0 = self._halves()
+        return times(self.scale, linear(linear(x, a), b) + linear(linear(x, a0), minus_b0))
+
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
+        a, b, a0, minus_b0 = self._halves()
+        return times(self.scale, b @ a + minus_b0 @ a0), None
+
+
+class CorDA(Method):
+    """W + B·A − B0·A0 with B0·A0 the r components of W that come last (kpm) or first (ipm) in the singular value
+    decomposition of W·C, C the covariance of what goes in; A and B begin as A0 and B0."""
+
+    @dataclass(frozen=True)
+    class Config:
+        r: int = 8
+        """How many components of each weight train. The adapter is stored with rank 2r."""
+        mode: str = "ipm"
+        """ipm (instruction-previewed): the r largest components, C of the training data. kpm (knowledge-preserved): the r
+        smallest, C of the extra data `calibration`, a sample of what shall be kept."""
+        damp: float = 0.01
+        """Times the mean of C's diagonal, added to its diagonal. Very large: the plain decomposition of W."""
+        target_modules: str | tuple[str, ...] = "all-linear"
+        """Roles ("query"), module names ("q_proj") or "all-linear"; never the head."""
+
+        def __post_init__(self) -> None:
+            if self.mode not in ("kpm", "ipm"):
+                raise UsageError(f"unknown mode {self.mode!r}", "one of: ipm, kpm")
+            if self.r < 1 or not 0 < self.damp < math.inf:
+                raise UsageError(
+                    f"CorDA needs r >= 1 and damp above 0, not r {self.r}, damp {self.damp}",
+                    "for example --set r=8 --set damp=0.01",
+                )
+
+    def stages(self, config: Config) -> Sequence[Stage]:
+        def build(given: Given) -> dict[str, Anchored]:
+            if given.before:  # an adapter that goes on: its second halves are what it began with
+                return {path: Anchored(**part.tensors) for path, part in given.before.items()}
+            chosen = _chosen(given.sites, config)
+            return {site.path: _begun(given.weight(site), given.measured[site.module], config) for site in chosen}
+
+        def take(setting: Setting) -> dict[str, Tensor]:
+            chosen = _chosen(setting.model.sites, config)
+            if config.mode == "ipm":
+                return covariances(setting, setting.examples, chosen)
+            return covariances(setting, setting.extra("calibration", "CorDA's mode kpm keeps what it holds"), chosen)
+
+        extra = "calibration" if config.mode == "kpm" else None
+        options = {"target_modules": config.target_modules}  # no others: another rank, damping or mode shares it
+        return [Stage("train", build, measurement=Measurement("covariance", take, extra, options))]
+
+    def take_up(self, modifications: Mapping[str, Modification]) -> None:
+        for part in modifications.values():
+            if isinstance(part, LowRank):  # compressed it may be of another form, which has no halves
+                trains = torch.arange(len(part.down), device=part.down.device) < len(part.down) // 2
+                part.down.register_hook(lambda gradient, trains=trains: gradient * trains[:, None])
+                part.up.register_hook(lambda gradient, trains=trains: gradient * trains)
+
+
+def _chosen(sites: Sequence[Site], config: CorDA.Config) -> list[Site]:
+    chosen = select(sites, config.target_modules)
+    if wrong := next((site.path for site in chosen if not site.linear or site.role == "head"), None):
+        raise UsageError(
+            f"CorDA changes linear layers but not the head, and target_modules selects {wrong}",
+            "use all-linear or names such as q_proj",
+        )
+    most = min(min(site.inputs, site.outputs) for site in chosen)
+    if config.r > most:
+        raise UsageError(
+            f"r is {config.r}, and the smallest of the chosen weights has {most} components", "give a smaller r"
+        )
+    return chosen
+
+
+def covariances(setting: Setting, examples: Sequence[Example], sites: Sequence[Site]) -> dict[str, Tensor]:
+    """{path of a module: Σ x·xᵀ over the tokens x of the examples that go into it, (inputs, inputs) float32}, one for all
+    the sites inside of it. A factor decides nothing, so there is none.
+
+    A row is divided by its largest magnitude first, as the official code does with its batches of one row: rows weigh
+    alike however far their activations reach, and the batch size decides nothing. Raises UsageError for a module that
+    sees nothing but zeros."""
+    sums: dict[str, Tensor] = {}
+
+    def add(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].float()
+        width = x.shape[-1]
+        if x.numel() == mask.numel() * width:  # else it sees other things than tokens: a pooler's vectors
+            x = x.reshape(*mask.shape, width).masked_fill(~mask[..., None], 0.0)
+        x = x.reshape(len(x), -1, width)
+        x = (x / x.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)).flatten(0, 1)
+        sums[path] = sums.get(path, 0.0) + x.mT @ x
+
+    paths = dict.fromkeys(site.module for site in sites)
+    # After the module, so that what adapters beneath change of its input is there.
+    hooks = [setting.model.base.get_submodule(path).register_forward_hook(partial(add, path)) for path in paths]
+    try:
+        for batch in setting.batches(examples):
+            mask = batch["attention_mask"].bool()
+            token_losses(setting.model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if empty := next((path for path in paths if path not in sums or not sums[path].any()), None):
+        raise UsageError(
+            f"no token of the calibration reaches {empty}",
+            "give more calibration data, or leave it out of target_modules",
+        )
+    return sums
+
+
+def decompose(weight: Tensor, covariance: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(U (outputs, k), S (k,) falling, V̂ᵀ (k, inputs)), float64, with W = U·diag(S)·V̂ᵀ and k the lesser width.
+
+    weight: W (outputs, inputs); covariance: C (inputs, inputs), any positive multiple of it the same. With
+    C' = C + damp·mean(diag C)·1: U·S·Vᵀ = svd(W·C') and V̂ᵀ = Vᵀ·C'⁻¹ (the paper's equation 3). In float64, where the
+    official code's float32 has to double its damping until C' can be inverted."""
+    weight, covariance = weight.double(), covariance.double()
+    damped = covariance / covariance.diagonal().mean()
+    damped = damped + damp * torch.eye(len(damped), dtype=damped.dtype)
+    u, s, vt = torch.linalg.svd(weight @ damped, full_matrices=False)
+    return u, s, torch.linalg.solve(damped, vt, left=False)
+
+
+def _begun(weight: Tensor, covariance: Tensor, config: CorDA.Config) -> Anchored:
+    u, s, vt = decompose(weight, covariance, config.damp)
+    taken = slice(config.r) if config.mode == "ipm" else slice(len(s) - config.r, None)
+    root = s[taken].sqrt()
+    up, down = (u[:, taken] * root).float(), (root[:, None] * vt[taken]).float()
+    return Anchored(down=torch.cat([down, down]), up=torch.cat([up, -up], dim=1), scale=torch.tensor(1.0))

@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -235,7 +236,7 @@ def test_fresh_layers_over_weights_that_are_quantised_or_not_there_are_refused(w
 def test_fresh_layers_of_a_base_that_does_not_say_how_it_began_are_refused():
     base = tiny_llama()
     given, parts = built(base)
-    base.config.initializer_range = None
+    base.config = SimpleNamespace(get_text_config=object)
     with pytest.raises(UsageError, match="initializer_range"):
         policy(reinit_top=1).start(parts, given)
 

@@ -122,6 +122,7 @@ class RFTPPO(Objective):
     kl_coef (log pi - log pi_ref). pi_ref is what lies beneath the adapter: with `--on me/warmup`, the warm-up."""
 
     kinds = ("prompt", "messages")
+    example = {"max_new_tokens": 8}  # noqa: RUF012
 
     @dataclass(frozen=True)
     class Config:

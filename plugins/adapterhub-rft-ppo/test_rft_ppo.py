@@ -1,0 +1,408 @@
+"""Reinforced fine-tuning: PPO's arithmetic against NumPy and closed forms, the rollout, the reference, and going on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from adapterhub_answer_match import AnswerMatch
+from adapterhub_rft_ppo import RFTPPO, gae, ppo_loss, sampled, whitened
+
+import adapterhub
+from adapterhub import Moment, Setting, plugins
+from adapterhub.adapter import Adapter
+from adapterhub.encoding import Example
+from adapterhub.errors import HubError, NoEffect, UsageError
+from adapterhub.runtime import Model
+from adapterhub.testing import check
+from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
+from adapterhub.trainer import _Watch
+from adapterhub.verifier import Verdict
+
+ROWS = [{"prompt": f"{i}+{i + 1}=", "completion": str(2 * i + 1)} for i in range(12)]
+OPTIONS = {"rft_ppo.max_new_tokens": 4}
+SETTINGS = {"objective": "rft_ppo", "lr": 1e-2, "batch_size": 4, "device": "cpu"}
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, ROWS)))
+    return file
+
+
+@pytest.fixture
+def hub(tmp_path):
+    return adapterhub.open(tmp_path / "hub", create=True)
+
+
+@pytest.mark.parametrize("part", ["rft_ppo", "answer_match"])
+def test_laws(part):
+    assert [f"{r.law}: {r.detail}" for r in check(part) if r.verdict == "failed"] == []
+
+
+# --- the arithmetic ------------------------------------------------------------------------------------------------
+
+
+def drawn(seed=0, rows=5, tokens=7):
+    """float64 arrays, and answers of lengths 1 to `tokens`."""
+    draw = np.random.default_rng(seed)
+    lengths = np.array([1, tokens, *draw.integers(1, tokens + 1, rows - 2)])
+    real = np.arange(tokens) < lengths[:, None]
+    return draw, lengths, real
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
+def test_gae_is_the_double_sum_of_its_definition(gamma, lam):
+    draw, lengths, real = drawn()
+    rewards, values = draw.normal(size=(2, *real.shape))
+    wanted = np.zeros(real.shape)
+    for row, length in enumerate(lengths):
+        v = [*values[row, :length], 0.0]
+        delta = [rewards[row, t] + gamma * v[t + 1] - v[t] for t in range(length)]
+        for t in range(length):
+            wanted[row, t] = sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, length))
+    found = gae(*map(torch.tensor, (rewards, values, real)), gamma, lam).numpy()
+    assert np.abs(found - wanted).max() < 1e-12
+    if (gamma, lam) == (1.0, 1.0):  # what is still to come, less the value
+        left = (rewards * real)[:, ::-1].cumsum(1)[:, ::-1] - values
+        assert np.abs(found - left * real).max() < 1e-12
+
+
+def test_whitening_is_over_the_real_tokens_alone():
+    draw, _, real = drawn(1)
+    advantages = draw.normal(3, 5, real.shape)
+    found = whitened(torch.tensor(advantages), torch.tensor(real)).numpy()
+    wanted = (advantages - advantages[real].mean()) / advantages[real].std()
+    assert np.abs(found - wanted * real).max() < 1e-8
+    assert not whitened(torch.full((2, 3), 7.0), torch.ones(2, 3, dtype=torch.bool)).any()  # nothing to tell apart
+
+
+def test_the_clipped_loss_is_the_one_written_out():
+    draw, lengths, real = drawn(2, rows=6)
+    old, moved, values, shift, advantages, returns = draw.normal(size=(6, *real.shape))
+    new, old_values = old + 0.4 * moved, values + 0.3 * shift
+    rows = []
+    for row, length in enumerate(lengths):
+        total = 0.0
+        for t in range(length):
+            ratio, a = np.exp(new[row, t] - old[row, t]), advantages[row, t]
+            clipped = min(max(ratio, 0.8), 1.2)
+            near = min(max(values[row, t], old_values[row, t] - 0.2), old_values[row, t] + 0.2)
+            error = max((values[row, t] - returns[row, t]) ** 2, (near - returns[row, t]) ** 2)
+            total += max(-a * ratio, -a * clipped) + 5 * 0.5 * error
+        rows.append(total / length)
+    given = map(torch.tensor, (new, old, values, old_values, advantages, returns, real))
+    assert ppo_loss(*given).item() == pytest.approx(np.mean(rows), rel=1e-12)
+
+
+def test_the_policy_gradient_is_nothing_beyond_the_clip_and_the_plain_one_at_ratio_1():
+    real, zero = torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.float64)
+    advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0]], dtype=torch.float64)
+    new = torch.tensor([[0.3, -0.3, 0.3, -0.3]], dtype=torch.float64, requires_grad=True)
+    ppo_loss(new, zero, zero, zero, advantages, zero, real).backward()
+    # Too far already in the direction that pays: no more. The other way: the whole ratio.
+    assert new.grad[0].tolist() == pytest.approx([0, -np.exp(-0.3) / 4, np.exp(0.3) / 4, 0], rel=1e-12)
+    at = zero.clone().requires_grad_()
+    ppo_loss(at, zero, zero, zero, advantages, zero, real).backward()
+    assert torch.equal(at.grad, -advantages / 4)
+
+
+def test_a_tabular_policy_reaches_the_closed_form_optimum():
+    """A bandit of six arms, one-token answers. E[R] - c KL(pi || pi_ref) is greatest where pi is proportional to
+    pi_ref exp(R / c): the policy ends within 0.02 of it in total variation, and not at twice or half that c."""
+    torch.manual_seed(0)
+    price, rewards = 0.5, torch.tensor([1.0, 0.1, 0.1, 0.0, 1.0, 0.0], dtype=torch.float64)
+    reference = torch.randn(6, dtype=torch.float64).log_softmax(-1)
+    policy, value = reference.clone().requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([policy, value], 0.03)
+    steps, real = 600, torch.ones(512, 1, dtype=torch.bool)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(steps // 2):
+        with torch.no_grad():
+            chances = policy.log_softmax(-1)
+            arms = torch.multinomial(chances.exp(), 512, replacement=True)[:, None]
+            old, old_values = chances[arms], value.expand(512, 1).clone()
+            gained = gae(rewards[arms] - price * (old - reference[arms]), old_values, real)
+        for _ in range(2):
+            optimizer.zero_grad()
+            new = policy.log_softmax(-1)[arms]
+            args = new, old, value.expand(512, 1), old_values, whitened(gained, real), gained + old_values, real
+            ppo_loss(*args).backward()
+            optimizer.step()
+            decay.step()
+
+    def apart(price):
+        best = (reference + rewards / price).softmax(-1)
+        return (policy.detach().softmax(-1) - best).abs().sum().item() / 2
+
+    assert apart(price) < 0.02
+    assert min(apart(price / 2), apart(2 * price), apart(1e9)) > 0.06
+
+
+# --- on a model ----------------------------------------------------------------------------------------------------
+
+
+class Always(AnswerMatch):
+    """The same reward for all that is sampled; a row's own completion is right."""
+
+    reward = 0.0
+
+    def verify(self, prompt, reference, answer):
+        return Verdict(1.0 if answer == reference else self.reward)
+
+
+def prepared(scale=0.3, dropout=0.0, rows=None, judge=None, **options):
+    """The tiny Llama under a LoRA that does something, the objective ready, and a batch of unlike lengths."""
+    model = Model(tiny_llama().requires_grad_(False), tiny_tokenizer())
+    method = plugins.load("methods", "lora")
+    torch.manual_seed(1)
+    parts = method().build(model.sites, plugins.options(method.Config, {"r": 2, "lora_dropout": dropout}))
+    for part in parts.values():
+        for name, tensor in part.tensors.items():
+            part.tensors[name] = scale * torch.randn_like(tensor)
+    model.attach_new(parts)
+    text = model.tokenizer
+    rows = rows or [("1+1=", "2"), ("20+22=", "42"), ("say yes", "yes"), ("7", "7")]
+    examples = [
+        Example(n, (*text(p)["input_ids"], *text(c)["input_ids"], 2), len(text(p)["input_ids"]))
+        for n, (p, c) in enumerate(rows, 1)
+    ]
+    objective = RFTPPO(RFTPPO.Config(**{"max_new_tokens": 6} | options))
+    objective.prepare(Setting(model, examples, pad=0))
+    if judge is not None:
+        objective.verifier = judge
+    return objective, objective.setting.batch(examples), examples
+
+
+def moment(step=0):
+    return Moment(step, 10, torch.Generator().manual_seed(step))
+
+
+def alone(model, prompt, answer, adapters=None):
+    """Log-probabilities of the answer's tokens, unpadded, in float64."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + answer]), adapters=adapters).logits[0].double()
+    chances = logits.log_softmax(-1)
+    return [chances[len(prompt) - 1 + t, token].item() for t, token in enumerate(answer)]
+
+
+def test_the_rollout_is_what_each_prompt_gives_alone():
+    objective, batch, examples = prepared(kl_coef=0.2)
+    model = objective.setting.model
+    rollout = objective.roll(batch, moment().draw)
+    lengths = rollout.real.sum(1).tolist()
+    assert len(set(lengths)) > 1 or lengths[0] == 6
+    rewards = np.zeros(rollout.real.shape)
+    for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        answer = rollout.batch["labels"][row, :length].tolist()
+        assert 2 not in answer[:-1] and (answer[-1] == 2 or length == 6)  # up to the end token, or cut
+        real = rollout.batch["attention_mask"][row].bool()
+        assert rollout.batch["input_ids"][row, real].tolist() == example.prompt + answer
+        old = alone(model, example.prompt, answer)
+        assert rollout.old[row, :length].tolist() == pytest.approx(old, abs=1e-4)
+        with model.without_new():
+            reference = alone(model, example.prompt, answer)
+        rewards[row, :length] = -0.2 * (np.array(old) - reference)
+        rewards[row, length - 1] += objective.verdict(example.prompt, example.completion, answer).reward
+    wanted = gae(torch.tensor(rewards), torch.zeros(rewards.shape), rollout.real)  # the value head starts at zero
+    assert np.abs(rollout.returns.detach().numpy() - wanted.numpy()).max() < 1e-3
+    assert not rollout.values.any()
+
+
+def test_values_are_read_from_the_state_before_each_token():
+    objective, batch, examples = prepared()
+    with torch.no_grad():
+        objective.direction.copy_(torch.randn(32))
+        objective.offset.fill_(0.5)
+    rollout = objective.roll(batch, moment().draw)
+    model = objective.setting.model
+    for row, example in enumerate(examples):
+        answer = rollout.batch["labels"][row, rollout.real[row]].tolist()
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor([example.prompt + answer]), output_hidden_states=True)
+        states = out.hidden_states[-1][0, len(example.prompt) - 1 : -1].double()
+        wanted = states @ objective.direction.double() + 0.5
+        assert rollout.values[row, : len(answer)].tolist() == pytest.approx(wanted.tolist(), abs=1e-3)
+
+
+def test_answers_are_drawn_from_the_models_own_probabilities():
+    """One token, 4000 draws: each token's share is within five standard deviations of its probability."""
+    objective, _, examples = prepared()
+    model = objective.setting.model
+    with torch.no_grad():
+        chances = model(input_ids=torch.tensor([examples[1].prompt])).logits[0, -1].double().softmax(-1).numpy()
+    drawn = sampled(model, [examples[1].prompt] * 4000, 0, 2, 1, torch.Generator().manual_seed(0))
+    shares = np.bincount(drawn[:, 0].numpy(), minlength=96) / 4000
+    assert (np.abs(shares - chances) <= 5 * np.sqrt(chances * (1 - chances) / 4000) + 1e-12).all()
+    again = sampled(model, [examples[1].prompt] * 4000, 0, 2, 1, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)
+
+
+def test_the_first_ratio_is_exactly_1_in_spite_of_dropout():
+    objective, batch, _ = prepared(dropout=0.5)
+    model = objective.setting.model
+    model.training_mode(True)
+    objective.loss(batch, moment())
+    rollout = objective.rollout
+    assert model.base.training  # as it was
+    model.training_mode(False)
+    assert torch.equal(objective.seen(rollout.batch)[0].detach(), rollout.old)
+    model.training_mode(True)
+    assert not torch.equal(objective.seen(rollout.batch)[0].detach(), rollout.old)  # there is dropout
+
+
+def test_a_rollout_is_used_in_ppo_epochs_steps():
+    objective, batch, _ = prepared(ppo_epochs=3)
+    assert objective.period == 3
+    seen = []
+    for step in range(7):
+        objective.loss(batch, moment(step))
+        seen.append(objective.rollout)
+    assert seen[0] is seen[1] is seen[2] is not seen[3] and seen[3] is seen[5] is not seen[6]
+
+
+def test_without_reward_a_policy_at_its_reference_stays_bit_by_bit():
+    objective, batch, _ = prepared(scale=0.0, judge=Always(Always.Config()))
+    trained = [*objective.setting.model.trainable_parameters(), *objective.parameters().values()]
+    before, optimizer = [t.detach().clone() for t in trained], torch.optim.AdamW(trained, 0.1, weight_decay=0.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        objective.loss(batch, moment(step)).backward()
+        optimizer.step()
+    assert all(torch.equal(was, now) for was, now in zip(before, trained, strict=True))
+
+
+def test_without_reward_a_policy_that_left_comes_back():
+    objective, batch, _ = prepared(judge=Always(Always.Config()), kl_coef=0.5, max_new_tokens=2)
+    model = objective.setting.model
+    batch = {key: tensor.repeat(16, 1) for key, tensor in batch.items()}
+    optimizer = torch.optim.AdamW([*model.trainable_parameters(), *objective.parameters().values()], 3e-3)
+
+    def left():
+        """KL(pi || pi_ref) of the next token, over the prompts."""
+        with torch.no_grad():
+            ours = model(**{k: batch[k][:4] for k in ("input_ids", "attention_mask")}).logits[:, -3].log_softmax(-1)
+            with model.without_new():
+                given = {k: batch[k][:4] for k in ("input_ids", "attention_mask")}
+                theirs = model(**given).logits[:, -3].log_softmax(-1)
+        return (ours.exp() * (ours - theirs)).sum(1).mean().item()
+
+    start = left()
+    for step in range(60):
+        optimizer.zero_grad()
+        objective.loss(batch, moment(step)).backward()
+        optimizer.step()
+    assert left() < 0.7 * start
+
+
+def test_self_training_learns_the_right_answers_and_the_datas_own():
+    objective, batch, examples = prepared(update="self_training", judge=Always(Always.Config()))
+    model = objective.setting.model
+    own = np.mean([-np.mean(alone(model, e.prompt, e.completion)) for e in examples])
+    assert objective.loss(batch, moment()).item() == pytest.approx(own / 2, abs=1e-4)  # none is right
+    objective.verifier.reward = 1.0
+    loss = objective.loss(batch, moment(2)).item()
+    rollout = objective.rollout
+    answers = [rollout.batch["labels"][row, real].tolist() for row, real in enumerate(rollout.real)]
+    right = np.mean([-np.mean(alone(model, e.prompt, a)) for e, a in zip(examples, answers, strict=True)])
+    assert loss == pytest.approx((own + right) / 2, abs=1e-4)
+
+
+# --- through the hub -----------------------------------------------------------------------------------------------
+
+
+def train(hub, folder, path, name, **settings):
+    given = SETTINGS | {"options": OPTIONS | {"r": 2}, "steps": 8} | settings
+    return hub.train(str(folder), "lora", path, name, **given)
+
+
+def test_a_killed_run_ends_with_the_same_bytes_and_the_value_head_is_not_released(
+    tiny_folder, path, tmp_path, monkeypatch
+):
+    whole = adapterhub.open(tmp_path / "whole", create=True)
+    first = train(whole, tiny_folder, path, "me/x", save_every=3)
+    hub = adapterhub.open(tmp_path / "killed", create=True)
+    logged = _Watch.on_log
+
+    def dies(self, args, state, control, logs=None, **kwargs):
+        logged(self, args, state, control, logs, **kwargs)
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Watch, "on_log", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(hub, tiny_folder, path, "me/x", save_every=3)
+    (checkpoint,) = (hub.root / "training").glob("*/train/checkpoint-*")
+    assert checkpoint.name == "checkpoint-4"  # asked for every 3 steps; whole rollouts only
+    from safetensors.torch import load_file
+
+    kept = load_file(checkpoint / "model.safetensors")
+    assert kept["value/direction"].any() and kept["value/offset"] != 0
+    monkeypatch.setattr(_Watch, "on_log", logged)
+    again = train(hub, tiny_folder, path, "me/x", save_every=3)
+    assert again.digest == first.digest
+    assert not any("value" in name for name in Adapter.load(hub, again).tensors)
+    assert again.manifest.recipe["found"]["train"]["objective"] == {"verifier": "adapterhub-rft-ppo 0.1.0"}
+
+
+def test_on_a_warm_up_the_warm_up_is_the_reference_and_continue_goes_on(hub, tiny_folder, path):
+    warm = hub.train(
+        str(tiny_folder), "lora", path, "me/warm", options={"r": 2}, steps=40, lr=2e-2, batch_size=4, device="cpu"
+    )
+    over = train(hub, tiny_folder, path, "me/over", on=["me/warm"])
+    assert over.manifest.recipe["beneath"] == f"me/warm@{warm.version}"
+    model = hub.load(str(tiny_folder), "me/warm")
+    bare = hub.load(str(tiny_folder))
+    method = plugins.load("methods", "lora")
+    torch.manual_seed(0)
+    model.attach_new(method().build(model.sites, method.Config(r=2)))
+    text = model.tokenizer
+    ids = text("1+2=")["input_ids"]
+    objective = RFTPPO(RFTPPO.Config(max_new_tokens=4, kl_coef=1.0))
+    objective.prepare(Setting(model, [Example(1, (*ids, *text("3")["input_ids"], 2), len(ids))], pad=0))
+    rollout = objective.roll(objective.setting.batch(objective.setting.examples), moment().draw)
+    answer = rollout.batch["labels"][0].tolist()
+    warmed = alone(bare, ids, answer, "me/warm")
+    assert rollout.old[0].tolist() == pytest.approx(warmed, abs=1e-4)  # fresh over the warm-up
+    assert abs(sum(warmed) - sum(alone(bare, ids, answer))) > 0.1
+    # So no token has paid: the return before each is the verdict, times 0.95 to the power of the tokens to come.
+    reward = objective.verdict(ids, [*text("3")["input_ids"], 2], answer).reward
+    wanted = [reward * 0.95**k for k in reversed(range(len(answer)))]
+    assert rollout.returns[0].tolist() == pytest.approx(wanted, abs=1e-3)
+    after = hub.train(str(tiny_folder), data=path, continue_from="me/over", steps=2, options=OPTIONS, **SETTINGS)
+    before, now = (Adapter.load(hub, release).tensors for release in (over, after))
+    assert before.keys() == now.keys() and any(not torch.equal(before[n], now[n]) for n in before)
+
+
+def test_without_any_reward_nothing_is_published(hub, tiny_folder, path, monkeypatch):
+    monkeypatch.setattr(AnswerMatch, "verify", Always.verify)
+    monkeypatch.setattr(AnswerMatch, "reward", 0.0, raising=False)
+    with pytest.raises(NoEffect):
+        train(hub, tiny_folder, path, "me/x", steps=2, options={"rft_ppo.max_new_tokens": 4})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"max_new_tokens": 0}, "max_new_tokens"), ({"ppo_epochs": 0}, "ppo_epochs"), ({"kl_coef": -1.0}, "kl_coef"),
+     ({"kl_coef": float("inf")}, "kl_coef"), ({"update": "best"}, "update"), ({"verifier": "nobody"}, "nobody"),
+     ({"max_new_tokens": 250}, "no room for 250 more"), ({"verifier_options": {"patern": "x"}}, "patern"),
+     ({"verifier_options": {"pattern": "z(?P<answer>z)"}}, "none of the data's own")],
+)  # fmt: skip
+def test_wrong_options_are_refused(options, said):
+    with pytest.raises(HubError, match=said) as caught:
+        prepared(**options, rows=[("1+1+1+1=", "4")])
+    assert caught.value.hint
+
+
+def test_a_base_without_tokenizer_an_empty_prompt_and_raw_text_are_refused(hub, tiny_folder, tmp_path):
+    objective = RFTPPO(RFTPPO.Config())
+    bare, example = tiny_llama().requires_grad_(False), Example(1, (5, 6, 2), 1)
+    with pytest.raises(UsageError, match="no tokenizer"):
+        objective.prepare(Setting(Model(bare), [example], pad=0))
+    with pytest.raises(UsageError, match="line 4: the prompt is empty"):
+        objective.prepare(Setting(Model(bare, tiny_tokenizer()), [Example(4, (5, 2), 0)], pad=0))
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text(json.dumps({"text": "no question"}))
+    with pytest.raises(UsageError, match="'text' rows"):
+        train(hub, tiny_folder, raw, "me/x")

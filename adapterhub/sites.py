@@ -150,7 +150,7 @@ def sites(model: PreTrainedModel) -> list[Site]:
             site,
             bias=site.module in biased,
             model_type=model.config.model_type,
-            causal=site.part in ("decoder", "cross") if model.config.is_encoder_decoder else causal,
+            causal=site.part != "encoder" if model.config.is_encoder_decoder else causal,
         )
         for site in found
     ]
@@ -162,16 +162,16 @@ def _causal(model: PreTrainedModel) -> bool:
     return any(said) if said else model.can_generate()
 
 
-def tapped(model: PreTrainedModel, tap: Tap) -> str:
-    """The path of the module that a tap reads. Raises IncompatibleBase if this base has no such site, or several."""
-    found = [s for s in sites(model) if (s.role, s.part) == (tap.role, tap.part) and s.layer == tap.layer]
+def tapped(sites: Sequence[Site], tap: Tap) -> Site:
+    """The site that a tap reads. Raises IncompatibleBase if this base has no such site, or several."""
+    found = [s for s in sites if (s.role, s.layer, s.part) == (tap.role, tap.layer, tap.part)]
     if len(found) != 1 or found[0].columns:
         where = f" of layer {tap.layer}" if tap.layer is not None else ""
         raise IncompatibleBase(
             f"this base has {len(found) or 'no'} sites {tap.role!r}{where}, where an adapter reads one",
             "use the base that the adapter was made for",
         )
-    return found[0].module
+    return found[0]
 
 
 def _heads(config: Any) -> Heads | None:

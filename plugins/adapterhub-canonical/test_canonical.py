@@ -13,7 +13,7 @@ from adapterhub import Model, Setting, plugins
 from adapterhub.encoding import Example, pad_left
 from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.testing import check
-from adapterhub.testing.bed import tiny_llama
+from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
 
 FACTS = [{"prompt": f"{i} is", "completions": [" good", " bad"], "rewards": [1, -1]} for i in range(8)]
 SETTINGS = {"objective": "canonical", "lr": 2e-2, "batch_size": 4, "device": "cpu", "steps": 12}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterhub.testing import laws
+from adapterhub.testing import TRIED, laws
 from adapterhub.testing.forms import Declined
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,12 @@ def test_the_entry_points_are_the_packages():
     assert shown in (ROOT / "plugins" / "adapterhub-loreft" / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize(("group", "name"), [("mergers", "larger"), ("codecs", "half")])
+ON_THE_PAGE = [
+    ("objectives", "margin"), ("recipes", "shifted"), ("schedules", "upper"), ("mergers", "larger"), ("codecs", "half")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("group", "name"), ON_THE_PAGE)
 def test_parts_on_the_page_keep_the_laws(group, name):
     code = {(g, n): text for g, n, text in PART.findall(PAGE.read_text())}[group, name]
     assert len([line for line in code.splitlines() if line.strip()]) <= 16
@@ -49,7 +54,7 @@ def test_parts_on_the_page_keep_the_laws(group, name):
     assert declined == (["weighted_sum"] if group == "mergers" else [])
 
 
-@pytest.mark.parametrize("group", ["forms", "methods", "mergers", "codecs"])
+@pytest.mark.parametrize("group", TRIED)
 def test_every_law_is_explained(group):
     told = re.findall(rf"^\| {group[:-1]} \| `(\w+)` \| \S", PAGE.read_text(), re.MULTILINE)
     assert told == [law.__name__ for law in laws(group)]

@@ -95,7 +95,7 @@ def test_only_the_last_logits(model):
 
 def test_gradients_reach_through_it(model):
     model.requires_grad_(False)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     lora, ours = random_adapter(LowRank, model, 3), to(reader(1))
     leaf = lora["model.layers.0.mlp.down_proj"][0].tensors["up"].requires_grad_()
@@ -103,7 +103,7 @@ def test_gradients_reach_through_it(model):
     with attachment.running(plan(attachment, [stacked([lora, ours])], trains=True)):
         out = model(input_ids=SEQUENCES[0][None]).logits
         (got,) = torch.autograd.grad(out.square().mean(), leaf)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     with attachment.running(plan(attachment, [stacked([lora, ours])], trains=True)):
         (want,) = torch.autograd.grad(model(input_ids=SEQUENCES[0][None]).logits.square().mean(), leaf)
     assert distance(got, want) < 1e-9

@@ -7,11 +7,16 @@ at times +2 or +3) or backward, and says each in one of 4 words of its language.
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+
+from adapterhub import plugins
+
+os.environ.setdefault("ADAPTERHUB_PLUGINS", ",".join(sorted(plugins.ours())))  # the scripts try our own packages
 
 LANGUAGES, MEANINGS, SYNONYMS, LENGTH = "abcd", 8, 4, 8
 TAGS = ("forward", "backward", "any", "half", "is", "low", "high")

@@ -1,0 +1,98 @@
+"""What becomes of each of PEFT's types as a method, found out by trying: `outcome(type)`, and FAMILIES to try further."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from adapterhub_peft import Peft
+from adapterhub_peft_layer import TYPES, PeftLayer, layer_state
+from peft import get_peft_model
+from torch import Tensor
+
+from adapterhub.errors import HubError
+from adapterhub.runtime import Model
+from adapterhub.stages import attach, given, trained
+from adapterhub.testing.bed import tiny_llama
+
+SMALL: dict[str, dict[str, Any]] = {
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 50},
+    "LILY": {"r": 4},
+    "OFT": {"oft_block_size": 8},
+    "OSF": {"effective_rank": 8},
+    "RANDLORA": {"r": 8},
+    "ROAD": {"group_size": 8},
+    "SHIRA": {"r": 2},
+    "SUPERTUNING": {"sparsity": 0.9},
+    "TINYLORA": {"u": 8},
+    "TRAINABLE_TOKENS": {"token_indices": [3, 5, 7]},
+    "UNILORA": {"theta_d_length": 16, "init_theta_d_bound": 0.2},
+    "VBLORA": {"num_vectors": 16, "vector_length": 8},
+    "WAVEFT": {"n_frequency": 50},
+    **{kind: {"r": 4} for kind in (
+        "DEFT", "DELORA", "GLORA", "GRALORA", "HIRA", "HRA", "LOHA", "LORA", "MISS", "PEANUT", "PSOFT", "PVERA", "VERA",
+    )},
+}  # fmt: skip
+"""Options with which a type suits a model of width 32; of those left out PEFT's own do."""
+EXACT = 1e-5
+"""Of the largest logit."""
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+def outcome(kind: str, lower: str = "auto") -> str:
+    """ "lowered to <forms>", "runs in PEFT's layer", or "refused: <reason>": trained for five steps on the tiny Llama, whose logits must
+    then be those of PEFT's own model with the same tensors, before it is finished and after. Raises AssertionError if not."""
+    model, options = Model(tiny_llama().requires_grad_(False)), SMALL.get(kind, {})
+    try:
+        stage = Peft().stages(Peft.Config(type=kind, config=options, lower=lower))[-1]
+        start = given(model, {})
+        attach(model, stage, start, 0)
+    except HubError as error:
+        return f"refused: {error}"
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2)
+    model.training_mode(True)
+    for _ in range(5):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.training_mode(False)
+    parts = {path: part for path, [part] in model.new_modifications().items()}
+    found, wanted = _logits(model), _logits(theirs(kind, options, parts))
+    assert _apart(_logits(tiny_llama()), wanted) > 100 * EXACT, f"{kind}: nothing changes"
+    assert _apart(found, wanted) < EXACT, f"{kind}: {_apart(found, wanted):.1e} from PEFT's while it trains"
+    try:
+        done = stage.finish(trained(model), start)
+    except HubError as error:
+        return f"refused: {error}"
+    model.attach_new(done)
+    assert _apart(_logits(model), wanted) < EXACT, (
+        f"{kind}: {_apart(_logits(model), wanted):.1e} from PEFT's as it is stored"
+    )
+    forms = sorted({part.form for here in model.new_modifications().values() for part in here})
+    return "runs in PEFT's layer" if forms == ["peft"] else f"lowered to {', '.join(forms)}"
+
+
+def theirs(kind: str, options: dict[str, Any], parts: dict[str, PeftLayer]) -> torch.nn.Module:
+    """PEFT's own model on the tiny Llama, with the tensors that our parts have."""
+    if kind == "IA3":
+        options = options | {"feedforward_modules": [path for path in parts if path.endswith("down_proj")]}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(tiny_llama(), TYPES[kind](target_modules=list(parts), **options)).eval()
+        for path, part in parts.items():
+            state, tensors = layer_state(model.base_model.model.get_submodule(path)), part.whole()
+            for key, name in part.names.items():
+                state[name].copy_(tensors[key])
+    return model
+
+
+@torch.no_grad()
+def _logits(model) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()

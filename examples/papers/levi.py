@@ -3,18 +3,19 @@ on what only happens to go with the label, in the fine-tuning data or in the pre
 
 The task: does the last word of a sentence mean 0 to 3 or 4 to 7? The answer is a word of language b, `b00` or `b40`. That is A, the cause.
 Before the sentence stand two tags. B is `low` or `high`: the base is first trained on for a little, on sentences where B tells the answer
-in 95 of 100 cases and the last word tells nothing. C is `forward` or `backward`: it tells the answer always, in the fine-tuning data
-alone. There A and C always agree with the answer and B in 9 of 10 rows. The test in distribution (ID) is drawn as the fine-tuning
-data are; out of distribution (OOD) B and C are drawn by chance, A decides. Measured is the share of right answers.
+in 95 of 100 cases and the last word tells nothing. C is `forward` or `backward`: it goes with the answer in the fine-tuning data
+alone, always or (a condition of its own) in all but 5 of 1000 rows; B does there in 9 of 10 rows, A always. In the test in
+distribution (ID) A and C always agree with the answer and B in 9 of 10 rows; out of distribution (OOD) B and C are drawn by chance.
+Measured is the share of right answers.
 
-For each seed (data, start, order), the same rows, steps and batches: a head over the frozen last layer (`levi` with that layer and
-without its small model), a LoRA of rank 8, LEVI (3 layers of 4, a small model of width 64 that sees the whole sentence) and LEVI without the
-small model. The positive control is a LoRA on rows where B and C are drawn by chance: what can be learned of A.
+For each seed (data, start, order) and condition, the same rows, steps and batches: a head over the frozen last layer (`levi` with that
+layer and without its small model), a LoRA of rank 8, LEVI (3 layers of 4, a small model of width 64 that sees the whole sentence) and
+LEVI without the small model. The positive control is a LoRA on rows where B and C are drawn by chance: what can be learned of A.
 
-The analysis was fixed before any of the seeds was run: LEVI - LoRA, OOD, paired by seed, its mean and the 95 % interval of Student's
-t. The claim is *seen* if the interval lies above 0, *not seen* if below or if it is narrower than a twentieth of what the control
-has over the LoRA, OOD, and holds 0, else *not resolved*. With it, by the same rule: LEVI - LEVI without its small model, OOD. The same
-difference in distribution is told with its interval, since the claim is one at equal ID.
+The analysis was fixed before any of the seeds was run: in each condition LEVI - LoRA, OOD, paired by seed, its mean and the 95 %
+interval of Student's t. The claim is *seen* if the interval lies above 0, *not seen* if below or if it is narrower than a twentieth
+of what the control has over the LoRA, OOD, and holds 0, else *not resolved*. By the same rule LEVI - LEVI without its small model,
+OOD. The claim is one at equal ID, so that difference is told too.
 
     python examples/papers/levi.py [--quick]
 """
@@ -37,31 +38,38 @@ PLANT = 400
 """Steps of the training that plants B."""
 ALONE = {"g": False, "layers": [3]}
 WAYS = {
-    "head": ("levi", ALONE, 1e-2, "train"),
-    "lora": ("lora", {"r": 8}, 5e-3, "train"),
-    "levi": ("levi", {}, 1e-2, "train"),
-    "levi - G": ("levi", {"g": False}, 1e-2, "train"),
-    "control": ("lora", {"r": 8}, 5e-3, "free"),
+    "head": ("levi", ALONE, 1e-2),
+    "lora": ("lora", {"r": 8}, 5e-3),
+    "levi": ("levi", {}, 1e-2),
+    "without": ("levi", {"g": False}, 1e-2),
 }
-"""Name: method, options, learning rate, data."""
+"""Name: method, options, learning rate."""
+CONDITIONS = {"always": 0, "nearly": 200}
+"""Every how many rows C misleads in the fine-tuning data; 0: never."""
+LABELS = [" b00", " b40"]
 
 
 def row(draw: random.Random, a: float, b: float, c: float) -> tuple[str, str]:
     """A sentence and its answer, with which the last word, B and C agree with these probabilities."""
     high = draw.random() < 0.5
-    tags = [pair[high == (draw.random() < p)] for pair, p in ((("high", "low"), b), (("backward", "forward"), c))]
+    tags = [pair[high == (draw.random() < p)] for pair, p in ((("low", "high"), b), (("forward", "backward"), c))]
     last = high == (draw.random() < a)
     while True:
         words = tiny.sentence(draw, "a", "any", WORDS).split()[1:]
         if (int(words[-1][1]) >= tiny.MEANINGS // 2) == last:
-            return f"{' '.join([*tags, *words])} is", " b40" if high else " b00"
+            return f"{' '.join([*tags, *words])} is", LABELS[high]
 
 
 def rows(name: str, seed: int, count: int) -> str:
-    agree = {"train": (1, 0.9, 1), "id": (1, 0.9, 1), "free": (1, 0.5, 0.5), "ood": (1, 0.5, 0.5)}[name]
-    draw = random.Random(f"{name} {seed}")
-    made = (row(draw, *agree) for _ in range(count))
-    return "\n".join(json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in made)
+    """Of a condition, or "id"; "free" and "ood": B and C by chance."""
+    draw, made = random.Random(f"{name} {seed}"), []
+    every = CONDITIONS.get(name, 0)
+    for n in range(count):
+        misleads = every and n % every == 0
+        agree = (1, 0.5, 0.5) if name in ("free", "ood") else (1, 0.9, 0 if misleads else 1)
+        prompt, answer = row(draw, *agree)
+        made.append(json.dumps({"prompt": prompt, "completion": answer}))
+    return "\n".join(made)
 
 
 def planted(steps: int, plant: int) -> Path:
@@ -94,20 +102,29 @@ def planted(steps: int, plant: int) -> Path:
 
 
 def measure(base: Path, folder: Path, seed: int, steps: int, count: int) -> dict[str, dict[str, float]]:
-    """The share of right answers each way, "id" and "ood"."""
+    """The share of right answers, "id" and "ood", of each way in each condition ("always levi"), the control and the base."""
     hub = adapterhub.open(folder / f"hub{seed}", create=True)
-    files = {name: folder / f"{name}{seed}.jsonl" for name in ("train", "free", "id", "ood")}
+    files = {name: folder / f"{name}{seed}.jsonl" for name in (*CONDITIONS, "free", "id", "ood")}
     for name, path in files.items():
         path.write_text(rows(name, seed, count))
-    for name, (method, options, lr, data) in WAYS.items():
+
+    def train(name: str, data: str, way: str) -> None:
+        method, options, lr = WAYS[way]
         given = {"options": options, "lr": lr, "seed": seed, "batch_size": 16, "steps": steps}
-        hub.train(str(base), method, files[data], name.replace(" - G", "-without"), **given)
+        hub.train(str(base), method, files[data], name, **given)
+
+    names: dict[str, str | None] = {}
+    for condition in CONDITIONS:
+        for way in WAYS:
+            names[f"{condition} {way}"] = name = f"{condition}-{way}"
+            train(name, condition, way)
+    train("control", "free", "lora")
+    names |= {"control": "control", "base": None}
     found = {}
     for test in ("id", "ood"):
-        names = {name: name.replace(" - G", "-without") for name in WAYS} | {"base": None}
         found[test] = {
-            name: hub.evaluate(expression, str(base), files[test], labels=[" b00", " b40"])["label"]
-            for name, expression in names.items()
+            name: hub.evaluate(adapter, str(base), files[test], metrics=["label"], labels=LABELS)["label"]
+            for name, adapter in names.items()
         }
         print(f"seed {seed}, {test}: {tiny.shown(found[test])}", flush=True)
     return found
@@ -129,15 +146,16 @@ def main() -> None:
     for test in ("id", "ood"):
         print(f"right answers, {test}, mean (standard deviation) over seeds:")
         for name in found[0][test]:
-            print(f"  {name:8} {tiny.spread([each[test][name] for each in found])}")
+            print(f"  {name:15} {tiny.spread([each[test][name] for each in found])}")
 
-    def less(test: str, more: str, other: str) -> list[float]:
-        return [each[test][more] - each[test][other] for each in found]
+    def more(test: str, one: str, other: str) -> list[float]:
+        return [each[test][one] - each[test][other] for each in found]
 
-    scale = sum(less("ood", "control", "lora")) / len(found)
-    print(tiny.verdict("OOD, levi - lora", less("ood", "levi", "lora"), scale))
-    print(tiny.verdict("OOD, levi - (levi - G)", less("ood", "levi", "levi - G"), scale))
-    print(tiny.verdict("ID, levi - lora", less("id", "levi", "lora"), scale))
+    for condition in CONDITIONS:
+        levi, lora, without = (f"{condition} {way}" for way in ("levi", "lora", "without"))
+        scale = sum(more("ood", "control", lora)) / len(found)
+        for test, other in (("ood", lora), ("ood", without), ("id", lora)):
+            print(tiny.verdict(f"{test}, {levi} - {other}", more(test, levi, other), scale))
 
 
 if __name__ == "__main__":

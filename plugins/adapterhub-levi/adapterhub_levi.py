@@ -50,8 +50,8 @@ class LayerEnsemble(Modification):
         if site.role != "head":
             raise IncompatibleBase(f"LEVI sits at a head, and this is {site.role or 'none'}", "use the base's head")
         tensors, count, rank = self.tensors, len(self.layers), self.down.shape[1]
-        network = [tensors[name].shape for name in ("table", "kernel", "offset") if name in tensors]
-        width = network[0][1] if network else 0
+        network = not tensors.keys().isdisjoint(("table", "kernel", "offset"))
+        width = self.table.shape[1] if network else 0
         want = {"down": (count, rank, site.inputs + width), "bias": (count, rank), "head": (count, site.outputs, rank)}
         if "weights" in tensors:
             want["weights"] = (count,)

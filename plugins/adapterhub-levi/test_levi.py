@@ -227,8 +227,7 @@ def test_a_decoder_that_classifies():
     """Its head scores every token, and the base takes the last one's."""
     base = tiny("llama", kind="LlamaForSequenceClassification", num_labels=3).double()
     path, part = made(base, mode="replace")
-    rows = random_ids(5, 9)
-    ids, mask = padded(rows, "right")
+    ids, mask = padded(rows := random_ids(5, 9), "right")
     got = run(base, [{path: [part]}] * 2, ids, attention_mask=mask)
     for row, tokens in enumerate(rows):
         states, _ = read(base, BOTH, tokens)

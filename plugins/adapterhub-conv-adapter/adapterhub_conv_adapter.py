@@ -79,11 +79,9 @@ class ConvBottleneck(TokenMixer):
         narrow = dict.fromkeys(("kernel_bias", "inner", "inner_bias"), (r,))
         shapes = {"norm": (width,), "norm_bias": (width,), "down": (2 * r, width), "down_bias": (2 * r,), **narrow}
         self.require({**shapes, "up": (outputs, r), "up_bias": (outputs,)}, site)
-        if self.stateful:
-            return
-        if site.causal:
+        if site.causal and not self.stateful:
             raise IncompatibleBase("its kernel reads later tokens, which are hidden here", "use an encoder")
-        if size % 2 == 0:
+        if not size or (size % 2 == 0 and not self.stateful):
             raise IncompatibleBase(f"its kernel of {size} tokens has no middle", "get it again from its source")
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor:

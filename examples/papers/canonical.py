@@ -1,0 +1,164 @@
+"""The claims about canonical examples on the small model and one four times as large (Hewitt et al., 2024).
+
+The task: twelve facts, "X is Y", X and Y words drawn at random and `is` a token that the corpus never has. An edit sees each fact once, bare; it is asked
+for after six words of running text. What is measured is the share of these questions at which Y has at least half of the probability, with the edit at the
+largest weight of 1.0, 0.9, ... 0.1 at which the loss on general text grows by at most a thousandth (`within`, on sentences that are neither trained on nor
+reported; 0 if there is none). Edits are LoRAs of rank 8 on the feed-forward matrices. For each seed (facts, contexts, start, order): on the small
+model with the divergence on general text in the loss and without it; the first of them carried to the large model, which is not
+trained; an edit of the large model itself, with the divergence. The positive control is the large model trained on the facts in such contexts, whatever it does to general text.
+
+The analysis was fixed before any of the seeds was run: three differences, (1) carried to the large model less the large model alone, (2) carried less
+the edit of the large model itself, (3) on the small model with the divergence less without; paired by seed, each mean with the 95 %
+interval of Student's t. A claim is *seen* if its interval lies above 0, *not seen* if below or if it is narrower than a twentieth of what
+the control gains and holds 0, else *not resolved*.
+
+    python examples/papers/canonical.py [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import tiny
+import torch
+from adapterhub_canonical import Carried, within
+
+import adapterhub
+
+SEEDS, FACTS, CONTEXTS, BUDGET = (1, 2, 3, 4, 5), 12, 10, 1e-3
+STEPS = 2000
+"""Of the large model's pretraining."""
+OPTIONS = {"r": 8, "target_modules": ["ffn_gate", "ffn_up", "ffn_down"], "canonical.budget": BUDGET}
+
+
+def larger(steps: int) -> Path:
+    """The folder of a model with four times the parameters of `tiny.base`, on the same corpus and tokenizer; from the user's cache, or
+    made now."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from adapterhub import durable
+    from adapterhub.bases import cache_folder
+
+    folder = cache_folder() / f"tiny-papers-larger-{steps}"
+    if folder.is_dir():
+        return folder
+    words = tiny.tokenizer()
+    small = LlamaConfig.from_pretrained(tiny.base(20))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(**small.to_dict() | {"hidden_size": 128, "intermediate_size": 384, "head_dim": 16})
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    draw = random.Random(1)
+    for _ in range(steps):
+        rows = words([f"{tiny.corpus(draw)} </s>" for _ in range(tiny.ROWS)], return_tensors="pt")["input_ids"]
+        model(input_ids=rows, labels=rows).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+    with durable.new_folder(folder) as made:
+        model.save_pretrained(made)
+        words.save_pretrained(made)
+    return folder
+
+
+def sentences(seed: int, count: int) -> str:
+    draw = random.Random(seed)
+    return "\n".join(json.dumps({"text": tiny.corpus(draw)}) for _ in range(count))
+
+
+def facts(seed: int) -> list[tuple[str, str]]:
+    draw = random.Random(seed)
+    words = [f"{lang}{m}{s}" for lang in "abc" for m in range(tiny.MEANINGS) for s in range(tiny.SYNONYMS)]
+    return list(zip(draw.sample(words, FACTS), draw.choices(words, k=FACTS), strict=True))
+
+
+def asked(known: list[tuple[str, str]], seed: int) -> list[dict[str, str]]:
+    """Each fact in CONTEXTS contexts."""
+    draw, made = random.Random(seed), []
+    for subject, thing in known:
+        for _ in range(CONTEXTS):
+            before = " ".join(tiny.corpus(draw).split()[:6])
+            made.append({"prompt": f"{before} {subject} is", "completion": f" {thing}"})
+    return made
+
+
+@torch.no_grad()
+def right(model: adapterhub.Model | Carried, rows: list[dict[str, str]], adapters: str | None = None) -> float:
+    """The share of rows whose answer has at least half of the probability."""
+    words = tiny.tokenizer()
+    ids = words([row["prompt"] for row in rows], return_tensors="pt")["input_ids"]
+    chances = model(input_ids=ids, attention_mask=torch.ones_like(ids), adapters=adapters).logits[:, -1].softmax(-1)
+    answers = words.convert_tokens_to_ids([row["completion"].strip() for row in rows])
+    return (chances[torch.arange(len(ids)), answers] >= 0.5).double().mean().item()
+
+
+def measure(small: Path, large: Path, folder: Path, seed: int, steps: int, texts: int) -> dict[str, float]:
+    """The share of right answers inside the budget, each way."""
+    hub = adapterhub.open(folder / f"hub{seed}", create=True)
+    known = facts(seed)
+    questions = asked(known, seed + 1000)
+    files = {name: folder / f"{name}{seed}.jsonl" for name in ("facts", "contexts", "background", "search", "test")}
+    bare = [{"prompt": f"{subject} is", "completion": f" {thing}"} for subject, thing in known]
+    files["facts"].write_text("\n".join(map(json.dumps, bare)))
+    files["contexts"].write_text("\n".join(map(json.dumps, asked(known, seed + 2000))))
+    for n, name in enumerate(("background", "search", "test")):
+        files[name].write_text(sentences(10 * seed + n, texts))
+
+    def train(base: Path, name: str, **settings) -> None:
+        given = {"data": files["facts"], "steps": steps, "batch_size": 6, "lr": 5e-3, "seed": seed, "options": OPTIONS}
+        extras = {"background": files["background"]}
+        hub.train(str(base), "lora", name=name, objective="canonical", extras=extras, **given | settings)
+
+    train(small, "edit")
+    train(small, "free", options=OPTIONS | {"canonical.weight": 0.0})
+    train(large, "large-edit")
+    train(large, "control", data=files["contexts"], options=OPTIONS | {"canonical.weight": 0.0})
+    little, big = hub.load(str(small)), hub.load(str(large))
+    found, told = {}, {}
+    for way, model, name in (
+        ("small", little, "edit"), ("small, free", little, "free"), ("large", big, "large-edit")
+    ):  # fmt: skip
+        weight = within(model, files["search"], BUDGET, name)
+        told[f"{way} at"] = weight
+        found[way] = right(model, questions, f"{weight!r}*{name}")
+        drift = [hub.evaluate(f"{w!r}*{name}", None, files["test"], model=model)["loss"] for w in (weight, 1.0, 0.0)]
+        told[f"{way}'s drift"], told[f"{way}'s at 1.0"] = (1000 * (loss / drift[2] - 1) for loss in drift[:2])
+        told[f"{way} right at 1.0"] = right(model, questions, name)
+    weight = told["carried at"] = within(Carried(big, little, "edit"), files["search"], BUDGET)
+    found["carried"] = right(Carried(big, little, "edit", weight), questions)
+    told["carried right at 1.0"] = right(Carried(big, little, "edit"), questions)
+    found |= {"large alone": right(big, questions), "control": right(big, questions, "control")}
+    print(f"seed {seed}: {tiny.shown(found)}; drifts in thousandths; {tiny.shown(told)}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of one seed on hardly trained models: that it runs"
+    )
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    small, large = tiny.base(20 if quick else tiny.STEPS), larger(5 if quick else STEPS)
+    with TemporaryDirectory() as folder:
+        if quick:
+            measure(small, large, Path(folder), SEEDS[0], 2, 20)
+            return
+        found = [measure(small, large, Path(folder), seed, 100, 300) for seed in SEEDS]
+    print("right answers inside the budget, mean (standard deviation) over seeds:")
+    for way in found[0]:
+        print(f"  {way:12} {tiny.spread([each[way] for each in found])}")
+    scale = sum(each["control"] - each["large alone"] for each in found) / len(found)
+    for more, less in (("carried", "large alone"), ("carried", "large"), ("small", "small, free")):
+        print(tiny.verdict(f"{more} - {less}", [each[more] - each[less] for each in found], scale))
+
+
+if __name__ == "__main__":
+    main()

@@ -185,7 +185,7 @@ class Carried:
     """With what it runs by default."""
     small: Model
     adapters: str
-    """An expression, on the small one."""
+    """One expression for all rows, on the small one."""
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -204,17 +204,24 @@ class Carried:
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor, adapters: str | None = None, **options
     ) -> CausalLMOutput:
-        """The forward pass; the logits are at `.logits`, (rows, tokens, the large model's vocabulary). It keeps no cache.
+        """The forward pass; the logits are at `.logits`, (rows, tokens, the large model's vocabulary).
 
-        adapters: what is carried, instead. options (logits_to_keep) go to both models."""
+        adapters: what is carried, instead. options: use_cache and logits_to_keep, for both models; it returns no cache."""
+        if unknown := sorted(options.keys() - {"use_cache", "logits_to_keep"}):
+            raise UsageError(f"a carried forward pass takes no {unknown[0]}", "call generate, which keeps both caches")
         logits = self.big(input_ids=input_ids, attention_mask=attention_mask, **options).logits
         change, _ = self._change(input_ids, attention_mask, adapters or self.adapters, **options)
         return CausalLMOutput(logits=self._added(logits, change))
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, logits_processor=(), **options) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, adapters: str | None = None, logits_processor=(), **options
+    ) -> Tensor:
         """transformers' generate, padded on the left. Both models keep a key-value cache. Penalties act on the large
-        model's own logits, before the change is added; temperature, top_k and top_p on the sum."""
-        processors = LogitsProcessorList([_Adds(self, attention_mask), *logits_processor])
+        model's own logits, before the change is added; temperature, top_k and top_p on the sum.
+
+        adapters: what is carried, instead."""
+        adds = _Adds(self, attention_mask, adapters or self.adapters)
+        processors = LogitsProcessorList([adds, *logits_processor])
         return self.big.generate(
             input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors, **options
         )
@@ -243,8 +250,8 @@ def _wide(tensor: Tensor) -> torch.dtype:
 class _Adds(LogitsProcessor):
     """Adds the small model's change at each token of one `generate`."""
 
-    def __init__(self, carried: Carried, mask: Tensor):
-        self.carried, self.mask = carried, mask
+    def __init__(self, carried: Carried, mask: Tensor, adapters: str):
+        self.carried, self.mask, self.adapters = carried, mask, adapters
         self.seen: Tensor | None = None
         """The ids that the cache holds."""
         self.cache: Any = None
@@ -258,7 +265,7 @@ class _Adds(LogitsProcessor):
         if not known:  # the first call, or tokens were taken back, as in assisted decoding
             self.cache = None
         options = {"past_key_values": self.cache, "use_cache": True}
-        change, self.cache = self.carried._change(input_ids[:, known:], mask, self.carried.adapters, **options)
+        change, self.cache = self.carried._change(input_ids[:, known:], mask, self.adapters, **options)
         self.seen = input_ids
         return self.carried._added(scores, change[:, -1])
 

@@ -240,6 +240,8 @@ def test_the_sum_is_the_formula_in_a_padded_batch(models):
     assert not np.allclose(by_hand(big, small, rows[0], 0.7), by_hand(big, small, rows[0], 0.0), atol=0.1)
     other = Carried(big, small, "0.5*edit", 0.7)(ids, mask, adapters="edit", logits_to_keep=2).logits
     torch.testing.assert_close(other, out[:, -2:], rtol=0, atol=1e-9)
+    with pytest.raises(UsageError, match="past_key_values"):
+        Carried(big, small, "edit")(ids, mask, past_key_values=None)
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -258,9 +260,9 @@ def test_cached_generation_is_uncached_generation(models, sample):
         options |= {"temperature": 0.7, "top_k": 20}
     said = {}
     for weight in (0.0, 3.0):
-        carried = Carried(big, small, "edit", weight)
+        carried, other = Carried(big, small, "edit", weight), Carried(big, small, "0.5*edit", weight)
         torch.manual_seed(5)
-        said[weight] = carried.generate(ids, mask, pad_token_id=0, **options)
+        said[weight] = other.generate(ids, mask, adapters="edit", pad_token_id=0, **options)
         torch.manual_seed(5)
         now, real = (t.repeat_interleave(options["num_return_sequences"], 0) for t in (ids, mask))
         for _ in range(6):

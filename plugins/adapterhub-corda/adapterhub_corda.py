@@ -10,33 +10,30 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from adapterhub import Given, Measurement, Method, Modification, Setting, Site, Stage, Step
 from adapterhub.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.modification import times
 from adapterhub.scoring import token_losses
 from adapterhub.sites import select
 
 
 class Anchored(LowRank):
     """W + B·A − B0·A0: down (2r, inputs) is A over A0, up (outputs, 2r) is B beside −B0. The first halves train; the second
-    ones, which are what A and B began with, get a gradient of zero. At the start the two products are equal bit for bit."""
+    ones, which are what A and B began with, get a gradient of zero."""
 
-    def _halves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A, B, A0, −B0."""
+    def _held(self) -> LowRank:
         r = len(self.down) // 2
-        return self.down[:r], self.up[:, :r], self.down[r:].detach(), self.up[:, r:].detach()
+        down = torch.cat([self.down[:r], self.down[r:].detach()])
+        up = torch.cat([self.up[:, :r], self.up[:, r:].detach()], dim=1)
+        return LowRank(down=down, up=up, scale=self.scale)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor:
-        a, b, a0, minus_b0 = self._halves()
-        return times(self.scale, linear(linear(x, a), b) + linear(linear(x, a0), minus_b0))
+        return self._held().delta_out(x, y, step)
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
-        a, b, a0, minus_b0 = self._halves()
-        return times(self.scale, b @ a + minus_b0 @ a0), None
+        return self._held().delta_weight(weight, bias)
 
 
 class CorDA(Method):
@@ -51,7 +48,7 @@ class CorDA(Method):
         """ipm (instruction-previewed): the r largest components, C of the training data. kpm (knowledge-preserved): the r
         smallest, C of the extra data `calibration`, a sample of what shall be kept."""
         damp: float = 0.01
-        """Times the mean of C's diagonal, added to its diagonal. Very large: the plain decomposition of W."""
+        """Times the mean of C's diagonal, added to its diagonal. Very large (1e9): the plain decomposition of W, as PiSSA's."""
         target_modules: str | tuple[str, ...] = "all-linear"
         """Roles ("query"), module names ("q_proj") or "all-linear"; never the head."""
 
@@ -144,11 +141,11 @@ def decompose(weight: Tensor, covariance: Tensor, damp: float) -> tuple[Tensor, 
     """(U (outputs, k), S (k,) falling, V̂ᵀ (k, inputs)), float64, with W = U·diag(S)·V̂ᵀ and k the lesser width.
 
     weight: W (outputs, inputs); covariance: C (inputs, inputs), any positive multiple of it the same. With
-    C' = C + damp·mean(diag C)·1: U·S·Vᵀ = svd(W·C') and V̂ᵀ = Vᵀ·C'⁻¹ (the paper's equation 3). In float64, where the
-    official code's float32 has to double its damping until C' can be inverted."""
+    C' = C + damp·mean(diag C)·1, divided by the mean of its own diagonal: U·S·Vᵀ = svd(W·C') and V̂ᵀ = Vᵀ·C'⁻¹. That
+    division decides nothing of W = U·diag(S)·V̂ᵀ's terms, but how they are shared out between S and V̂."""
     weight, covariance = weight.double(), covariance.double()
     damped = covariance / covariance.diagonal().mean()
-    damped = damped + damp * torch.eye(len(damped), dtype=damped.dtype)
+    damped = (damped + damp * torch.eye(len(damped), dtype=damped.dtype)) / (1 + damp)
     u, s, vt = torch.linalg.svd(weight @ damped, full_matrices=False)
     return u, s, torch.linalg.solve(damped, vt, left=False)
 

@@ -8,7 +8,7 @@ import torch
 from adapterhub_corda import Anchored, CorDA, covariances, decompose
 
 import adapterhub
-from adapterhub import Given, Model, Setting, plugins
+from adapterhub import Given, Model, Setting, Step, plugins
 from adapterhub.adapter import Adapter, modifications_of
 from adapterhub.encoding import Example
 from adapterhub.errors import UsageError
@@ -70,7 +70,7 @@ def test_the_decomposition_is_the_papers_and_gives_back_the_weight(shape):
     draw = np.random.default_rng(0)
     w, x = draw.standard_normal(shape), draw.standard_normal((40, shape[1])) * np.geomspace(3, 0.1, shape[1])
     u, s, vt = (t.numpy() for t in decompose(torch.tensor(w), torch.tensor(x.T @ x), 0.01))
-    damped = (x.T @ x) / np.diag(x.T @ x).mean() + 0.01 * np.eye(shape[1])
+    damped = ((x.T @ x) / np.diag(x.T @ x).mean() + 0.01 * np.eye(shape[1])) / 1.01  # mean of its diagonal: 1
     np.testing.assert_allclose(u * s @ vt, w, atol=1e-12)
     np.testing.assert_allclose(s, np.linalg.svd(w @ damped, compute_uv=False), rtol=1e-10)
     np.testing.assert_allclose(u.T @ u, np.eye(min(shape)), atol=1e-12)
@@ -82,14 +82,13 @@ def test_a_multiple_of_the_covariance_changes_nothing():
     torch.manual_seed(0)
     weight, x = torch.randn(6, 8, dtype=torch.float64), torch.randn(30, 8, dtype=torch.float64)
     one, other = (decompose(weight, factor * x.T @ x, 0.01) for factor in (1.0, 3e-5))
-    for rank in (2, 5):
-        ours, theirs = ((u[:, :rank] * s[:rank]) @ vt[:rank] for u, s, vt in (one, other))
+    for ours, theirs in zip(one, other, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
 
 
 def test_the_context_decides_which_components_are_large():
     """W = diag(3, 2, 1) on inputs with covariance diag(1, 4, 16): W·C = diag(3, 8, 16), so the largest of the weight is the
-    smallest here. Without the context (a very large damp) it is the largest."""
+    smallest here. Without the context (a very large damp) all is as in the decomposition of W itself: PiSSA's."""
     weight, c = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.diag(torch.tensor([1.0, 4.0, 16.0]))
 
     def first(damp):
@@ -98,6 +97,7 @@ def test_the_context_decides_which_components_are_large():
 
     np.testing.assert_allclose(first(1e-9), np.diag([0.0, 0.0, 1.0]), atol=1e-12)
     np.testing.assert_allclose(first(1e9), np.diag([3.0, 0.0, 0.0]), atol=1e-12)
+    np.testing.assert_allclose(decompose(weight, c, 1e9)[1], [3.0, 2.0, 1.0], rtol=1e-7)
 
 
 @pytest.mark.parametrize(("mode", "taken"), [("ipm", slice(3)), ("kpm", slice(-3, None))])
@@ -156,15 +156,13 @@ def test_it_is_measured_over_what_lies_beneath():
 
 
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_one_changes_nothing(mode, dtype):
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+def test_a_fresh_one_changes_nothing(mode, dtype, within):
+    """Both halves round alike, so their products cancel up to the order of the sums."""
     model, made, _ = begun(tiny_llama().to(dtype), r=8, mode=mode)
     bare = logits(model)
     model.attach_new(made)
-    assert torch.equal(logits(model), bare)
-    if dtype == torch.float32:  # as it is stored: to the last bits, since one product then sums both halves
-        model.attach_new({path: LowRank(**part.tensors) for path, part in made.items()})
-        assert distance(logits(model), bare) < 1e-6
+    assert distance(logits(model), bare) < within
 
 
 def test_the_gradient_is_that_of_the_papers_layer():
@@ -177,7 +175,7 @@ def test_the_gradient_is_that_of_the_papers_layer():
     down = torch.cat([a.detach(), a0]).requires_grad_()
     up = torch.cat([b.detach(), -b0], 1).requires_grad_()
     part = Anchored(down=down, up=up, scale=torch.tensor(1.0))
-    for change in (part.delta_out(x, x @ weight.T, None), x @ part.delta_weight(weight, None)[0].T):
+    for change in (part.delta_out(x, x @ weight.T, Step()), x @ part.delta_weight(weight, None)[0].T):
         down.grad = up.grad = None
         (x @ weight.T + change - y).square().sum().backward()
         assert torch.allclose(down.grad[:2], a.grad) and torch.allclose(up.grad[:, :2], b.grad)
@@ -263,7 +261,7 @@ def test_training_moves_one_half_and_the_covariance_is_measured_once(tiny_folder
         model.after_step()
     own = halves(Adapter.load(hub, model.save("me/x")).tensors, 4)
     assert same(own[1], further[1]) == set(own[1]) and not same(own[0], further[0])
-    over, beneath = train("me/over", on=["me/x"])
+    over, beneath = train("me/over", on=["me/x"], options={"target_modules": ["q_proj", "down_proj"]})
     assert over.manifest.recipe["beneath"] and beneath != digest
 
 

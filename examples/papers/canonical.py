@@ -1,11 +1,11 @@
 """The claims about canonical examples on the small model and one four times as large (Hewitt et al., 2024).
 
-The task: twelve facts, "X is Y", X and Y words drawn at random and `is` a token that the corpus never has. An edit sees each fact once, bare; it is asked
-for after six words of running text. What is measured is the share of these questions at which Y has at least half of the probability, with the edit at the
-largest weight of 1.0, 0.9, ... 0.1 at which the loss on general text grows by at most a thousandth (`within`, on sentences that are neither trained on nor
-reported; 0 if there is none). Edits are LoRAs of rank 8 on the feed-forward matrices. For each seed (facts, contexts, start, order): on the small
-model with the divergence on general text in the loss and without it; the first of them carried to the large model, which is not
-trained; an edit of the large model itself, with the divergence. The positive control is the large model trained on the facts in such contexts, whatever it does to general text.
+The task: after a sentence that begins with `is`, a token that the corpus never has, go on in language c. The edit sees eight examples, each a single word of language a or b
+and one that may follow it, said in c; it is asked after five words. What is measured is the share of such questions at which language c has at least half of the probability,
+with the edit at the largest weight of 1.0, 0.9, ... 0.1 at which the loss on general text grows by at most a hundredth (`within`, on sentences that are neither trained on nor
+reported; 0 if there is none). Edits are LoRAs of rank 8 on the feed-forward matrices. For each seed (examples, questions, start, order): on the small model with the
+divergence on general text in the loss and without it; the first of them carried to the large model, which is not trained; an edit of the large model itself, with the
+divergence. The positive control is the large model trained on questions of the longer kind, whatever it does to general text.
 
 The analysis was fixed before any of the seeds was run: three differences, (1) carried to the large model less the large model alone, (2) carried less
 the edit of the large model itself, (3) on the small model with the divergence less without; paired by seed, each mean with the 95 %
@@ -29,7 +29,7 @@ from adapterhub_canonical import Carried, within
 
 import adapterhub
 
-SEEDS, FACTS, CONTEXTS, BUDGET = (1, 2, 3, 4, 5), 12, 10, 1e-3
+SEEDS, EXAMPLES, QUESTIONS, BUDGET = (1, 2, 3, 4, 5), 8, 200, 1e-2
 STEPS = 2000
 """Of the large model's pretraining."""
 OPTIONS = {"r": 8, "target_modules": ["ffn_gate", "ffn_up", "ffn_down"], "canonical.budget": BUDGET}
@@ -73,53 +73,61 @@ def sentences(seed: int, count: int) -> str:
     return "\n".join(json.dumps({"text": tiny.corpus(draw)}) for _ in range(count))
 
 
-def facts(seed: int) -> list[tuple[str, str]]:
-    draw = random.Random(seed)
-    words = [f"{lang}{m}{s}" for lang in "abc" for m in range(tiny.MEANINGS) for s in range(tiny.SYNONYMS)]
-    return list(zip(draw.sample(words, FACTS), draw.choices(words, k=FACTS), strict=True))
-
-
-def asked(known: list[tuple[str, str]], seed: int) -> list[dict[str, str]]:
-    """Each fact in CONTEXTS contexts."""
+def examples(seed: int) -> list[dict[str, str]]:
+    """Each a word of language a or b, and what may follow it, said in c."""
     draw, made = random.Random(seed), []
-    for subject, thing in known:
-        for _ in range(CONTEXTS):
-            before = " ".join(tiny.corpus(draw).split()[:6])
-            made.append({"prompt": f"{before} {subject} is", "completion": f" {thing}"})
+    for lang, meaning in draw.sample([(lang, m) for lang in "ab" for m in range(tiny.MEANINGS)], EXAMPLES):
+        first, second = tiny.word(lang, meaning, draw), tiny.word("c", (meaning + 1) % tiny.MEANINGS, draw)
+        made.append({"prompt": f"is {first}", "completion": f" {second}"})
+    return made
+
+
+def asked(seed: int) -> list[dict[str, str]]:
+    """Longer ones, of five words."""
+    draw, made = random.Random(seed), []
+    for _ in range(QUESTIONS):
+        *words, last = tiny.sentence(draw, draw.choice("ab"), "is").split()[:6]
+        following = tiny.word("c", (int(last[1]) + 1) % tiny.MEANINGS, draw)
+        made.append({"prompt": " ".join((*words, last)), "completion": f" {following}"})
     return made
 
 
 @torch.no_grad()
 def right(model: adapterhub.Model | Carried, rows: list[dict[str, str]], adapters: str | None = None) -> float:
-    """The share of rows whose answer has at least half of the probability."""
+    """The share of rows after which language c has at least half of the probability."""
     words = tiny.tokenizer()
     ids = words([row["prompt"] for row in rows], return_tensors="pt")["input_ids"]
     chances = model(input_ids=ids, attention_mask=torch.ones_like(ids), adapters=adapters).logits[:, -1].softmax(-1)
-    answers = words.convert_tokens_to_ids([row["completion"].strip() for row in rows])
-    return (chances[torch.arange(len(ids)), answers] >= 0.5).double().mean().item()
+    those = [f"c{m}{s}" for m in range(tiny.MEANINGS) for s in range(tiny.SYNONYMS)]
+    return (chances[:, words.convert_tokens_to_ids(those)].sum(1) >= 0.5).double().mean().item()
 
 
 def measure(small: Path, large: Path, folder: Path, seed: int, steps: int, texts: int) -> dict[str, float]:
     """The share of right answers inside the budget, each way."""
     hub = adapterhub.open(folder / f"hub{seed}", create=True)
-    known = facts(seed)
-    questions = asked(known, seed + 1000)
-    files = {name: folder / f"{name}{seed}.jsonl" for name in ("facts", "contexts", "background", "search", "test")}
-    bare = [{"prompt": f"{subject} is", "completion": f" {thing}"} for subject, thing in known]
-    files["facts"].write_text("\n".join(map(json.dumps, bare)))
-    files["contexts"].write_text("\n".join(map(json.dumps, asked(known, seed + 2000))))
+    questions = asked(seed + 1000)
+    files = {name: folder / f"{name}{seed}.jsonl" for name in ("examples", "longer", "background", "search", "test")}
+    files["examples"].write_text("\n".join(map(json.dumps, examples(seed))))
+    files["longer"].write_text("\n".join(map(json.dumps, asked(seed + 2000))))
     for n, name in enumerate(("background", "search", "test")):
         files[name].write_text(sentences(10 * seed + n, texts))
 
     def train(base: Path, name: str, **settings) -> None:
-        given = {"data": files["facts"], "steps": steps, "batch_size": 6, "lr": 5e-3, "seed": seed, "options": OPTIONS}
+        given = {
+            "data": files["examples"],
+            "steps": steps,
+            "batch_size": 6,
+            "lr": 5e-3,
+            "seed": seed,
+            "options": OPTIONS,
+        }
         extras = {"background": files["background"]}
         hub.train(str(base), "lora", name=name, objective="canonical", extras=extras, **given | settings)
 
     train(small, "edit")
     train(small, "free", options=OPTIONS | {"canonical.weight": 0.0})
     train(large, "large-edit")
-    train(large, "control", data=files["contexts"], options=OPTIONS | {"canonical.weight": 0.0})
+    train(large, "control", data=files["longer"], options=OPTIONS | {"canonical.weight": 0.0})
     little, big = hub.load(str(small)), hub.load(str(large))
     found, told = {}, {}
     for way, model, name in (

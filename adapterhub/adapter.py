@@ -13,7 +13,7 @@ from adapterhub import plugins
 from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError, UnsafeFile
 from adapterhub.manifest import Made, Manifest, Release
 from adapterhub.modification import BARE, Modification, Step, Tap
-from adapterhub.sites import Site, matrix
+from adapterhub.sites import Site, matrix, tapped
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
@@ -126,6 +126,8 @@ def check_fit(modifications: Mapping[str, Sequence[Modification]], sites: Sequen
                 continue
             try:
                 modification.check(by_path[path])
+                for tap in modification.taps:
+                    tapped(sites, tap)
             except IncompatibleBase as error:
                 faults.append(f"{path}: {error}")
             except Exception as error:  # tensors of a shape that the form's check did not think of
@@ -163,7 +165,7 @@ def require_effect(modifications: Modifications, sites: Sequence[Site], model: t
         for modification in parts:
             bind(modification, site, model)
             local = modification.to("cpu", torch.float32)
-            step = Step(tapped=lambda tap: _random_states(tap, sites, random))
+            step = Step(tapped=lambda tap: random_states(tap, sites, (1, 4), random))
             changes = [c for c in (local.delta_in(x, step), local.delta_out(x, y, step)) if c is not None]
             if not all(change.isfinite().all() for change in changes):
                 raise UnsafeFile(f"{name} is too large: at {path} it overflows float32", "train or scale it again")
@@ -176,12 +178,14 @@ def require_effect(modifications: Modifications, sites: Sequence[Site], model: t
     )
 
 
-def _random_states(tap: Tap, sites: Sequence[Site], random: torch.Generator) -> Tensor:
-    """Hidden states (1, 4, width) as a tap of these sites reads them; of an embedding that is read: token ids (1, 4)."""
-    site = next(site for site in sites if (site.role, site.layer, site.part) == (tap.role, tap.layer, tap.part))
+def random_states(
+    tap: Tap, sites: Sequence[Site], shape: tuple[int, int], random: torch.Generator | None = None
+) -> Tensor:
+    """Hidden states (rows, tokens, width) as a tap of these sites reads them; of an embedding's input: token ids (rows, tokens)."""
+    site = tapped(sites, tap)
     if site.embedding and tap.into:
-        return torch.randint(site.inputs, (1, 4), generator=random)
-    return torch.randn(1, 4, site.inputs if tap.into else site.outputs, generator=random)
+        return torch.randint(site.inputs, shape, generator=random)
+    return torch.randn(*shape, site.inputs if tap.into else site.outputs, generator=random)
 
 
 def bind(modification: Modification, site: Site, model: nn.Module) -> None:

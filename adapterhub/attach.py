@@ -18,7 +18,7 @@ from adapterhub import attention, hooks
 from adapterhub.errors import BatchError
 from adapterhub.forward import Forward, Plan, Sequences
 from adapterhub.modification import Tap
-from adapterhub.sites import family, tapped
+from adapterhub.sites import family, sites, tapped
 
 GIVEN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "decoder_input_ids", "decoder_inputs_embeds")
 """What a model may be called with, rows first."""
@@ -85,7 +85,7 @@ class Attachment:
             hooks.remember(self, path)
         for tap in plan.taps:
             if tap not in self._taps:
-                self._taps[tap] = tapped(self.base, tap)
+                self._taps[tap] = tapped(sites(self.base), tap).module
         for path in (plan.sites.keys() | set(self._taps.values())) - self._hooks.keys():
             self._hooks[path] = hooks.site_hooks(self, path)
 
@@ -138,6 +138,11 @@ class Attachment:
         if plan.lanes is not None:
             args, kwargs = plan.lanes.spread(args, kwargs)
             rows = len(plan.lanes.rows)
+        if plan.taps and isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise BatchError(
+                "an adapter reads other sites' states, and at its site only chosen tokens would stand",
+                "give logits_to_keep as a number: the last tokens",
+            )
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         flat = self.base.config.is_encoder_decoder and isinstance(mask, Tensor) and mask.ndim == 2
         encoder_mask = mask.bool() if flat else None

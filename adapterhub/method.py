@@ -100,6 +100,8 @@ class Method:
     weighs: ClassVar[bool] = False
     """It makes gates over other adapters (those of --on), which do not lie beneath it: `build` gets the sites where they
     act, and its option `children` says how many they are."""
+    bidirectional: ClassVar[bool] = False
+    """What it makes reads later tokens too, so it refuses causal bases: the laws try it on an encoder."""
     float32_base: ClassVar[bool] = False
     """It trains through the base's own weights (W + ΔW), where bfloat16 would round small changes away: it needs the
     base in float32."""

@@ -1,4 +1,5 @@
-"""The bed the laws are tried on: a tiny random Llama with grouped queries, padded batches of any family, cached decoding."""
+"""The bed the laws are tried on: a tiny random Llama with grouped queries (or BERT), padded batches of any family, cached
+decoding."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from adapterhub.adapter import Modifications, bind
 from adapterhub.attach import Attachment, Plan
+from adapterhub.method import Method
 from adapterhub.modification import Modification
 from adapterhub.plan import build, placed
 from adapterhub.sites import Site, sites
-from adapterhub.testing.families import inputs, padded
+from adapterhub.testing.families import inputs, padded, tiny
 
 
 def tiny_llama(seed: int = 0, vocabulary: int = 96, **changes):
@@ -48,13 +50,21 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+def tiny_for(part: type[Modification] | type[Method]):
+    """The tiny model that a part is tried on: the Llama, or a BERT (without dropout) where it reads later tokens."""
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return tiny("bert", **still) if part.bidirectional else tiny_llama()
+
+
 def random_adapter(
     form: type[Modification], model: torch.nn.Module, seed: int, among: Sequence[Site] | None = None
 ) -> Modifications:
-    """One of the form at every site (of `among`; None: all but the head) that suits it, in the model's dtype and on its
-    device."""
+    """One of the form at every site (of `among`; None: all but the head, or the head alone for a form that suits no other) that
+    suits it, in the model's dtype and on its device."""
+    if among is None:
+        others, heads = ([site for site in sites(model) if (site.role == "head") is head] for head in (False, True))
+        return random_adapter(form, model, seed, others) or random_adapter(form, model, seed, heads)
     torch.manual_seed(seed)
-    among = [site for site in sites(model) if site.role != "head"] if among is None else among
     at = {site.path: site for site in among}
     made = {path: form.random(site) for path, site in at.items()}
     adapter = {path: [m.to(model.device, model.dtype)] for path, m in made.items() if m is not None}

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from adapterhub.adapter import Modifications, bind, modifications_of
+from adapterhub.adapter import Modifications, bind, modifications_of, random_states
 from adapterhub.attach import Attachment
 from adapterhub.composers import Mix, Route, Scaled, Stack
 from adapterhub.errors import NotFoldable
 from adapterhub.fold import fold as fold_into
-from adapterhub.modification import Modification, Step, named_tensors
+from adapterhub.modification import Modification, Step, Tap, named_tensors
 from adapterhub.plan import placed, stacked
 from adapterhub.sites import sites
-from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_llama
+from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_for
 
 EXACT = 1e-9
 """Of the largest logit, in float64."""
@@ -24,8 +24,8 @@ class Declined(Exception):
     """The law does not apply to this part, which says so itself."""
 
 
-def _bed(device: str, dtype: torch.dtype = torch.float64) -> Attachment:
-    return Attachment.of(tiny_llama().to(device, dtype))
+def _bed(form: type[Modification], device: str, dtype: torch.dtype = torch.float64) -> Attachment:
+    return Attachment.of(tiny_for(form).to(device, dtype))
 
 
 def _sequences(device: str, lengths: tuple[int, ...]) -> list[torch.Tensor]:
@@ -46,7 +46,7 @@ def _rows(form: type[Modification], model: torch.nn.Module) -> list[Modification
 
 def stores(form: type[Modification], device: str) -> None:
     """Its tensors are the ones it declares."""
-    for parts in random_adapter(form, tiny_llama(), 0).values():
+    for parts in random_adapter(form, tiny_for(form), 0).values():
         held = set(parts[0].tensors)
         assert held | form.optional >= set(form.stores) >= held, (
             f"declares {sorted(form.stores)}, of which {sorted(form.optional)} may be left out, holds {sorted(held)}"
@@ -57,7 +57,7 @@ def stores(form: type[Modification], device: str) -> None:
 
 def rows(form: type[Modification], device: str) -> None:
     """A routed, padded batch gives each row what it gets alone and unpadded; every row differs from the base."""
-    bed = _bed(device)
+    bed = _bed(form, device)
     programs, sequences = _rows(form, bed.base), _sequences(device, (5, 9, 3, 7, 8, 6))
     for side in ("left", "right"):
         for row, got in enumerate(logits(bed, programs, sequences, side)):
@@ -69,7 +69,9 @@ def rows(form: type[Modification], device: str) -> None:
 
 def decode(form: type[Modification], device: str) -> None:
     """A padded prefill and cached steps give what one full forward gives."""
-    bed = _bed(device)
+    if form.bidirectional:
+        raise Declined("it reads later tokens, so nothing is decoded step by step")
+    bed = _bed(form, device)
     programs, sequences = _rows(form, bed.base), _sequences(device, (12, 15, 10, 17, 13, 11))
     for side in ("left", "right"):
         for row, got in enumerate(decoded(bed, programs, sequences, side, steps=8)):
@@ -79,14 +81,14 @@ def decode(form: type[Modification], device: str) -> None:
 
 def fold(form: type[Modification], device: str) -> None:
     """Hooked equals folded into the weights, stacked and scaled too, wherever the site is one weight."""
-    bed = _bed(device)
+    bed = _bed(form, device)
     linear = {site.path for site in sites(bed.base) if site.linear}
     programs, sequence = _rows(form, bed.base)[:5], _sequences(device, (9,))[0]
     for row, whole in enumerate(programs):
         program = {path: parts for path, parts in whole.items() if path in linear}
         if not program:
             raise Declined(f"the form {form.form!r} sits at no single weight")
-        want, folded = alone(bed, program, sequence), _bed(device)
+        want, folded = alone(bed, program, sequence), _bed(form, device)
         try:
             fold_into(folded.base, placed(program, sites(folded.base)))
         except NotFoldable as error:
@@ -99,7 +101,7 @@ def save(form: type[Modification], device: str) -> None:
     """Stored and read again by names alone it does exactly the same."""
     from adapterhub.tensors import dump, load
 
-    bed = _bed(device, torch.float32)
+    bed = _bed(form, device, torch.float32)
     adapter, sequence = random_adapter(form, bed.base, 1), _sequences(device, (9,))[0]
     read = modifications_of(load(dump(named_tensors(adapter))))
     read = {path: [part.to(device) for part in parts] for path, parts in read.items()}
@@ -111,18 +113,20 @@ def save(form: type[Modification], device: str) -> None:
 
 def dtype_and_device(form: type[Modification], device: str) -> None:
     """A float32 adapter on a bfloat16 base works in the base's dtype, on its device."""
-    bed = _bed(device, torch.bfloat16)
+    bed = _bed(form, device, torch.bfloat16)
     exact = alone(
-        _bed(device, torch.float32), random_adapter(form, tiny_llama().to(device), 1), _sequences(device, (9,))[0]
+        _bed(form, device, torch.float32),
+        random_adapter(form, tiny_for(form).to(device), 1),
+        _sequences(device, (9,))[0],
     )
-    got = alone(bed, random_adapter(form, tiny_llama().to(device), 1), _sequences(device, (9,))[0])
+    got = alone(bed, random_adapter(form, tiny_for(form).to(device), 1), _sequences(device, (9,))[0])
     assert got.dtype == torch.bfloat16 and got.device.type == device
     assert distance(got.float(), exact) < 0.15, f"off by {distance(got.float(), exact):.2f} in bfloat16"
 
 
 def algebra(form: type[Modification], device: str) -> None:
     """What it says of itself holds: additive, scaled, join, rows."""
-    bed = _bed(device)
+    bed = _bed(form, device)
     a, b = random_adapter(form, bed.base, 1), random_adapter(form, bed.base, 2)
     widths = {site.path: site for site in sites(bed.base)}
     torch.manual_seed(3)
@@ -130,22 +134,28 @@ def algebra(form: type[Modification], device: str) -> None:
         one, two = a[path][0], b[path][0]
         x = torch.randn(2, 5, widths[path].inputs, dtype=torch.float64, device=device)
         y = torch.randn(2, 5, widths[path].outputs, dtype=torch.float64, device=device)
-        change = _change(one, x, y)
+        read = {tap: random_states(tap, widths.values(), (2, 5)).to(device) for tap in one.taps + two.taps}
+        states = {tap: state.double() if state.is_floating_point() else state for tap, state in read.items()}
+        change = _change(one, x, y, states)
         if one.additive:
             assert not one.changes_input, "additive, yet it changes the input"
-            assert torch.equal(change, _change(one, x, torch.zeros_like(y))), "additive, yet it reads the output"
-        assert torch.allclose(_change(one.scaled(-0.3), x, y), -0.3 * change, rtol=1e-9, atol=1e-12), "scaled"
+            assert torch.equal(change, _change(one, x, torch.zeros_like(y), states)), (
+                "additive, yet it reads the output"
+            )
+        assert torch.allclose(_change(one.scaled(-0.3), x, y, states), -0.3 * change, rtol=1e-9, atol=1e-12), "scaled"
         joined = form.join([one, two])
         if joined is not None:
-            stack = _change(Stack([one, two]), x, y)
-            assert torch.allclose(_change(joined, x, y), stack, rtol=1e-9, atol=1e-12), "join is not the stack"
+            stack = _change(Stack([one, two]), x, y, states)
+            assert torch.allclose(_change(joined, x, y, states), stack, rtol=1e-9, atol=1e-12), "join is not the stack"
         for members in ([one, None], [two, one]):
-            got, want = _change(form.rows(members), x, y), _change(Route(members), x, y)
+            got, want = _change(form.rows(members), x, y, states), _change(Route(members), x, y, states)
             assert torch.allclose(got, want, rtol=1e-9, atol=1e-12), "rows"
 
 
-def _change(modification: Modification, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    step = Step()
+def _change(
+    modification: Modification, x: torch.Tensor, y: torch.Tensor, states: dict[Tap, torch.Tensor]
+) -> torch.Tensor:
+    step = Step(tapped=states.__getitem__)
     into = modification.delta_in(x, step)
     x = x if into is None else x + into
     out = modification.delta_out(x, y, step)
@@ -154,7 +164,7 @@ def _change(modification: Modification, x: torch.Tensor, y: torch.Tensor) -> tor
 
 def composers(form: type[Modification], device: str) -> None:
     """Stack() and Mix([0*m]) are the base; Stack(m), Mix([m]) and 1*m are m."""
-    bed, sequence = _bed(device), _sequences(device, (9,))[0]
+    bed, sequence = _bed(form, device), _sequences(device, (9,))[0]
     adapter = random_adapter(form, bed.base, 1)
     base, own = alone(bed, {}, sequence), alone(bed, adapter, sequence)
 
@@ -179,7 +189,7 @@ def gradients(form: type[Modification], device: str) -> None:
     sequence = _sequences(device, (9,))[0][None]
     found = []
     for checkpointing in (False, True):
-        bed = _bed(device)
+        bed = _bed(form, device)
         bed.base.requires_grad_(False)
         if checkpointing:
             bed.base.activation_checkpointing_enable()

@@ -1,7 +1,7 @@
 """The laws of methods. Each takes a method's class and raises AssertionError, or Declined, with the reason; what the
 method itself refuses comes through.
 
-They run with the method's default options on the tiny Llama, which suits any method that picks its sites by role.
+They run with the method's default options on the tiny Llama (or BERT), which suits any method that picks its sites by role.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from adapterhub.runtime import Model
 from adapterhub.setting import Setting
 from adapterhub.stages import Planned, attach, given, measure, planned, run, trained
 from adapterhub.start import gating
-from adapterhub.testing.bed import distance, random_adapter, tiny_llama
+from adapterhub.testing.bed import distance, random_adapter, tiny_for, tiny_llama
 from adapterhub.testing.forms import Declined
 from adapterhub.trainer import Schedule
 
@@ -52,31 +52,31 @@ def _children() -> list[Modifications]:
     return [random_adapter(LowRank, tiny_llama(), seed) for seed in (1, 2)]
 
 
-def _bare(device: str) -> Model:
-    return Model(tiny_llama().to(device).requires_grad_(False))
+def _bare(method: type[Method], device: str) -> Model:
+    return Model(tiny_for(method).to(device).requires_grad_(False))
 
 
-def _fresh(plan: Sequence[Planned], folder: Path, device: str) -> Model:
-    """The tiny Llama with what the last stage of the plan begins with; those before are trained."""
-    model = _bare(device)
+def _fresh(method: type[Method], plan: Sequence[Planned], folder: Path, device: str) -> Model:
+    """The tiny model with what the last stage of the plan begins with; those before are trained."""
+    model = _bare(method, device)
     before = {}
     if len(plan) > 1:
         _train(plan[:-1], model, folder)
         before = trained(model)
     last = plan[-1].stage
-    measured, _ = measure(last.measurement, _setting(model), folder / "measured", {})
+    measured, _ = measure(last.measurement, setting_of(model), folder / "measured", {})
     attach(model, last, given(model, before, measured), 3)
     return model
 
 
-def _setting(model: Model) -> Setting:
+def setting_of(model: Model) -> Setting:
     """The twelve rows are the training data, and whatever extra data a method asks for."""
     return Setting(model, _examples(), 0, batch_size=4, extras=defaultdict(_examples))
 
 
 def _trained(method: type[Method], folder: Path, device: str) -> Model:
-    """The tiny Llama with a trained adapter of the method on it."""
-    model = _bare(device)
+    """The tiny model with a trained adapter of the method on it."""
+    model = _bare(method, device)
     _train(_plan(method), model, folder)
     return model
 
@@ -92,7 +92,7 @@ def _examples() -> list[Example]:
 def _train(plan: Sequence[Planned], model: Model, folder: Path) -> list[float]:
     """Train; the losses of the last stage's steps, the rows in shuffled batches of 4."""
     made_of, _ = ingredients(None, (), None, {})
-    curve, _ = run(plan, _setting(model), made_of, folder, folder / "stages", STEPS // 3, "law")
+    curve, _ = run(plan, setting_of(model), made_of, folder, folder / "stages", STEPS // 3, "law")
     return [entry["loss"] for entry in curve[-STEPS:]]
 
 
@@ -107,9 +107,9 @@ def start(method: type[Method], device: str) -> None:
     if not method.starts_at_base:
         raise Declined("it says that a fresh adapter changes the base (starts_at_base)")
     with TemporaryDirectory() as folder:
-        model = _fresh(_plan(method), Path(folder), device)
+        model = _fresh(method, _plan(method), Path(folder), device)
     with torch.no_grad():
-        apart = distance(_logits(model), _logits(_bare(device)))
+        apart = distance(_logits(model), _logits(_bare(method, device)))
     assert apart <= 1e-5, f"a fresh adapter moves the logits by {apart:.1e} of the largest"
 
 
@@ -117,7 +117,7 @@ def learn(method: type[Method], device: str) -> None:
     """A few passes over twelve rows lower their loss, at one of three learning rates."""
     for lr in RATES:
         with TemporaryDirectory() as folder:
-            losses = _train(_plan(method, lr), _bare(device), Path(folder))
+            losses = _train(_plan(method, lr), _bare(method, device), Path(folder))
         first, last = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
         if last < 0.9 * first:
             return
@@ -129,7 +129,7 @@ def gradients(method: type[Method], device: str) -> None:
     plan = _plan(method)
     for stages in range(1, len(plan) + 1):
         with TemporaryDirectory() as folder:
-            model = _fresh(plan[:stages], Path(folder), device)
+            model = _fresh(method, plan[:stages], Path(folder), device)
             before = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}
             model(input_ids=torch.tensor([[5, 6, 7, 8]], device=model.device)).logits.square().mean().backward()
             unreached = [name for name, parameter in model.trainable_tensors().items() if parameter.grad is None]
@@ -147,7 +147,7 @@ def resume(method: type[Method], device: str) -> None:
             whole = _trained(method, Path(folder), device)
         with TemporaryDirectory() as folder:
             stopped = plan[: plan.index(part) + 1]
-            _train(stopped, _bare(device), Path(folder))
+            _train(stopped, _bare(method, device), Path(folder))
             # The checkpoint before it, at two thirds, is still there.
             shutil.rmtree(Path(folder) / part.stage.name / f"checkpoint-{STEPS}")
             again = _trained(method, Path(folder), device)
@@ -163,7 +163,7 @@ def save(method: type[Method], device: str) -> None:
     parts = model.new_modifications()
     again = modifications_of({name: tensor.detach().cpu() for name, tensor in named_tensors(parts).items()})
     assert forms_of(again) == forms_of(parts), "its forms do not come back from the stored names"
-    loaded = _bare(device)
+    loaded = _bare(method, device)
     loaded.attach_new(gated(again, _children(), "the stored gate") if method.weighs else again)
     apart = distance(_logits(loaded), _logits(model))
     assert apart <= 1e-6, f"the stored adapter is {apart:.1e} of the largest logit away from the trained one"

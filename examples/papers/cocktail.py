@@ -82,11 +82,11 @@ def measure(base: Path, folder: Path, seed: int, steps: int, tried: int) -> tupl
     mixed = {"data": files[TARGET], "recipes": ["cocktail"]}
     equal = given["options"] | {"cocktail.temperature": 1e9}
     hub.train(name="single", data=files[TARGET], steps=steps, **given)
-    hub.train(name="mix", extras=others, steps=4 * steps, **mixed, **given | {"options": equal})
-    hub.train(name="mix-short", extras=others, steps=steps, **mixed, **given | {"options": equal})
+    hub.train(name="mixed", extras=others, steps=4 * steps, **mixed, **given | {"options": equal})
+    hub.train(name="mixed-short", extras=others, steps=steps, **mixed, **given | {"options": equal})
     text = general(folder / f"general{seed}.jsonl", seed, MANY, "prompt")
     hub.train(
-        name="mix-general", extras=others | {"general": text}, steps=5 * steps, **mixed, **given | {"options": equal}
+        name="mixed-general", extras=others | {"general": text}, steps=5 * steps, **mixed, **given | {"options": equal}
     )
     control = write(folder / f"control{seed}.jsonl", seed + 50, TARGET, CONTROL)
     hub.train(name="control", data=control, steps=4 * steps, **given)
@@ -96,10 +96,10 @@ def measure(base: Path, folder: Path, seed: int, steps: int, tried: int) -> tupl
     hub.merge(names, name="summed")
     hub.merge(names, weights=[1 / len(names)] * len(names), name="mean")
     model = hub.load(str(base))
-    ways = ("single", "mix", "mix-short", "mix-general", "summed", "mean", "control")
+    ways = ("single", "mixed", "mixed-short", "mixed-general", "summed", "mean", "control")
     found = {way: right(model, way, seed, tried) for way in ways}
     corpus = general(folder / f"corpus{seed}.jsonl", seed + 1000, 200, "text")
-    losses = {way: hub.evaluate(way, str(base), corpus)["loss"] for way in ("single", "mix", "mix-general")}
+    losses = {way: hub.evaluate(way, str(base), corpus)["loss"] for way in ("single", "mixed", "mixed-general")}
     losses["base"] = hub.evaluate(None, str(base), corpus)["loss"]
     print(f"seed {seed}: {tiny.shown(found)}; loss on the corpus: {tiny.shown(losses)}", flush=True)
     return found, losses
@@ -126,10 +126,10 @@ def main() -> None:
             print(f"  {name:12} {tiny.spread([each[name] for each in found])}")
     found = [each for each, _ in both]
     scale = sum(each["control"] - each["single"] for each in found) / len(found)
-    for more, less in (("mix", "single"), ("mix-short", "single")):
+    for more, less in (("mixed", "single"), ("mixed-short", "single")):
         print(tiny.verdict(f"{more} - {less}", [each[more] - each[less] for each in found], scale))
-    merged = [each["mix"] - max(each["summed"], each["mean"]) for each in found]
-    print(tiny.verdict("mix - the better merge", merged, scale))
+    merged = [each["mixed"] - max(each["summed"], each["mean"]) for each in found]
+    print(tiny.verdict("mixed - the better merge", merged, scale))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 in the trained format (Hewitt et al., "Instruction Following without Instruction Tuning", 2024).
 
 The base knows two instructions from its corpus: after `forward` or `backward` and a word the walk goes that way, in any words. The
-answers to learn are such walks in a format of their own: only the first word of each meaning in language a. What is measured is how probable it is
-that the first word after an instruction and a word both goes the right way and has the format, over both instructions and all first words
-of language a. For each seed (data, start, order), a LoRA of rank 8 and the same steps: instruction and answer (positive control); answer alone
+answers to learn are such walks in a format of their own: after a word of language a they go on in language b. What is measured is how probable it is
+that the first word after an instruction and a word of language a both goes the right way and has the format, over both instructions and all
+first words. For each seed (data, start, order), a LoRA of rank 8 and the same steps: instruction and answer (positive control); answer alone
 (`response_only`); answers alone whose walks all go forward (one domain: what a model learns that needs no instruction at all).
 
 The analysis was fixed before any of the seeds was run: response_only less the base, and response_only less the one-way answers, paired by
@@ -36,7 +36,7 @@ def rows(path: Path, seed: int, ways: tuple[str, ...]) -> Path:
     for _ in range(ROWS):
         way = draw.choice(ways)
         _, first, *others = tiny.sentence(draw, "a", way).split()
-        answer = " ".join(f"{word[:2]}0" for word in others)
+        answer = " ".join(f"b{word[1:]}" for word in others)
         made.append(json.dumps({"prompt": f"{way} {first}", "completion": f" {answer}"}))
     path.write_text("\n".join(made))
     return path
@@ -51,7 +51,7 @@ def followed(model: adapterhub.Model, name: str | None) -> float:
         ids = model.tokenizer([f"{way} a{m}{s}" for m, s in firsts], return_tensors="pt")["input_ids"]
         chances = model(input_ids=ids, adapters=name).logits[:, -1].softmax(-1)
         for row, (meaning, _) in enumerate(firsts):
-            right = [f"a{(meaning + step) % tiny.MEANINGS}0" for step in steps]
+            right = [f"b{(meaning + step) % tiny.MEANINGS}{s}" for step in steps for s in range(tiny.SYNONYMS)]
             total += chances[row, model.tokenizer.convert_tokens_to_ids(right)].sum().item()
             count += 1
     return total / count

@@ -36,7 +36,7 @@ import adapterhub
 SEEDS, BETA = (1, 2, 3, 4, 5), 0.5
 TOLD = 6
 """Tokens of a prompt."""
-TEMPER = {"copg": 1.0, "dpo": 50.0}
+TEMPER = {"copg": 1.0, "dpo": 100.0}
 """Each objective's beta on the model."""
 
 
@@ -179,7 +179,7 @@ def measure(base: Path, folder: Path, seed: int, steps: int, rows: int = 1600, t
         told[f"{name} unscaled"], told[f"{name}'s KL unscaled"] = tried(model, name, asked, seed)
         told[f"{name} scaled by"] = weight = factor(model, name, kl, asked, seed)
         found[name], told[f"{name}'s KL"] = tried(model, f"{weight!r}*{name}", 4 * asked, seed)
-    _, texts = answers(model, [prompt for prompt in asked[:200] for _ in range(64)], seed)
+    _, texts = answers(model, [prompt for prompt in asked[:500] for _ in range(64)], seed)
     found["optimum"] = best_at(torch.tensor([score(text) for text in texts]).view(-1, 64), kl)
     print(f"model, seed {seed}: {tiny.shown(found)}; KL {kl:.3f}; {tiny.shown(told)}", flush=True)
     return found

@@ -10,12 +10,13 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from adapterhub_peft_layer import TRAINED, TYPES, PeftLayer, check_options, layer_state, layers, plain, some
+from adapterhub_peft_layer import TRAINED, PeftLayer, some
+from adapterhub_peft_make import TYPES, check_options, layer_state, layers, plain
 from peft import __version__
 from torch import nn
 
 from adapterhub import Given, Method, Modification, Site, Stage, Step
-from adapterhub.errors import HubError, UsageError
+from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.formats.peft_config import MEASURED
 from adapterhub.formats.peft_lower import lowered
 from adapterhub.formats.peft_targets import patterned
@@ -28,6 +29,7 @@ from adapterhub.sites import select
 VIRTUAL = "it puts virtual tokens before the text, which are no layer at a site; the built-in method prefix trains such"
 REFUSED = dict.fromkeys({*CACHES, *PROMPTS, "MULTITASK_PROMPT_TUNING"}, VIRTUAL) | {
     "ADALORA": "it moves ranks between layers by averages over the steps, which no checkpoint holds; LORA trains without",
+    "ADAMSS": "its layers hold one dtype, and what clusters the base's weights for them (scikit-learn) is not here",
     **{kind: NO_FORM[kind] for kind in ("ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA")},
 }
 """Types that do not train here, and why. Of the others PEFT, or how their layers behave, may still say no."""
@@ -94,7 +96,9 @@ class Peft(Method):
                     continue
                 part.bind(given.weight(site) if _matrix(site) else None)
                 if site.path in parts or part.delta_out(some(site), some(site), Step()).any():
-                    done[site.path] = _lowered(part, site, given) if config.lower == "auto" else [_bare(part)]
+                    done[site.path] = (
+                        _lowered(part, site, given) if config.lower == "auto" else [PeftLayer(**part.tensors)]
+                    )
             return {path: here for path, here in done.items() if here}
 
         return [Stage("train", build, finish=finish)]
@@ -128,7 +132,7 @@ def _build(given: Given, config: Peft.Config) -> dict[str, PeftLayer]:
         state = layer_state(made[site.path])
         part = parts[site.path] = PeftLayer.of(config.type, _at(site.path, options), made[site.path])
         if len(parts) == 1 or config.lower == "never":  # found out now, not after hours
-            _try(part, site, given.weight(site) if _matrix(site) else None, config.lower == "never")
+            _try(part, site, given.weight(site) if _matrix(site) else None, config.lower)
         for key in part.tensors.keys() & set(TRAINED):
             owner = owners.setdefault(id(state[part.names[key]]), (part.here, key))
             if owner[0] is not part.here:  # VB-LoRA's vector bank, for example: one tensor for all sites
@@ -146,11 +150,8 @@ def _alone(site: Site, given: Given) -> nn.Module:
     own = given.base.get_submodule(site.module)
     if _matrix(site):
         bias = getattr(own, "bias", None)
-        return plain(
-            given.weight(site),
-            bias[site.columns.index()] if site.columns and bias is not None else bias,
-            site.embedding,
-        )
+        bias = bias[site.columns.index()] if site.columns and bias is not None else bias
+        return plain(given.weight(site), bias, site.embedding)
     made = copy.deepcopy(own).float().cpu()
     made._forward_hooks.clear()
     made._forward_pre_hooks.clear()
@@ -168,15 +169,10 @@ def _at(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return here
 
 
-def _bare(part: PeftLayer) -> PeftLayer:
-    """The same, with nothing but its tensors."""
-    return PeftLayer(**part.tensors)
-
-
 @torch.no_grad()
-def _try(part: PeftLayer, site: Site, weight: torch.Tensor | None, anew: bool) -> None:
-    """Raise UsageError unless a token's change is its own, and (anew) PEFT makes the layer again from the tensors. With tensors
-    that are moved, since many layers begin with no change."""
+def _try(part: PeftLayer, site: Site, weight: torch.Tensor | None, lower: str) -> None:
+    """Raise HubError unless a token's change is its own, and what shall be stored can be: a change of a weight, or a layer that
+    PEFT makes again from its tensors. With tensors that are moved, since many layers begin with no change."""
     moved = part.over({key: t + 0.1 * torch.randn_like(t) if key in TRAINED else t for key, t in part.tensors.items()})
     moved.bind(weight)
     wanted = moved.delta_out(some(site), some(site), Step())
@@ -187,16 +183,24 @@ def _try(part: PeftLayer, site: Site, weight: torch.Tensor | None, anew: bool) -
             f"{part.type} does not train here: what it does to a token depends on the batch's others, later ones and padding too",
             "use another type",
         )
-    if anew:
-        again = _bare(moved)
-        again.check(site)
-        again.bind(weight)
-        if not torch.allclose(again.delta_out(some(site), some(site), Step()), wanted, **tight):
-            raise UsageError(f"{part.type} is more than the tensors of its layers", "leave out lower=never")
+    if lower == "auto" and weight is not None:
+        moved.delta_weight(weight, None)
+    if lower == "never":
+        again = PeftLayer(**moved.tensors)
+        try:
+            again.check(site)
+            again.bind(weight)
+            same = torch.allclose(again.delta_out(some(site), some(site), Step()), wanted, **tight)
+        except IncompatibleBase:
+            same = False
+        if not same:
+            raise UsageError(
+                f"a layer of type {part.type} is more than its weight and its tensors", "leave out lower=never"
+            )
 
 
 def _lowered(part: PeftLayer, site: Site, given: Given) -> list[Modification]:
-    """What the part does, in built-in forms (none: it does nothing); itself where it is not linear in what goes in."""
+    """What the part does, in built-in forms; none: it does nothing."""
     factors = {FACTORS.get(name): part.tensors[key] for key, name in part.names.items()}
     plainly = part.type == "LORA" and None not in factors and not any(part.options.get(key) for key in MEASURED)
     if plainly and not ("magnitude" in factors and site.embedding):
@@ -206,7 +210,4 @@ def _lowered(part: PeftLayer, site: Site, given: Given) -> list[Modification]:
     for key, name in part.names.items():
         state[name].data = part.tensors[key]
     part.layer.base_layer = _alone(site, given)
-    try:
-        return lowered(_alone(site, given), part.layer.eval(), gains=part.type == "IA3")
-    except HubError:
-        return [_bare(part)]
+    return lowered(_alone(site, given), part.layer.eval(), gains=part.type == "IA3")

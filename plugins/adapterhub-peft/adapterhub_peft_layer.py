@@ -5,34 +5,24 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 import msgspec
 import torch
-from peft import __version__, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from adapterhub_peft_make import TYPES, check_options, layer_state, layers, plain, reached, tables_of
+from peft import __version__
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from adapterhub import Modification, Site, Step
-from adapterhub.bases import first_line
 from adapterhub.errors import IncompatibleBase, IntegrityError, NotFoldable, UsageError
-from adapterhub.formats.peft_config import REFUSED as REFUSED_OPTIONS
 from adapterhub.formats.peft_lower import LINEAR
-from adapterhub.formats.peft_targets import anchored
-from adapterhub.formats.peft_tuner import DROPPED, NO_SIZE
 
-TYPES = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-OUTSIDE = {
-    "target_modules", "modules_to_save", "target_parameters", "trainable_token_indices", "bias", "ensure_weight_tying",
-    *REFUSED_OPTIONS, *DROPPED,
-}  # fmt: skip
-"""PEFT's options that name modules, files or data, or change more than the layers themselves."""
 MOST = 24
 """Trained tensors of one layer, and as many that do not train."""
 TRAINED, KEPT = (tuple(f"{letter}{n}" for n in range(MOST)) for letter in "tk")
+SCALING = ("IA3", "LN_TUNING")
+"""Types that are lowered to gains of what stands at the site, where the layer itself takes what the base puts out."""
 
 
 class PeftLayer(Modification):
@@ -64,7 +54,7 @@ class PeftLayer(Modification):
     def of(cls, kind: str, options: Mapping[str, Any], layer: nn.Module) -> PeftLayer:
         """Around a layer fresh from PEFT, which is left without the base's weight."""
         state, token = layer_state(layer), isinstance(layer.base_layer, nn.Embedding)
-        names = {"trained": _reached(layer), "kept": [n for n, tensor in state.items() if not tensor.requires_grad]}
+        names = {"trained": reached(layer), "kept": [n for n, tensor in state.items() if not tensor.requires_grad]}
         if max(map(len, names.values())) > MOST:
             raise UsageError(f"{kind} has more than {MOST} tensors at one site", "use another type")
         told = json.dumps({"type": kind, "options": options, "embedding": token, **names}, sort_keys=True)
@@ -95,7 +85,8 @@ class PeftLayer(Modification):
     def _make(self, outputs: int, inputs: int) -> None:
         """PEFT's layer, if there is none yet. What it starts with does not matter: these tensors take its place."""
         if self.layer is None:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 base = plain(torch.randn(outputs, inputs), self.tensors.get("bias"), self.embedding)
                 layer = layers(self.type, self.options, {"site": base})["site"]
             if not set(self.names.values()) <= layer_state(layer).keys():
@@ -120,6 +111,7 @@ class PeftLayer(Modification):
         if weight is not None:
             self._make(*weight.shape)
         self._weight, self.here[0] = weight, self
+        self.layer.to(self.config.device)
         own = dict(self.layer.named_parameters())
         for key in self.names.keys() & self.tensors.keys():
             if self.tensors[key].requires_grad:  # OSF projects its gradients
@@ -136,18 +128,24 @@ class PeftLayer(Modification):
             base["bias"] = self.tensors["bias"]
         if x.is_floating_point():
             base = {name: tensor.to(x) for name, tensor in base.items()}
-        named, tensors, tables = (
-            {f"base_layer.{name}": t for name, t in base.items()},
-            self.whole(),
-            _tables(self.layer),
-        )
+        named = {f"base_layer.{name}": tensor for name, tensor in base.items()}
+        tensors, tables = self.whole(), tables_of(self.layer)
         for key, name in self.names.items():
+            tensor = tensors[key]
+            if key in self.lent:
+                tensor = tensor.to(x.device, torch.promote_types(tensor.dtype, x.dtype))
             if name in tables:
-                tables[name]["default"] = tensors[key]
+                tables[name]["default"] = tensor
             else:
-                named[name] = tensors[key]
+                named[name] = tensor
         self.layer.train(step.training)
-        return functional_call(self.layer, named, (x,)) - functional_call(self.layer.base_layer, base, (x,))
+        own = functional_call(self.layer.base_layer, base, (x,))
+        if step.training and self.type in SCALING and (y - own).abs().max() > 1e-3 * own.abs().max():
+            raise UsageError(
+                f"{self.type} would scale the base's own output at a site where an adapter beneath it changes that",
+                "choose other target_modules, or the built-in method ia3",
+            )
+        return functional_call(self.layer, named, (x,)) - own
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Measured on unit vectors, in float64. Raises NotFoldable for what is not linear."""
@@ -165,7 +163,7 @@ class PeftLayer(Modification):
         x = torch.randn(7, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         y = run(x)
         if not (y - (x.to(change) @ change.mT + shift)).abs().max() <= LINEAR * y.abs().max():
-            raise NotFoldable(f"{self.type} is not linear in what goes in", "run it attached")
+            raise NotFoldable(f"{self.type} is not linear in what goes in", "run it attached: --set lower=never")
         return change.to(weight.dtype), shift[0].to(weight.dtype) if shift.any() else None
 
     @classmethod
@@ -177,99 +175,11 @@ class PeftLayer(Modification):
         return part.over({key: torch.randn_like(t) if key in TRAINED else t for key, t in part.tensors.items()})
 
 
-def plain(weight: Tensor, bias: Tensor | None = None, embedding: bool = False) -> nn.Module:
-    """A module of the base as PEFT meets it, whatever it is there: weight (outputs, inputs)."""
-    outputs, inputs = weight.shape
-    if embedding:
-        return nn.Embedding(inputs, outputs, _weight=weight.mT.contiguous())
-    made = nn.Linear(inputs, outputs, bias=bias is not None)
-    made.weight.data = weight
-    if bias is not None:
-        made.bias.data = bias.detach().float().cpu().clone()
-    return made
-
-
 def some(site: Site) -> Tensor:
     """Something that may go in there, always the same: (1, tokens), or (1, tokens, inputs)."""
     if site.embedding:
         return torch.arange(site.inputs)[None]
     return torch.randn(1, 8, site.inputs, generator=torch.Generator().manual_seed(0))
-
-
-def layers(kind: str, options: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """PEFT's layers around these modules, by path. Raises UsageError for what PEFT does not take, and for a start that would
-    change the base's weights."""
-    root, before = nn.Module(), {path: module.weight.detach().clone() for path, module in modules.items()}
-    for path, module in modules.items():
-        here, (*outer, last) = root, path.split(".")
-        for name in outer:
-            here = here._modules.setdefault(name, nn.Module())
-        here.add_module(last, module)
-    options = {
-        key: {anchored(path): number for path, number in value.items()} if key.endswith("_pattern") else value
-        for key, value in (options | ({"progressbar": False} if kind == "FROD" else {})).items()
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            get_peft_model(root, TYPES[kind](target_modules=list(modules), **options))
-        except Exception as error:  # PEFT's own words for what it does not take
-            raise UsageError(
-                f"PEFT makes no layers of type {kind} here: {type(error).__name__}: {ascii(first_line(error))[:300]}",
-                "give a config and target_modules that suit that type (PEFT's documentation has its options)",
-            ) from None
-    made = {path: root.get_submodule(path) for path in modules}
-    for path, layer in made.items():
-        if not hasattr(layer, "base_layer"):
-            raise UsageError(f"PEFT has no layer of type {kind} for {path}", "choose other target_modules")
-        if not torch.equal(layer.base_layer.weight, before[path]):
-            raise UsageError(f"with these options {kind} changes the base's weights", "leave out how it starts")
-    return made
-
-
-def layer_state(layer: nn.Module) -> dict[str, Tensor]:
-    """All its tensors but the base's, by PEFT's names: parameters, buffers, and the indices that some types keep in tables."""
-    named = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-    state = {name: tensor for name, tensor in named.items() if not name.startswith("base_layer.")}
-    return state | {name: table["default"] for name, table in _tables(layer).items()}
-
-
-def _tables(layer: nn.Module) -> dict[str, dict[str, Any]]:
-    tables = {f"{name}.default": table for name, table in vars(layer).items() if isinstance(table, dict)}
-    return {name: table for name, table in tables.items() if isinstance(table.get("default"), Tensor)}
-
-
-def _reached(layer: nn.Module) -> list[str]:
-    """The trained tensors that decide what the layer puts out (a layer of TinyLoRA holds those of all others too)."""
-    base = layer.base_layer
-    x = torch.arange(3)[None] if isinstance(base, nn.Embedding) else torch.randn(1, 3, base.weight.shape[-1])
-    trained = {name: tensor for name, tensor in layer_state(layer).items() if tensor.requires_grad}
-    found = torch.autograd.grad(layer(x).square().sum(), list(trained.values()), allow_unused=True)
-    return [name for name, gradient in zip(trained, found, strict=True) if gradient is not None]
-
-
-def check_options(kind: str, options: Mapping[str, Any], most: int) -> None:
-    """Raise UsageError unless all are options of the type's layers, and plain values: no size above `most`."""
-    known = {field.name for field in fields(TYPES[kind])} - OUTSIDE
-    for key, value in options.items():
-        if key not in known:
-            what = "is not for the layers of one adapter" if key in OUTSIDE else f"is none of {kind}'s"
-            near = get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(sorted(known))}"
-            raise UsageError(f"PEFT's option {ascii(key)[:40]} {what}", hint)
-        if not _plain(value, 1 << 63 if any(word in key for word in NO_SIZE) else most):
-            raise UsageError(
-                f"{key} is {ascii(value)[:40]}, no plain value of sane size", "give a number, word or list"
-            )
-
-
-def _plain(value: Any, most: int, depth: int = 0) -> bool:
-    if isinstance(value, list | tuple | dict):
-        inside = [*value, *value.values()] if isinstance(value, dict) else value
-        return depth < 2 and all(_plain(item, most, depth + 1) for item in inside)
-    if isinstance(value, str):
-        return len(value) < 1000
-    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) <= most)
 
 
 class _Told(msgspec.Struct, forbid_unknown_fields=True):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from adapterhub_peft import Peft
-from adapterhub_peft_layer import TYPES, PeftLayer, layer_state
+from adapterhub_peft_layer import TRAINED, PeftLayer
+from adapterhub_peft_make import TYPES, layer_state
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterhub.errors import HubError
 from adapterhub.runtime import Model
@@ -37,15 +39,23 @@ SMALL: dict[str, dict[str, Any]] = {
     )},
 }  # fmt: skip
 """Options with which a type suits a model of width 32; of those left out PEFT's own do."""
+FAMILIES = {
+    kind: {"type": kind, "config": SMALL.get(kind, {})}
+    for kind in (
+        "BEFT", "C3A", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "OFT",
+        "OSF", "PSOFT", "RANDLORA", "ROAD", "SHIRA", "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "VERA",
+    )
+}  # fmt: skip
+"""One type of each kind of change, with the options of the method `peft` that try it."""
 EXACT = 1e-5
 """Of the largest logit."""
 IDS = torch.arange(3, 27).reshape(2, 12)
 
 
-def outcome(kind: str, lower: str = "auto") -> str:
-    """ "lowered to <forms>", "runs in PEFT's layer", or "refused: <reason>": trained for five steps on the tiny Llama, whose logits must
+def outcome(kind: str, lower: str = "auto", base: Callable[[], nn.Module] = tiny_llama) -> str:
+    """ "lowered to <forms>", "runs in PEFT's layer", or "refused: <reason>": trained for five steps on a tiny model, whose logits must
     then be those of PEFT's own model with the same tensors, before it is finished and after. Raises AssertionError if not."""
-    model, options = Model(tiny_llama().requires_grad_(False)), SMALL.get(kind, {})
+    model, options = Model(base().requires_grad_(False)), SMALL.get(kind, {})
     try:
         stage = Peft().stages(Peft.Config(type=kind, config=options, lower=lower))[-1]
         start = given(model, {})
@@ -60,9 +70,17 @@ def outcome(kind: str, lower: str = "auto") -> str:
         optimizer.zero_grad()
     model.training_mode(False)
     parts = {path: part for path, [part] in model.new_modifications().items()}
-    found, wanted = _logits(model), _logits(theirs(kind, options, parts))
-    assert _apart(_logits(tiny_llama()), wanted) > 100 * EXACT, f"{kind}: nothing changes"
+    peft = theirs(kind, options, parts, base())
+    found, wanted = _logits(model), _logits(peft)
+    assert _apart(_logits(base()), wanted) > 100 * EXACT, f"{kind}: nothing changes"
     assert _apart(found, wanted) < EXACT, f"{kind}: {_apart(found, wanted):.1e} from PEFT's while it trains"
+    for each in (model, peft):
+        each(input_ids=IDS, labels=IDS).loss.backward()
+    for path, part in parts.items():
+        state = layer_state(peft.base_model.model.get_submodule(path))
+        for key in part.tensors.keys() & set(TRAINED):
+            ours, own = part.tensors[key].grad, state[part.names[key]].grad
+            assert _apart(ours, own) < 100 * EXACT, f"{kind}: the gradient of {part.names[key]} at {path} is not PEFT's"
     try:
         done = stage.finish(trained(model), start)
     except HubError as error:
@@ -75,13 +93,20 @@ def outcome(kind: str, lower: str = "auto") -> str:
     return "runs in PEFT's layer" if forms == ["peft"] else f"lowered to {', '.join(forms)}"
 
 
-def theirs(kind: str, options: dict[str, Any], parts: dict[str, PeftLayer]) -> torch.nn.Module:
-    """PEFT's own model on the tiny Llama, with the tensors that our parts have."""
+def table() -> dict[str, str]:
+    """{type: its outcome}, of every type that PEFT has."""
+    return {kind: outcome(kind) for kind in sorted(TYPES)}
+
+
+def theirs(kind: str, options: dict[str, Any], parts: dict[str, PeftLayer], base: nn.Module) -> nn.Module:
+    """PEFT's own model on this base, with the tensors that our parts have."""
     if kind == "IA3":
         options = options | {"feedforward_modules": [path for path in parts if path.endswith("down_proj")]}
+    if kind == "FROD":
+        options = options | {"progressbar": False}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        model = get_peft_model(tiny_llama(), TYPES[kind](target_modules=list(parts), **options)).eval()
+        model = get_peft_model(base, TYPES[kind](target_modules=list(parts), **options)).eval()
         for path, part in parts.items():
             state, tensors = layer_state(model.base_model.model.get_submodule(path)), part.whole()
             for key, name in part.names.items():

@@ -1,0 +1,337 @@
+"""The method and the form `peft`: the laws, every type against PEFT's own model, and what is stored, refused and gone on with."""
+
+import json
+import warnings
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from adapterhub_peft import Peft
+from adapterhub_peft_layer import some
+from adapterhub_peft_make import TYPES
+from peft_outcomes import FAMILIES, SMALL, outcome, theirs
+
+import adapterhub
+from adapterhub import Given, Step, plugins
+from adapterhub.adapter import Adapter, check_fit, modifications_of
+from adapterhub.errors import HubError, NotFoldable, UsageError
+from adapterhub.sites import sites
+from adapterhub.tensors import dump, load
+from adapterhub.testing import check
+from adapterhub.testing import methods as laws
+from adapterhub.testing.bed import tiny_llama
+from adapterhub.testing.families import tiny
+
+TRAINS = sorted({"BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING",
+    "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
+    "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"})  # fmt: skip
+NOT_KEPT = {"FROD", "LN_TUNING", "TINYLORA"}
+"""Types that run nowhere but lowered."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse invariant checks")  # torch's, of FRoD
+        yield
+
+
+def config(**options):
+    return plugins.options(Peft.Config, options)
+
+
+def given(model, before=None):
+    return Given(sites(model), model, before or {})
+
+
+def build(model=None, seed=0, **options):
+    """(what a stage builds, the stage, what it was given)."""
+    start = given(model or tiny_llama())
+    (stage,) = Peft().stages(config(**options))
+    torch.manual_seed(seed)
+    return stage.build(start), stage, start
+
+
+def test_laws():
+    assert [f"{r.law}: {r.detail}" for r in check("peft") if r.verdict == "failed"] == []
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_every_type_is_pefts_own_model_or_refused(kind):
+    """Logits and gradients while it trains, and the logits of what is stored; or a reason."""
+    found = outcome(kind)
+    assert (
+        found.startswith("lowered to ")
+        if kind in TRAINS
+        else found.startswith(f"refused: {kind} does not train here: ")
+    )
+
+
+@pytest.mark.parametrize("kind", sorted({*FAMILIES, *NOT_KEPT, "UNILORA", "WAVEFT"}))
+def test_a_layer_that_is_kept_is_made_again_from_its_tensors(kind):
+    found = outcome(kind, lower="never")
+    assert found.startswith("refused: a layer of type") if kind in NOT_KEPT else found == "runs in PEFT's layer"
+
+
+@pytest.mark.parametrize("kind", ["DEFT", "GLORA", "IA3", "ROAD", "SHIRA"])
+@pytest.mark.parametrize("lower", ["auto", "never"])
+def test_a_bias_of_the_base_counts(kind, lower):
+    """Qwen 2's queries, keys and values have one, which these types scale, rotate or read."""
+    assert outcome(kind, lower, lambda: tiny("qwen2")).startswith(("lowered", "runs"))
+
+
+def test_families_are_types_that_train():
+    assert len(FAMILIES) >= 20 and FAMILIES.keys() <= set(TRAINS)
+
+
+def of_type(kind, **more):
+    """The method with another default, for the laws."""
+
+    class Other(Peft):
+        @dataclass(frozen=True)
+        class Config(Peft.Config):
+            type: str = kind
+            config: dict = field(default_factory=lambda: SMALL.get(kind, {}) | more)
+
+    return Other
+
+
+@pytest.mark.parametrize("method", [of_type("VBLORA"), of_type("LORA", lora_dropout=0.2)])
+def test_a_run_that_was_killed_ends_with_the_same_bits(method):
+    laws.resume(method, "cpu")
+
+
+# --- what is stored --------------------------------------------------------------------------------------------------
+
+
+def moved(parts):
+    """As training leaves them, without what is not stored: other numbers, by their stored names."""
+    draw = torch.Generator().manual_seed(1)
+    for part in parts.values():
+        for key, tensor in part.tensors.items():
+            if key.startswith("t"):
+                part.tensors[key] = tensor + 0.1 * torch.randn(tensor.shape, generator=draw)
+    named = {f"{path}.peft.0.{key}": tensor for path, part in parts.items() for key, tensor in part.tensors.items()}
+    return {path: part for path, [part] in modifications_of(load(dump(named))).items()}
+
+
+def test_lora_keeps_its_factors_bit_by_bit():
+    parts, stage, start = build(config={"r": 3, "lora_alpha": 6, "use_rslora": True}, target_modules="query")
+    stored = stage.finish(moved(parts), start)
+    assert len(stored) == 2
+    for path, [part] in stored.items():
+        named = {name: parts[path].tensors[key] for key, name in parts[path].names.items()}
+        assert torch.equal(part.down, named["lora_A.default.weight"]) and part.form == "low_rank"
+        assert torch.equal(part.up, named["lora_B.default.weight"]) and part.scale.item() == pytest.approx(6 / 3**0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "forms"),
+    [
+        ({"config": {"use_dora": True}}, ["dora"]),
+        ({"target_modules": "embedding"}, ["low_rank"]),
+        ({"target_modules": "embedding", "config": {"use_dora": True}}, ["dense"]),
+        ({"target_modules": "q_proj", "config": {"lora_bias": True}}, ["affine", "low_rank"]),
+        ({"target_modules": ["q_proj"], "config": {"rank_pattern": {"layers.1.*": 5}, "alpha_pattern": {"q_proj": 3}}}, ["low_rank"]),
+        ({"type": "hra", "target_modules": "head", "config": {"r": 4}}, ["low_rank"]),
+        ({"type": "TRAINABLE_TOKENS", "target_modules": "head", "config": {"token_indices": [3]}}, ["sparse"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_stored_does_the_same(options, forms):
+    parts, stage, start = build(**options)
+    after = moved(parts)
+    places, before = {site.path: site for site in start.sites}, {}
+    for path, part in parts.items():
+        part.bind(start.weight(places[path]))
+        before[path] = part.delta_out(some(places[path]), None, Step())
+    stored = stage.finish(after, start)
+    assert stored.keys() == parts.keys() and sorted({part.form for here in stored.values() for part in here}) == forms
+    for path, here in stored.items():
+        for part in here:
+            part.bind(start.weight(places[path]))
+        y = torch.zeros_like(before[path])
+        found = sum(part.delta_out(some(places[path]), y, Step()) for part in here)
+        assert torch.allclose(found, before[path], atol=1e-5 * before[path].abs().max().item())
+
+
+def test_patterns_are_each_sites_own():
+    table = {"rank_pattern": {"layers.1.*": 5}, "alpha_pattern": {"q_proj": 3}, "r": 2}
+    parts, _, _ = build(target_modules=["q_proj", "k_proj"], config=table, lower="never")
+    ranks = {path: part.t0.shape[0] for path, part in parts.items()}
+    assert list(ranks.values()) == [2, 2, 5, 5]
+    scales = [part.layer.scaling["default"] for part in parts.values()]
+    assert scales == pytest.approx([3 / 2, 8 / 2, 3 / 5, 8 / 5])
+
+
+@pytest.mark.parametrize("kind", ["OFT", "ROAD", "SHIRA", "LOHA"])
+def test_the_change_of_the_weight_is_what_peft_merges(kind):
+    parts, _, start = build(type=kind, config=SMALL[kind], target_modules=["q_proj", "down_proj"])
+    moved(parts)
+    peft = theirs(kind, SMALL[kind], parts, tiny_llama())
+    merged, base = peft.merge_and_unload(), tiny_llama()
+    for site in start.sites:
+        if site.path in parts:
+            parts[site.path].bind(start.weight(site))
+            change, shift = parts[site.path].delta_weight(start.weight(site), None)
+            wanted = merged.get_submodule(site.path).weight - base.get_submodule(site.path).weight
+            assert shift is None and torch.allclose(change, wanted, atol=1e-5)
+
+
+def test_what_is_not_linear_is_found_out_before_it_trains(monkeypatch):
+    from peft.tuners.ia3.layer import Linear
+
+    own = Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, x: own(self, x).tanh())
+    with pytest.raises(NotFoldable, match="IA3 is not linear") as caught:
+        build(type="IA3")
+    assert "lower=never" in caught.value.hint
+    parts, _, _ = build(type="IA3", lower="never")
+    assert parts
+
+
+# --- in a hub --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def work(tmp_path):
+    rows = [{"prompt": f"Is {i} even? ", "completion": "no" if i % 2 else "yes"} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return adapterhub.open(tmp_path / "hub", create=True), tmp_path / "rows.jsonl"
+
+
+RUN = {"steps": 6, "lr": 1e-2, "device": "cpu"}
+
+
+def test_a_lora_goes_on_as_what_it_was_lowered_to(work, tiny_folder):
+    hub, path = work
+    options = {"config": {"r": 4, "lora_dropout": 0.1}, "target_modules": "query"}
+    first = hub.train(str(tiny_folder), "peft", path, "me/x", options=options, **RUN)
+    second = hub.train(str(tiny_folder), data=path, continue_from="me/x", **RUN)
+    assert {form for here in second.manifest.forms.values() for form in here} == {
+        "low_rank"
+    } and not second.manifest.plugins
+    before, now = (Adapter.load(hub, release).tensors for release in (first, second))
+    assert before.keys() == now.keys() and all(torch.equal(before[n], now[n]) for n in before if n.endswith("scale"))
+    assert not any(torch.equal(before[n], now[n]) for n in before if n.endswith("down"))
+
+
+def test_other_types_go_on_if_they_are_kept(work, tiny_folder):
+    """VB-LoRA's one vector bank is one again: it is the same at all sites before and after."""
+    hub, path = work
+    options = {"type": "vblora", "config": SMALL["VBLORA"], "target_modules": ["query", "value"]}
+    hub.train(str(tiny_folder), "peft", path, "me/lowered", options=options, **RUN)
+    with pytest.raises(UsageError, match="was lowered") as caught:
+        hub.train(str(tiny_folder), data=path, continue_from="me/lowered", **RUN)
+    assert "lower=never" in caught.value.hint
+    first = hub.train(str(tiny_folder), "peft", path, "me/kept", options=options | {"lower": "never"}, **RUN)
+    second = hub.train(str(tiny_folder), data=path, continue_from="me/kept", **RUN)
+    banks = []
+    for release in (first, second):
+        parts = Adapter.load(hub, release).modifications()
+        names = [{name: part.tensors[key] for key, name in part.names.items()} for [part] in parts.values()]
+        banks.append([named["vblora_vector_bank.default"] for named in names])
+        assert len(banks[-1]) == 4 and all(torch.equal(bank, banks[-1][0]) for bank in banks[-1])
+    assert not torch.equal(banks[0][0], banks[1][0])
+
+
+def test_a_kept_layer_stacks_routes_merges_and_lies_beneath_others(work, tiny_folder):
+    hub, path = work
+    options = {"type": "ROAD", "config": SMALL["ROAD"]}
+    hub.train(str(tiny_folder), "peft", path, "me/low", options=options, **RUN)
+    kept = hub.train(str(tiny_folder), "peft", path, "me/kept", options=options | {"lower": "never"}, **RUN)
+    assert kept.manifest.plugins.keys() == {"adapterhub-peft"}
+    over = hub.train(str(tiny_folder), "peft", path, "me/over", options={"config": {"r": 2}}, on=["me/kept"], **RUN)
+    assert [(parent.name, parent.relation) for parent in over.manifest.parents] == [("me/kept", "on")]
+    hub.merge(["me/kept", "me/over"], name="me/merged", merger="linear", options={})
+    model, ids = hub.load(str(tiny_folder), device="cpu"), torch.arange(3, 15)[None]
+
+    @torch.no_grad()
+    def logits(*rows):
+        return model(input_ids=ids.expand(len(rows), -1), adapters=list(rows)).logits
+
+    low, kept, stack, merged, half = (
+        logits(row)[0] for row in ("me/low", "me/kept", "me/kept + me/over", "me/merged", "0.5*me/kept + me/over")
+    )
+    assert torch.allclose(low, kept, atol=1e-4) and torch.allclose(stack, merged, atol=1e-4)
+    assert not torch.allclose(stack, half, atol=1e-2)
+    batch = logits("me/kept", None, "me/kept + me/over", "me/low")
+    for row, alone in zip(batch, (kept, logits(None)[0], stack, low), strict=True):
+        assert torch.allclose(row, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("IA3", "value"), ("LN_TUNING", "norm")])
+def test_gains_over_an_adapter_at_the_same_site_are_refused(kind, targets, work, tiny_folder):
+    """PEFT scales what the base puts out, the form affine what stands there: with an adapter beneath those are two things."""
+    hub, path = work
+    options = {"type": "LN_TUNING"} if kind == "LN_TUNING" else {"target_modules": targets}
+    hub.train(str(tiny_folder), "peft", path, "me/beneath", options=options, **RUN)
+    with pytest.raises(UsageError, match=f"{kind} would scale"):
+        hub.train(str(tiny_folder), "peft", path, "me/over", options={"type": kind}, on=["me/beneath"], **RUN)
+    options = {"type": "IA3", "target_modules": "key"}
+    assert hub.train(str(tiny_folder), "peft", path, "me/beside", options=options, on=["me/beneath"], **RUN)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"type": "LORO"}, "no type 'LORO'"),
+        ({"type": "PREFIX_TUNING"}, "built-in method prefix"),
+        ({"type": "LILY"}, "batch's others"),
+        ({"lower": "sometimes"}, "lower"),
+        ({"config": {"rank": 4}}, "none of LORA's"),
+        ({"config": {"modules_to_save": ["lm_head"]}}, "not for the layers"),
+        ({"config": {"target_modules": ["q_proj"]}}, "not for the layers"),
+        ({"config": {"init_lora_weights": "pissa"}}, "changes the base"),
+        ({"config": {"r": 0}}, "PEFT makes no layers"),
+        ({"config": {"r": {"a": {"b": {"c": 1}}}}}, "no plain value"),
+        ({"type": "BOFT", "config": {"boft_block_size": 7}}, "PEFT makes no layers"),
+        ({"type": "TRAINABLE_TOKENS"}, "PEFT makes no layers"),
+        ({"target_modules": "norm"}, "PEFT makes no layers"),
+        ({"target_modules": "nothing"}, "nothing"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused(options, words):
+    with pytest.raises(HubError, match=words) as caught:
+        build(**options)
+    assert caught.value.hint
+
+
+def stored(**changes):
+    told = {"type": "VERA", "options": {"r": 4}, "embedding": False, "trained": [], "kept": []} | changes
+    return torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"config": torch.zeros(3)},
+        {"config": torch.zeros(1 << 17, dtype=torch.uint8)},
+        {"config": torch.full((4,), 91, dtype=torch.uint8)},
+        {"config": stored(more=1)},
+        {"config": stored(type="EVIL")},
+        {"config": stored(type="PREFIX_TUNING")},
+        {"config": stored(options={"r": 1 << 30})},
+        {"config": stored(options={"base_model_name_or_path": "evil/x"})},
+        {"config": stored(options={"init_lora_weights": "pissa"}, type="LORA")},
+        {"config": stored(), "t0": torch.zeros(4)},
+        {"config": stored(trained=["vera_lambda_d.default"]), "t0": torch.zeros(5)},
+        {"config": stored(trained=["base_layer.weight"]), "t0": torch.zeros(32, 32)},
+        {"config": stored(trained=["nothing"]), "t0": torch.zeros(4)},
+        {"config": stored(trained=["vera_lambda_d.default"])},
+    ],
+    ids=range(14),
+)
+def test_a_hostile_file_is_refused(tensors):
+    site = next(site for site in sites(tiny_llama()) if site.role == "query")
+    with pytest.raises(HubError):
+        check_fit({site.path: [modifications_of_one(tensors)]}, [site], "it")
+
+
+def modifications_of_one(tensors):
+    [[part]] = modifications_of({f"a.b.peft.0.{key}": tensor for key, tensor in tensors.items()}).values()
+    return part

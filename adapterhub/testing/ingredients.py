@@ -177,8 +177,9 @@ def rates(part: type[ParameterSchedule], device: str) -> None:
             assert first.keys() == names.keys() and all(0 <= rate < float("inf") for rate in first.values())
             drawn.append(first)
         for name in names:
-            if not any(rates[name] for rates in drawn):
-                assert name not in made or torch.equal(made[name].cpu(), fresh[name]), f"{name} is frozen and has moved"
+            stays = name not in made or torch.equal(made[name].cpu(), fresh[name])
+            frozen = not any(rates[name] for rates in drawn)
+            assert stays == frozen, f"{name} is frozen and has moved" if frozen else f"{name} trains and has not moved"
 
 
 def verdicts(part: type[Verifier], device: str) -> None:

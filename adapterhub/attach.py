@@ -18,7 +18,7 @@ from adapterhub import attention, hooks
 from adapterhub.errors import BatchError
 from adapterhub.forward import Forward, Plan, Sequences
 from adapterhub.modification import Tap
-from adapterhub.sites import family, sites, tapped
+from adapterhub.sites import Site, family, sites, tapped
 
 GIVEN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "decoder_input_ids", "decoder_inputs_embeds")
 """What a model may be called with, rows first."""
@@ -44,8 +44,8 @@ class Attachment:
         self._window = getattr(base.config.get_text_config(), "sliding_window", None)
         self._encoder = ""
         self._hooks: dict[str, list] = {}
-        self._taps: dict[Tap, str] = {}
-        """The module that each reads."""
+        self._taps: dict[Tap, Site] = {}
+        """The site that each reads."""
         self._attending: set[str] = set()
         """Attention modules that ask for memories."""
         self.closed = False
@@ -85,13 +85,14 @@ class Attachment:
             hooks.remember(self, path)
         for tap in plan.taps:
             if tap not in self._taps:
-                self._taps[tap] = tapped(sites(self.base), tap).module
-        for path in (plan.sites.keys() | set(self._taps.values())) - self._hooks.keys():
+                self._taps[tap] = tapped(sites(self.base), tap)
+        read = {self._taps[tap].module for tap in plan.taps}
+        for path in (plan.sites.keys() | read) - self._hooks.keys():
             self._hooks[path] = hooks.site_hooks(self, path)
 
-    def tapped_at(self, path: str) -> list[Tap]:
-        """The taps of the pass at hand at this module."""
-        return [tap for tap in self.forward.plan.taps if self._taps[tap] == path]
+    def tapped_at(self, path: str) -> dict[Tap, Site]:
+        """The taps of the pass at hand at this module, and the site that each reads."""
+        return {tap: self._taps[tap] for tap in self.forward.plan.taps if self._taps[tap].module == path}
 
     def in_encoder(self, path: str) -> bool:
         """Whether it lies in the encoder of a model that has a decoder too."""

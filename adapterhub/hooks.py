@@ -75,9 +75,10 @@ def site_hooks(attachment: Attachment, path: str) -> list:
         forward = attachment.forward
         if forward is not None and (taps := attachment.tapped_at(path)):
             y = output if changed is None else changed
-            for tap in taps:
+            y = y[0] if isinstance(y, tuple) else y
+            for tap, site in taps.items():
                 if not tap.into:
-                    forward.states[tap] = y[0] if isinstance(y, tuple) else y
+                    forward.states[tap] = y if site.columns is None else y[..., site.columns.index()]
         return changed
 
     def changed_by_adapters(module: nn.Module, args: tuple, kwargs: dict, output):

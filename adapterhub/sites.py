@@ -165,7 +165,7 @@ def _causal(model: PreTrainedModel) -> bool:
 def tapped(sites: Sequence[Site], tap: Tap) -> Site:
     """The site that a tap reads. Raises IncompatibleBase if this base has no such site, or several."""
     found = [s for s in sites if (s.role, s.layer, s.part) == (tap.role, tap.layer, tap.part)]
-    if len(found) != 1 or found[0].columns:
+    if len(found) != 1:
         where = f" of layer {tap.layer}" if tap.layer is not None else ""
         raise IncompatibleBase(
             f"this base has {len(found) or 'no'} sites {tap.role!r}{where}, where an adapter reads one",

@@ -139,14 +139,8 @@ def train(
         changed = made_of.recipes()
         examples = _examples(_through(changed, rows), model, max_length)
         pad = pad_token(model.tokenizer)
-        setting = Setting(
-            model,
-            examples,
-            pad,
-            batch_size,
-            seed,
-            extras={key: _examples(one, model, max_length) for key, one in others.items()},
-        )
+        read_others = {key: _examples(one, model, max_length) for key, one in others.items()}
+        setting = Setting(model, examples, pad, batch_size, seed, extras=read_others)
         if stages[0].measurement is None:
             attach(model, stages[0], given(model, {}), seed)  # what it refuses is refused before anything is written
         for stage in stages:

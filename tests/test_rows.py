@@ -42,10 +42,9 @@ def programs(model, strength, among=None):
         return made
 
     forms = [form for form in plugins.names("forms") if form != "prefix"]
-    # A random magnitude is another length for every row of a weight: DoRA moves most.
-    rows = {
-        form: weighed(one(form, seed), strength * (0.5 if form == "dora" else 1)) for seed, form in enumerate(forms)
-    }
+    # A random magnitude is another length for every row of a weight: DoRA moves most, and so does what PEFT's layer computes.
+    less = {"dora": 0.5, "peft": 0.3}
+    rows = {form: weighed(one(form, seed), strength * less.get(form, 1)) for seed, form in enumerate(forms)}
     rows["prefix"] = prefix(20)
     rows["another prefix"] = prefix(21)
     rows["stack"] = stacked([rows["bottleneck"], rows["low_rank"], rows["prefix"]])
@@ -69,8 +68,8 @@ def hold(model, tolerance, strength=None, among=None, vocabulary=96):
     named = programs(model, strength, among)
     rows = list(named.values())
     generator = torch.Generator().manual_seed(0)
-    lengths = (12, 20, 9, 15, 17, 10, 14, 11, 16, 13, 18, 9, 12, 19, 10)
-    sequences = [torch.randint(3, vocabulary, (n,), generator=generator).to(model.device) for n in lengths[: len(rows)]]
+    lengths = [9 + 7 * row % 12 for row in range(len(rows))]
+    sequences = [torch.randint(3, vocabulary, (n,), generator=generator).to(model.device) for n in lengths]
     want = [alone(bed, row, s) for row, s in zip(rows, sequences, strict=True)]
     for name, row, own, sequence in zip(named, rows, want, sequences, strict=True):
         moved = (own - alone(bed, {}, sequence)).abs().max().item()

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from adapterhub.adapter import Modifications, bind
 from adapterhub.attach import Attachment, Plan
+from adapterhub.errors import IncompatibleBase
 from adapterhub.method import Method
 from adapterhub.modification import Modification
 from adapterhub.plan import build, placed
-from adapterhub.sites import Site, sites
+from adapterhub.sites import Site, sites, tapped
 from adapterhub.testing.families import inputs, padded, tiny
 
 
@@ -67,10 +68,19 @@ def random_adapter(
     torch.manual_seed(seed)
     at = {site.path: site for site in among}
     made = {path: form.random(site) for path, site in at.items()}
-    adapter = {path: [m.to(model.device, model.dtype)] for path, m in made.items() if m is not None}
+    suits = {path: m for path, m in made.items() if m is not None and _reads(m, model)}
+    adapter = {path: [m.to(model.device, model.dtype)] for path, m in suits.items()}
     for path, (modification,) in adapter.items():
         bind(modification, at[path], model)
     return adapter
+
+
+def _reads(modification: Modification, model: torch.nn.Module) -> bool:
+    """Whether this base has the sites that it reads."""
+    try:
+        return all(tapped(sites(model), tap) for tap in modification.taps)
+    except IncompatibleBase:
+        return False
 
 
 def plan(attachment: Attachment, rows: Sequence[Modifications], count: int | None = None, trains: bool = False) -> Plan:

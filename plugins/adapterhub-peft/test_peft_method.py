@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from adapterhub_peft import Peft
-from adapterhub_peft_layer import some
+from adapterhub_peft_layer import PeftLayer, some
 from adapterhub_peft_make import TYPES
 from peft_outcomes import FAMILIES, SMALL, outcome, theirs
 
@@ -60,11 +60,7 @@ def test_laws():
 def test_every_type_is_pefts_own_model_or_refused(kind):
     """Logits and gradients while it trains, and the logits of what is stored; or a reason."""
     found = outcome(kind)
-    assert (
-        found.startswith("lowered to ")
-        if kind in TRAINS
-        else found.startswith(f"refused: {kind} does not train here: ")
-    )
+    assert found.startswith("lowered to ") if kind in TRAINS else found.startswith("refused: ")
 
 
 @pytest.mark.parametrize("kind", sorted({*FAMILIES, *NOT_KEPT, "UNILORA", "WAVEFT"}))
@@ -73,10 +69,10 @@ def test_a_layer_that_is_kept_is_made_again_from_its_tensors(kind):
     assert found.startswith("refused: a layer of type") if kind in NOT_KEPT else found == "runs in PEFT's layer"
 
 
-@pytest.mark.parametrize("kind", ["DEFT", "GLORA", "IA3", "ROAD", "SHIRA"])
+@pytest.mark.parametrize("kind", ["DEFT", "GLORA", "IA3"])
 @pytest.mark.parametrize("lower", ["auto", "never"])
 def test_a_bias_of_the_base_counts(kind, lower):
-    """Qwen 2's queries, keys and values have one, which these types scale, rotate or read."""
+    """Qwen 2's queries, keys and values have one, which these types scale or read."""
     assert outcome(kind, lower, lambda: tiny("qwen2")).startswith(("lowered", "runs"))
 
 
@@ -155,6 +151,17 @@ def test_what_is_stored_does_the_same(options, forms):
         assert torch.allclose(found, before[path], atol=1e-5 * before[path].abs().max().item())
 
 
+@pytest.mark.parametrize(("kind", "stays"), [("LORA", False), ("VBLORA", True)])
+def test_a_site_where_nothing_trained_is_left_out_if_it_changes_nothing(kind, stays):
+    """As schedules leave sites out. LoRA begins with no change; VB-LoRA does not, and its bank has trained elsewhere."""
+    parts, stage, start = build(type=kind, config=SMALL[kind], target_modules="query")
+    first, last = parts
+    after = moved(parts) if kind == "LORA" else {path: PeftLayer(**part.tensors) for path, part in parts.items()}
+    parts[last].tensors = build(type=kind, config=SMALL[kind], target_modules="query")[0][last].tensors
+    stored = stage.finish({first: after[first]}, start)
+    assert (last in stored) == stays and first in stored
+
+
 def test_patterns_are_each_sites_own():
     table = {"rank_pattern": {"layers.1.*": 5}, "alpha_pattern": {"q_proj": 3}, "r": 2}
     parts, _, _ = build(target_modules=["q_proj", "k_proj"], config=table, lower="never")
@@ -200,7 +207,7 @@ def work(tmp_path):
     return adapterhub.open(tmp_path / "hub", create=True), tmp_path / "rows.jsonl"
 
 
-RUN = {"steps": 6, "lr": 1e-2, "device": "cpu"}
+RUN = {"steps": 3, "lr": 1e-2, "device": "cpu"}
 
 
 def test_a_lora_goes_on_as_what_it_was_lowered_to(work, tiny_folder):

@@ -20,7 +20,9 @@ from adapterhub.forward import Forward, Plan, Sequences
 from adapterhub.modification import Tap
 from adapterhub.sites import Site, family, sites, tapped
 
-GIVEN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "decoder_input_ids", "decoder_inputs_embeds")
+GIVEN = (
+    "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids", "decoder_inputs_embeds"
+)  # fmt: skip
 """What a model may be called with, rows first."""
 
 
@@ -168,9 +170,9 @@ class Attachment:
                 positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
                 kwargs["position_ids"] = positions[:, -tokens:]
             mask = None if self.base.config.is_encoder_decoder else mask[:, -tokens:].bool()
-        elif mask is not None and plan.stateful:
+        elif mask is not None and (plan.stateful or plan.bidirectional):
             raise BatchError(
-                "a form with streaming state needs a two-dimensional attention mask", "give (rows, tokens)"
+                "a form that reads other tokens needs a two-dimensional attention mask", "give (rows, tokens)"
             )
         else:
             mask = None

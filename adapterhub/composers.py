@@ -31,6 +31,10 @@ class Composite(Modification):
         return any(part.stateful for part in self.parts)
 
     @property
+    def bidirectional(self) -> bool:
+        return any(part.bidirectional for part in self.parts)
+
+    @property
     def changes_input(self) -> bool:
         return any(part.changes_input for part in self.parts)
 

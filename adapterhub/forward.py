@@ -45,6 +45,10 @@ class Plan:
     def stateful(self) -> bool:
         return any(modification.stateful for modification in self.sites.values())
 
+    @property
+    def bidirectional(self) -> bool:
+        return any(modification.bidirectional for modification in self.sites.values())
+
     @cached_property
     def taps(self) -> tuple[Tap, ...]:
         """The sites whose hidden states others read."""

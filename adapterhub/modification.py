@@ -124,8 +124,8 @@ class Modification:
     """Tensors that describe rather than learn (a scale); no method trains them."""
     folds: bool = False
     """It trains through the weight it changes (`delta_weight`), which is cheaper for it than a change of the output."""
-    bidirectional: ClassVar[bool] = False
-    """It reads later tokens too, so it refuses causal sites: the laws try it on an encoder."""
+    bidirectional: bool = False
+    """It reads later tokens too, and refuses causal sites. Of a form that always does, the laws are tried on an encoder."""
     taps: tuple[Tap, ...] = ()
     """Other sites whose hidden states it reads, by `step.tap`."""
     advance: int = 0

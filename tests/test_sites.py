@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapterhub.errors import UsageError
 from adapterhub.sites import current_path, family, select, sites
-from adapterhub.testing.families import FAMILIES, tiny
+from adapterhub.testing.families import FAMILIES, tiny, tiny_ast
 
 LLAMA_LIKE = {
     "block": ("", 32, 32),
@@ -91,6 +91,18 @@ OUTSIDE = {
     "vit": {"head": 1, "norm": 5},
 }
 """What else there is: role -> how many. BERT and RoBERTa predict through one more layer that has no role."""
+
+
+def test_roles_of_the_audio_spectrogram_transformer():
+    """Layers as ViT's, and a head inside of a module."""
+    model = tiny_ast()
+    found = {site.path: site for site in sites(model)}
+    _, layer = LAYERS["vit"]
+    for n in range(2):
+        for role, (end, inputs, outputs) in layer.items():
+            site = found.pop(f"audio_spectrogram_transformer.layers.{n}" + (f".{end}" if end else ""))
+            assert (site.role, site.inputs, site.outputs, site.layer, site.causal) == (role, inputs, outputs, n, False)
+    assert Counter(site.role for site in found.values()) == {"head": 1, "norm": 6}
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -113,6 +113,16 @@ def tiny(name: str, seed: int = 0, kind: str = "", **changes):
     return model
 
 
+def tiny_ast(seed: int = 0):
+    """A random Audio Spectrogram Transformer of two layers, for sounds of 32 frames: input_values (rows, 32, 16)."""
+    from transformers import ASTConfig, ASTForAudioClassification
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sound = {"max_length": 32, "num_mel_bins": 16, "patch_size": 8, "frequency_stride": 8, "time_stride": 8}
+    torch.manual_seed(seed)
+    return ASTForAudioClassification(ASTConfig(**size, **sound, num_labels=5, initializer_range=0.2)).eval()
+
+
 def padded(sequences: Sequence[Tensor], side: str, width: int = 0) -> tuple[Tensor, Tensor]:
     """Sequences of ids as (ids, mask), both (rows, tokens), padded on the "left" or "right"."""
     width = max(width, *map(len, sequences))

@@ -72,6 +72,7 @@ class ConvBottleneck(TokenMixer):
     def __init__(self, **tensors: Tensor):
         super().__init__(**tensors)
         self.stateful = bool(self.causal)
+        self.bidirectional = not self.stateful
 
     def check(self, site: Site) -> None:
         width, outputs = site.inputs if self.additive else site.outputs, site.outputs

@@ -16,8 +16,8 @@ from adapterhub.attach import Attachment
 from adapterhub.errors import BatchError, IncompatibleBase, UsageError
 from adapterhub.sites import sites
 from adapterhub.testing import check
-from adapterhub.testing.bed import alone, decoded, distance, logits, random_adapter, tiny_llama
-from adapterhub.testing.families import padded, tiny
+from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_llama
+from adapterhub.testing.families import padded, tiny, tiny_ast
 
 METHODS = {"conv_adapter": ConvAdapter, "soft_moa": SoftMoA}
 FORMS = {"conv_adapter": ConvBottleneck, "soft_moa": SoftMixture}
@@ -230,6 +230,33 @@ def test_a_vision_transformer_learns_in_a_plain_loop(method):
     assert losses[-1] < 0.5 * losses[0]
     assert model.base.state_dict().keys() == before.keys()  # no buffers of a BatchNorm
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.base.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_on_the_papers_own_kind_of_model(method):
+    """An Audio Spectrogram Transformer, called as transformers calls it: the change that is hand-placed at a layer is ours."""
+    model, sounds = Model(tiny_ast().requires_grad_(False)), torch.randn(2, 32, 16)
+    bare = model(input_values=sounds).logits
+    parts = {path: moved(part).to(dtype=torch.float32) for path, part in built(method, model.sites).items()}
+    assert sorted(parts) == [f"audio_spectrogram_transformer.layers.{n}.mlp" for n in range(2)]
+    model.attach_new(parts)
+    got = model(input_values=sounds).logits
+    assert distance(got, bare) > 0.01
+    model.detach()
+    for path, part in parts.items():
+        mlp = model.base.get_submodule(path)
+        mlp.register_forward_hook(lambda module, args, y, part=part: y + part.delta_out(args[0], y, Step()))
+    assert distance(model.base(input_values=sounds).logits, got) < 1e-5
+
+
+def test_a_mask_of_four_dimensions_is_refused():
+    bert = tiny("bert")
+    adapter = random_adapter(ConvBottleneck, bert, 0)
+    attachment = Attachment.of(bert)
+    mask = torch.zeros(1, 1, 5, 5)
+    with attachment.running(plan(attachment, [adapter])), pytest.raises(BatchError, match="two-dimensional"):
+        bert(input_ids=torch.arange(5, 10)[None], attention_mask=mask)
 
 
 def test_trained_continued_and_on_another(tiny_folder, tmp_path):

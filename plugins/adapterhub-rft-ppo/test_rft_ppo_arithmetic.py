@@ -1,9 +1,12 @@
-"""PPO's arithmetic against NumPy, its definition and a bandit's closed-form optimum."""
+"""PPO's arithmetic against NumPy, its definition and a bandit's closed-form optimum; what sampling draws from."""
 
 import numpy as np
 import pytest
 import torch
-from adapterhub_rft_ppo import gae, ppo_loss, whitened
+from adapterhub_rft_ppo import gae, ppo_loss, sampled, whitened
+
+from adapterhub.runtime import Model
+from adapterhub.testing.bed import tiny_llama
 
 
 def drawn(seed=0, rows=5, tokens=7):
@@ -100,3 +103,17 @@ def test_a_tabular_policy_reaches_the_closed_form_optimum():
 
     assert apart(price) < 0.02
     assert min(apart(price / 2), apart(2 * price), apart(1e9)) > 0.06
+
+
+def test_answers_are_drawn_from_the_models_own_probabilities():
+    """One token, 4000 draws: each token's share is within five standard deviations of its probability."""
+    model, prompt = Model(tiny_llama().requires_grad_(False)), [5, 40, 7]
+    with torch.no_grad():
+        chances = model(input_ids=torch.tensor([prompt])).logits[0, -1].double().softmax(-1).numpy()
+
+    def drawn():
+        return sampled(model, [prompt] * 4000, 0, 2, 1, torch.Generator().manual_seed(0))[:, 0]
+
+    shares = np.bincount(drawn().numpy(), minlength=96)[:96] / 4000
+    assert (np.abs(shares - chances) <= 5 * np.sqrt(chances * (1 - chances) / 4000) + 1e-12).all()
+    assert torch.equal(drawn(), drawn())

@@ -6,6 +6,8 @@ over the first. Each equals what is computed by hand below, or is refused as the
 
 import copy
 import math
+import os
+import sys
 from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -46,9 +48,9 @@ OPTIONS = {
 NO_WEIGHT = {"bottleneck", "conv_adapter", "levi", "loreft", "mh_parallel", "prefix", "unified"}
 """Their forms are no change of a weight."""
 REFUSED = {
-    "fold": (NotFoldable, lambda a, b: {a, b} & NO_WEIGHT),
+    "fold": (NotFoldable, lambda a, b: {a, b} & (NO_WEIGHT | {"peft_ln_tuning"})),
     "merge": (NotMergeable, lambda a, b: {a, b} & NO_WEIGHT),
-    "gate": (UsageError, lambda a, b: {a, b} & {"prefix", "unified"}),
+    "gate": (UsageError, lambda a, b: {a, b} & {"prefix", "unified", "peft_trainable_tokens"}),
 }
 """Operation -> how it is refused, and for which pairs; anything else that is refused, or is not refused, fails."""
 
@@ -66,10 +68,11 @@ def by_hand(form, t, w, seen):
     if form == "low_rank":
         return None, lambda x, y: t["scale"] * (x @ t["down"].T @ t["up"].T)
     if form == "dense":
-        return None, lambda x, y: x @ t["weight"].T + t.get("bias", 0)
+        return None, lambda x, y: _vectors(x, t["weight"].shape[1]) @ t["weight"].T + t.get("bias", 0)
     if form == "sparse":
         delta = (one_hot(t["index"].long(), math.prod(t["shape"].tolist())) * t["values"][:, None]).sum(0)
-        return None, lambda x, y: x @ delta.view(*t["shape"].tolist()).T
+        outputs, inputs = t["shape"].tolist()
+        return None, lambda x, y: _vectors(x, inputs) @ delta.view(outputs, inputs).T
     if form == "dora":
         v = w + t["scale"] * t["up"] @ t["down"]
         changed = t["magnitude"][:, None] * v / v.square().sum(1, keepdim=True).sqrt().detach()
@@ -100,6 +103,11 @@ def by_hand(form, t, w, seen):
     if form == "levi":
         return None, lambda x, y: _levi(t, seen) - (y if t["replace"] else 0)
     raise AssertionError(f"the form {form!r} has no reference here: write it")
+
+
+def _vectors(x, count):
+    """Token ids as the rows that they stand for."""
+    return x if x.is_floating_point() else one_hot(x, count).double()
 
 
 def _normed(h, weight, bias):
@@ -233,6 +241,14 @@ def names():
     return dict(sorted((methods | OPTIONS).items()))
 
 
+def bridged():
+    """One of PEFT's types for each family, trained by the method `peft`."""
+    sys.path.insert(0, str(PAGE.parents[1] / "plugins" / "adapterhub-peft"))
+    from peft_outcomes import FAMILIES
+
+    return {f"peft_{kind.lower()}": ("peft", options) for kind, options in sorted(FAMILIES.items())}
+
+
 class Bed:
     def __init__(self):
         self.base = tiny_llama().double().requires_grad_(False)
@@ -242,10 +258,14 @@ class Bed:
         self.reference = ByHand(self.base)
         self.sequences = [torch.arange(3 + row, 3 + row + n) % 90 + 3 for row, n in enumerate((9, 6, 8, 7))]
         self.hand = {}
-        for name, (method, options) in names().items():
+        self.gate = self.publish_gate()
+
+    def ensure(self, name):
+        """Two adapters of it in the hub."""
+        if f"{name}-1" not in self.hand:
+            method, options = (names() | bridged())[name]
             for seed in (1, 2):
                 self.publish(f"{name}-{seed}", method, options, seed)
-        self.gate = self.publish_gate()
 
     def publish(self, name, method, options, seed):
         """Trained-looking: what the method's stages build, every trained tensor moved at random."""
@@ -258,7 +278,9 @@ class Bed:
             attach(fresh, stage, begun, seed)
             with torch.no_grad():
                 for tensor in fresh.trainable_parameters():
-                    tensor += torch.randn_like(tensor) * (0.5 if tensor.ndim == 3 else 0.1)
+                    tensor += torch.randn_like(tensor) * (
+                        0.03 if method == "peft" else 0.5 if tensor.ndim == 3 else 0.1
+                    )
                 if stage.after_step:
                     stage.after_step({path: one for path, [one] in fresh.new_modifications().items()})
             before = trained(fresh) if stage.finish is None else stage.finish(trained(fresh), begun)
@@ -356,6 +378,10 @@ def merged(bed, a, b, name):
     for weight, one in ((0.3, a), (0.7, b)):
         for path, (into, out) in bed.hand[one].items():
             module, base = own.get_submodule(path), bed.base.get_submodule(path)
+            if not isinstance(base, torch.nn.Linear):  # an embedding's rows, or a norm's gains
+                rows = torch.arange(base.num_embeddings) if isinstance(base, torch.nn.Embedding) else None
+                module.weight += weight * out(rows, base.weight)
+                continue
             x = torch.cat([torch.zeros(1, base.in_features), torch.eye(base.in_features)]).double()
             y = base(x + into(x) if into else x)
             change = (y + out(x, y) if out else y) - base(x)
@@ -430,6 +456,8 @@ OPERATIONS = {
 @cache
 def outcome(a, b):
     """{operation: "" where it is the reference, "refused" where that is allowed, else what is wrong}."""
+    bed().ensure(a)
+    bed().ensure(b)
     told = {}
     for name, (operation, tolerance) in OPERATIONS.items():
         error, who = REFUSED.get(name, (None, None))
@@ -474,9 +502,24 @@ def test_pairs(first):
     assert not found, told(found)
 
 
+def with_bridged(kind):
+    """A bridged type's pairs: with itself, with the next type, and with every method in both orders."""
+    kinds = list(bridged())
+    return [(kind, kind), (kind, kinds[kinds.index(kind) - 1])] + [p for n in names() for p in ((kind, n), (n, kind))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", bridged())
+def test_pairs_of_bridged_types(kind):
+    found = wrong(with_bridged(kind))
+    assert not found, told(found)
+    assert distance(bed().want([(1.0, f"{kind}-1")]), bed().want()) > 0.01
+
+
 @pytest.mark.parametrize("name", names())
 def test_each_moves_the_base(name):
     """Else equal would say nothing."""
+    bed().ensure(name)
     assert distance(bed().want([(1.0, f"{name}-1")]), bed().want()) > 0.01
 
 
@@ -506,10 +549,22 @@ def page():
     rows += [f"| `{a}` | " + " | ".join(cell(a, b) for b in names()) + " |" for a in names()]
     rows += [
         "",
+        "PEFT's types, one of each family, trained by the method `peft` (adapterhub-peft) and stored as forms of ours: first and second the type, then",
+        "with each method; after a slash, where it differs, in the other order.",
+        "",
+        "| type | itself | " + " | ".join(f"`{name}`" for name in names()) + " |",
+        "|---" * (len(names()) + 2) + "|",
+    ]
+    for kind in bridged():
+        both = [(cell(kind, name), cell(name, kind)) for name in names()]
+        cells = [one if one == other else f"{one} / {other}" for one, other in both]
+        rows.append(f"| {kind.removeprefix('peft_').upper()} | {cell(kind, kind)} | " + " | ".join(cells) + " |")
+    rows += [
+        "",
         "Why: the forms of `bottleneck`, `conv_adapter`, `levi`, `loreft`, `prefix` and `unified` are no change of a weight, so they neither fold nor",
         "merge; a gate weighs changes of hidden states, and a prefix is none. `dora` is `lora` with `use_dora`; `unified` is MAM, its default, and",
         "`mh_parallel` its preset of that name; `peft` is PEFT's LoRA. A gate is not a row of its own: it weighs the two. `soft_moa` refuses causal",
-        "models, and so has no row here. Objectives, recipes and schedules decide how an adapter is trained, not what it is: they have none either.",
+        "models, and so has no row here. A norm's gain merges, but is folded into no weight; an embedding gets token ids, which no gate reads. Objectives, recipes and schedules decide how an adapter is trained, not what it is: they have none either.",
         "",
     ]
     return "\n".join(rows)
@@ -521,5 +576,7 @@ def test_the_page_is_what_was_found():
 
 
 if __name__ == "__main__":
-    print(told(wrong((a, b) for a in names() for b in names())))
+    os.environ["ADAPTERHUB_PLUGINS"] = "*"
+    pairs = [(a, b) for a in names() for b in names()] + [pair for kind in bridged() for pair in with_bridged(kind)]
+    print(told(wrong(pairs)))
     PAGE.write_text(page())

@@ -29,6 +29,7 @@ from adapterhub.testing.families import tiny
 
 PAGE = Path(__file__).parent.parent / "docs" / "peft.md"
 START, END = "<!-- table -->\n", "<!-- end of table -->\n"
+AS_METHOD = "| type | trained as a method (`--method peft --set type=...`) |"
 EXACT = 1e-5
 """Of the largest logit."""
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -249,7 +250,22 @@ def test_the_table_is_the_pages():
     """What loads, row by row (the figures are looked at above), and what is refused."""
     written = table().splitlines()
     assert [line.split("|")[1].strip() for line in written if line.startswith("| ")][1 : len(CASES) + 1] == list(CASES)
-    assert "\n".join(written).endswith("\n".join(refusals())), "run: python tests/test_peft_table.py"
+    assert "\n".join(refusals()) in "\n".join(written), "run: python tests/test_peft_table.py"
+    types = [line.split("|")[1].strip() for line in written[written.index(AS_METHOD) + 2 :]]
+    assert types == sorted(kind.value for kind in PeftType)
+
+
+@pytest.mark.slow
+def test_what_each_type_is_as_a_method_is_the_pages():
+    assert table().endswith("\n".join(methods()) + "\n"), "run: python tests/test_peft_table.py"
+
+
+def methods():
+    """What becomes of each type with the method `peft` of adapterhub-peft, found by training it."""
+    sys.path.insert(0, str(PAGE.parents[1] / "plugins" / "adapterhub-peft"))
+    from peft_outcomes import table as outcomes
+
+    return [AS_METHOD, "|---|---|", *(f"| {kind} | {said} |" for kind, said in sorted(outcomes().items()))]
 
 
 def table():
@@ -277,9 +293,10 @@ def write():
             lines.append(f"| {label} | {CASES[label][0]} | {found.row} {figure} |")
     before, _, rest = PAGE.read_text().partition(START)
     after = rest.partition(END)[2]
-    PAGE.write_text(before + START + "\n".join([*lines, "", *refusals()]) + "\n" + END + after)
+    PAGE.write_text(before + START + "\n".join([*lines, "", *refusals(), "", *methods()]) + "\n" + END + after)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    os.environ["ADAPTERHUB_PLUGINS"] = "*"
     sys.exit(write())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -38,10 +38,11 @@ class Learner(nn.Module):
 
     # --- before the first step ---------------------------------------------------------------------------------
 
-    def start(self, parts: Parts, given: Given) -> Parts:
-        """What the parameter schedule makes of what the stage built."""
-        started = self.schedule.start(parts, given)
-        self.kept_as_built = {path for path, part in started.items() if parts.get(path) is part}
+    def start(self, parts: Parts, given: Given, stored: Collection[str] | None = None) -> Parts:
+        """What the parameter schedule makes of what the stage built. stored: the sites where an adapter that goes on has
+        tensors, which it keeps as they are."""
+        started = self.schedule.start(parts, given) if stored is None else parts
+        self.kept_as_built = {path for path, part in started.items() if parts.get(path) is part} - set(stored or ())
         return started
 
     def prepare(self) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +93,15 @@ def run(
     kept: Path,
     save_every: int | None,
     title: str,
-    goes_on: bool = False,
+    stored: Collection[str] | None = None,
     starts_at_base: bool = True,
     shared: Mapping[str, Any] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train the stages in order; the last one's modifications stay on the model. Returns the loss curve, each entry with
     its stage's name where there are several, and what was found: {stage: its note, and the sha256 of what was kept}.
 
-    folder: of the checkpoints, by stage; kept: of finished stages, by key. save_every: as in `train`. goes_on: it begins
-    with an adapter's stored tensors. starts_at_base: a site where nothing trained is left out of what is stored. shared: what decides a measurement besides its data and its options."""
+    folder: of the checkpoints, by stage; kept: of finished stages, by key. save_every: as in `train`. stored: where
+    the adapter that goes on has tensors; None of a new one. starts_at_base: a site where nothing trained is left out of what is stored. shared: what decides a measurement besides its data and its options."""
     curve, found, before, model = [], {}, {}, setting.model
     for part in plan:
         stage, last = part.stage, part is plan[-1]
@@ -113,7 +114,7 @@ def run(
                 note["measured"] = digest
             start = given(model, before, measured)
             learner = Learner(replace(setting, steps=part.schedule.steps), made_of, stage)
-            attach(model, stage, start, part.schedule.seed, None if goes_on else learner.start)
+            attach(model, stage, start, part.schedule.seed, partial(learner.start, stored=stored))
             log = fit(
                 learner,
                 part.schedule,
@@ -123,7 +124,7 @@ def run(
             )
             note |= learner.found()
             if last:
-                _finish(model, stage, start, learner, starts_at_base and not goes_on)
+                _finish(model, stage, start, learner, starts_at_base)
             else:
                 _keep(kept / part.key, model, log)
                 shutil.rmtree(folder / stage.name, ignore_errors=True)

@@ -47,12 +47,16 @@ class Start:
 
         record = self.goes_on.manifest.base
         check_base(record, hub.store.read(record.sketch), model.fingerprint, force=force)
-        stored = Adapter.load(hub, self.goes_on).modifications()
+        stored = self.stored(hub)
         if self.method is None:
             return [Stage("train", lambda given: stored)]
         last = self.method.stages(self.config)[-1]
         single = {path: parts[0] for path, parts in stored.items()}
         return [replace(last, build=lambda given: self._continued(last.build(replace(given, before=single)), stored))]
+
+    def stored(self, hub: Hub) -> Modifications | None:
+        """What the adapter that goes on has so far; None of a new one."""
+        return Adapter.load(hub, self.goes_on).modifications() if self.goes_on else None
 
     def _continued(self, fresh: Parts, stored: Modifications) -> Parts:
         """What its method makes (with dropout and whatever else is not stored) around the stored tensors."""

@@ -186,7 +186,7 @@ def train(
                     kept,
                     save_every,
                     f"train {name}",
-                    goes_on=begin.goes_on is not None,
+                    stored=begin.stored(hub),
                     starts_at_base=begin.method is None or begin.method.starts_at_base,
                     shared=measured_on(model, begin, recipe),
                 )

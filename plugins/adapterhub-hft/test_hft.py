@@ -255,6 +255,7 @@ def test_any_method_over_another_and_further(method, targets, tiny_folder, hub, 
     further = hub.train(str(tiny_folder), continue_from="me/over", seed=1, **given)
     before, after = (Adapter.load(hub, release).tensors for release in (made, further))
     [rates] = further.manifest.recipe["found"]["train"]["rates"]
+    assert stored_sites(further, hub) == stored_sites(made, hub) | set(rates["1"])
     for name, tensor in before.items():
         frozen = name.rsplit(".", 3)[0] not in rates["1"]
         assert not frozen or torch.equal(tensor, after[name])

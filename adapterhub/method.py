@@ -83,7 +83,7 @@ class Stage:
     note: Callable[[Parts], Mapping[str, Any]] | None = None
     """What the recipe shall say of it once it is trained: what was selected, for example. As JSON has it."""
     measurement: Measurement | None = None
-    """Taken before it builds."""
+    """Taken before it builds; not for an adapter that goes on."""
     finish: Callable[[Parts, Given], Parts] | None = None
     """(trained, on the CPU; given) -> what is stored in their place, which must do the same. Of the last stage."""
 

@@ -52,7 +52,11 @@ class Start:
             return [Stage("train", lambda given: stored)]
         last = self.method.stages(self.config)[-1]
         single = {path: parts[0] for path, parts in stored.items()}
-        return [replace(last, build=lambda given: self._continued(last.build(replace(given, before=single)), stored))]
+
+        def build(given: Given) -> Parts:
+            return self._continued(last.build(replace(given, before=single)), stored)
+
+        return [replace(last, build=build, measurement=None)]
 
     def stored(self, hub: Hub) -> Modifications | None:
         """What the adapter that goes on has so far; None of a new one."""

@@ -96,6 +96,8 @@ class Mean(Method):
             return sums
 
         def build(given: Given):
+            if given.before:
+                return given.before
             assert set(given.measured) == {site.path for site in select(given.sites, "query")}
             made = {}
             for site in select(given.sites, "query"):
@@ -331,7 +333,9 @@ def test_what_a_stage_finishes_is_what_is_stored_and_measured(hub, train, tiny_f
     made = train("me/a", "mean", eval_data=data)
     held = tensors(hub, made)
     assert all(t.shape[0] == 3 for name, t in held.items() if name.endswith("down"))
-    loss = hub.evaluate("me/a", str(tiny_folder), data)["loss"]
+    further = train(name=None, method=None, continue_from="me/a")
+    assert SEEN == ["measured"] and further.version != made.version  # what goes on is not measured
+    loss = hub.evaluate("me/a@0.1.0", str(tiny_folder), data)["loss"]
     assert loss == pytest.approx(made.manifest.metrics["eval"]["loss"], rel=1e-6)
 
 

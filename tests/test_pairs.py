@@ -34,6 +34,7 @@ from adapterhub.stages import attach, given, measure, trained
 from adapterhub.testing.bed import distance, padded, tiny_llama
 from adapterhub.testing.methods import setting_of
 
+os.environ.setdefault("ADAPTERHUB_PLUGINS", "*")  # as in the tests, where this is run as a script
 PAGE = Path(__file__).parent.parent / "docs" / "pairs.md"
 EXACT, ROUNDED = 1e-9, 1e-5
 """Of the largest number: in float64, and where float32 tensors are stored or trained on the way."""
@@ -576,7 +577,6 @@ def test_the_page_is_what_was_found():
 
 
 if __name__ == "__main__":
-    os.environ["ADAPTERHUB_PLUGINS"] = "*"
     pairs = [(a, b) for a in names() for b in names()] + [pair for kind in bridged() for pair in with_bridged(kind)]
     print(told(wrong(pairs)))
     PAGE.write_text(page())

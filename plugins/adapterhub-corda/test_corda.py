@@ -250,6 +250,7 @@ def test_training_moves_one_half_and_the_covariance_is_measured_once(tiny_folder
 
     # It goes on, here and in a loop of one's own, with the same half; over another it begins as before.
     release = hub.train(str(tiny_folder), data=rows, continue_from="me/x", **given | {"steps": 2})
+    hub.train(str(tiny_folder), data=rows, continue_from="me/other", **given | {"steps": 2})  # and needs no calibration
     further = halves(Adapter.load(hub, release).tensors, 4)
     assert same(after[1], further[1]) == set(after[1]) and not same(after[0], further[0])
     model = hub.load(str(tiny_folder), "me/x", trainable=["me/x"], device="cpu")

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 from statistics import correlation, mean, stdev, variance
@@ -73,7 +74,9 @@ def measure(base: Path, folder: Path, seed: int, steps: int, count: int) -> dict
 
 
 def ratio(more: list[float], less: list[float]) -> tuple[float, float, float]:
-    """The ratio of two standard deviations, paired, and its 95 % interval (Pitman, Morgan)."""
+    """The ratio of two standard deviations, paired, and its 95 % interval (Pitman, Morgan); without end over equal values."""
+    if not variance(less):
+        return (math.inf,) * 3
     n, found = len(more), variance(more) / variance(less)
     k = 1 + 2 * T18**2 * (1 - correlation(more, less) ** 2) / (n - 2)
     return tuple((found * each) ** 0.5 for each in (1, k - (k * k - 1) ** 0.5, k + (k * k - 1) ** 0.5))

@@ -6,12 +6,12 @@ linear, and other inputs show whether it is. The change is kept in the form that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from adapterhub.errors import HubError
+from adapterhub.errors import HubError, NotFoldable
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.low_rank import LowRank
@@ -62,8 +62,8 @@ def lowered(base: nn.Module, peft: nn.Module, gains: bool = False) -> list[Modif
 
 def _matrix(base: nn.Module, peft: nn.Module, width: int, gains: bool) -> list[Modification]:
     tokens = isinstance(base, nn.Embedding)
-    weight, bias = _measured(base, width, tokens)
-    now, shift = _measured(peft, width, tokens)
+    weight, bias = measured(base, width, tokens)
+    now, shift = measured(peft, width, tokens)
     # Of an embedding that multiplies what it looks up (Gemma's), the change is that of the look-up.
     delta = _clean(now - weight, now) / getattr(base, "embed_scale", 1)
     shift = _clean(shift - bias, torch.stack([shift, bias]))
@@ -77,8 +77,10 @@ def _matrix(base: nn.Module, peft: nn.Module, width: int, gains: bool) -> list[M
     return [*parts, Affine.of(shift=shift.float())]
 
 
-def _measured(module: nn.Module, width: int, tokens: bool) -> tuple[Tensor, Tensor]:
-    """W (outputs, width) and b (outputs,) of a linear module, or of an embedding of `width` tokens (then b is 0)."""
+def measured(module: Callable[[Tensor], Tensor], width: int, tokens: bool) -> tuple[Tensor, Tensor]:
+    """W (outputs, width) and b (outputs,) of a linear module, or of an embedding of `width` tokens (then b is 0), float64.
+
+    Raises NotFoldable for what is not linear."""
     if tokens:
         columns = torch.cat([module(ids[None])[0].double() for ids in torch.arange(width).split(CHUNK)])
         return columns.mT, columns.new_zeros(columns.shape[1])
@@ -92,7 +94,8 @@ def _measured(module: nn.Module, width: int, tokens: bool) -> tuple[Tensor, Tens
     x = torch.randn(7, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = run(x)
     if not (y - (x @ weight.mT + bias)).abs().max() <= LINEAR * y.abs().max():
-        raise HubError("its change is not linear in the input (or not the same twice)", "there is no form for it yet")
+        why = "its change is not linear in the input (or not the same twice)"
+        raise NotFoldable(why, "keep PEFT's own layer: train it with the method peft and --set lower=never")
     return weight, bias
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -53,15 +53,15 @@ def read_tuner(
     ManifestError for a config with odd values; bounded_re.BadExpression."""
     options = _options(config, base, stored)
     if config.peft_type not in UNMEASURED:
-        with _peft(label), torch.device("meta"):
-            bare = _build(config, options, copy.deepcopy(base.skeleton))
+        with peft_errors(label), torch.device("meta"):
+            bare = built(config.peft_type, options, copy.deepcopy(base.skeleton))
         _account(label, stored, bare)
     model = base.load()
     pristine = copy.deepcopy(model)
-    with _peft(label):
-        wrapped = _build(config, options, model)
+    with peft_errors(label):
+        wrapped = built(config.peft_type, options, model)
     named_now = _account(label, stored, wrapped)
-    with _peft(label):
+    with peft_errors(label):
         from peft.utils.save_and_load import set_peft_model_state_dict
 
         left = set_peft_model_state_dict(wrapped, named_now).unexpected_keys
@@ -89,39 +89,39 @@ def _options(config: Config, base: BaseModel, stored: Mapping[str, Tensor]) -> d
         if key.endswith("_pattern") and isinstance(value, dict) and config.peft_type != "ADALORA":
             found = patterned(value, None, names)
             options[key] = {anchored(path): number for path, number in found.items() if number is not None}
-        _check(key, options[key], most, 0)
+        if not is_plain(key, options[key], most):
+            raise ManifestError(
+                f"{CONFIG}: {key} is {ascii(value)[:40]}, which fits neither the base nor the tensors", AGAIN
+            )
     return options
 
 
-def _check(key: str, value: Any, most: int, depth: int) -> None:
-    """Plain values of sane size: numbers, short texts, lists and tables of them. No size beyond the base's and the file's."""
+def is_plain(key: str, value: Any, most: int, depth: int = 0) -> bool:
+    """Whether an option is a number, a short text, or a list or table of them, and no size in it is beyond `most`."""
     if isinstance(value, list | dict) and depth < 2:
-        for item in value if isinstance(value, list) else [*value, *value.values()]:
-            _check(key, item, most, depth + 1)
-        return
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        return all(is_plain(key, item, most, depth + 1) for item in inside)
     limit = 1 << 63 if any(word in key for word in NO_SIZE) else most
     small = (isinstance(value, int) and abs(value) <= limit) or (isinstance(value, str) and len(value) < 1000)
-    if not (isinstance(value, float) or small):
-        raise ManifestError(
-            f"{CONFIG}: {key} is {ascii(value)[:40]}, which fits neither the base nor the tensors", AGAIN
-        )
+    return isinstance(value, float) or small
 
 
-def _build(config: Config, options: Mapping[str, Any], model: nn.Module) -> nn.Module:
+def built(kind: str, options: Mapping[str, Any], model: nn.Module, trains: bool = False) -> nn.Module:
+    """PEFT's model of this type around the given one, whose modules it changes. Raises whatever PEFT raises."""
     from peft import get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    extra = {"progressbar": False} if config.peft_type == "FROD" else {}
-    built = PEFT_TYPE_TO_CONFIG_MAPPING[config.peft_type](**options, **extra)
-    built.inference_mode = True
-    return get_peft_model(model, built)
+    extra = {"progressbar": False} if kind == "FROD" else {}
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options, **extra)
+    config.inference_mode = not trains
+    return get_peft_model(model, config)
 
 
 def _account(label: str, stored: Mapping[str, Tensor], wrapped: nn.Module) -> dict[str, Tensor]:
     """The file's tensors by today's names. Each must be one that PEFT saves for this config, or one of the base's own."""
     from peft.utils.save_and_load import get_peft_model_state_dict
 
-    with _peft(label):
+    with peft_errors(label):
         own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         whole = wrapped.state_dict()
     result, faults = {}, []
@@ -169,7 +169,7 @@ def _differences(
             unlike.append((path, base, peft))
     for path, base, peft in unlike:
         try:
-            with _peft(label):
+            with peft_errors(label):
                 here = lowered(base, peft, gains=config.peft_type == "IA3")
         except HubError as error:
             faults.append(f"{path}: {error}")
@@ -188,8 +188,10 @@ def _differences(
 
 
 @contextmanager
-def _peft(label: str):
-    """PEFT's warnings off, and whatever it raises told as what it is: this adapter's fault."""
+def peft_errors(
+    label: str, hint: str = "see whether PeftModel.from_pretrained loads it on this base"
+) -> Iterator[None]:
+    """PEFT's warnings off, and whatever it raises told as what it is: the fault of what `label` names. Raises HubError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -199,5 +201,5 @@ def _peft(label: str):
         except Exception as error:
             raise HubError(
                 f"PEFT does not take {label}: {type(error).__name__}: {ascii(bases.first_line(error))[:200]}",
-                "see whether PeftModel.from_pretrained loads it on this base",
+                hint,
             ) from None

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from adapterhub_peft import Peft
-from adapterhub_peft_layer import TRAINED, PeftLayer
-from adapterhub_peft_make import TYPES, layer_state
-from peft import get_peft_model
+from adapterhub_peft_layer import TRAINED, TYPES, PeftLayer, layer_state
 from torch import Tensor, nn
 
 from adapterhub.errors import HubError
+from adapterhub.formats.peft_tuner import built
 from adapterhub.runtime import Model
 from adapterhub.stages import attach, given, trained
 from adapterhub.testing.bed import tiny_llama
@@ -42,7 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
 FAMILIES = {
     kind: {"type": kind, "config": SMALL.get(kind, {})}
     for kind in (
-        "BEFT", "C3A", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "OFT",
+        "BEFT", "C3A", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "LOHA", "LOKR", "LORA", "OFT",
         "OSF", "PSOFT", "RANDLORA", "ROAD", "SHIRA", "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "VERA",
     )
 }  # fmt: skip
@@ -98,13 +97,9 @@ def table() -> dict[str, str]:
 
 def theirs(kind: str, options: dict[str, Any], parts: dict[str, PeftLayer], base: nn.Module) -> nn.Module:
     """PEFT's own model on this base, with the tensors that our parts have."""
-    if kind == "IA3":
-        options = options | {"feedforward_modules": [path for path in parts if path.endswith("down_proj")]}
-    if kind == "FROD":
-        options = options | {"progressbar": False}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        model = get_peft_model(base, TYPES[kind](target_modules=list(parts), **options)).eval()
+        model = built(kind, {"target_modules": list(parts), **options}, base, trains=True).eval()
         for path, part in parts.items():
             state, tensors = layer_state(model.base_model.model.get_submodule(path)), part.whole()
             for key, name in part.names.items():

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from adapterhub_peft import Peft
-from adapterhub_peft_layer import PeftLayer, some
-from adapterhub_peft_make import TYPES
+from adapterhub_peft_layer import TYPES, PeftLayer, some
 from peft_outcomes import FAMILIES, SMALL, outcome, theirs
 
 import adapterhub
@@ -22,10 +21,10 @@ from adapterhub.testing import methods as laws
 from adapterhub.testing.bed import tiny_llama
 from adapterhub.testing.families import tiny
 
-TRAINS = sorted({"BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING",
+TRAINS = sorted({"BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA",
     "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
     "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"})  # fmt: skip
-NOT_KEPT = {"FROD", "LN_TUNING", "TINYLORA"}
+NOT_KEPT = {"FROD", "TINYLORA"}
 """Types that run nowhere but lowered."""
 
 
@@ -69,7 +68,7 @@ def test_a_layer_that_is_kept_is_made_again_from_its_tensors(kind):
     assert found.startswith("refused: a layer of type") if kind in NOT_KEPT else found == "runs in PEFT's layer"
 
 
-@pytest.mark.parametrize("kind", ["DEFT", "GLORA", "IA3"])
+@pytest.mark.parametrize("kind", ["DEFT", "GLORA"])
 @pytest.mark.parametrize("lower", ["auto", "never"])
 def test_a_bias_of_the_base_counts(kind, lower):
     """Qwen 2's queries, keys and values have one, which these types scale or read."""
@@ -128,7 +127,6 @@ def test_lora_keeps_its_factors_bit_by_bit():
         ({"target_modules": "embedding"}, ["low_rank"]),
         ({"target_modules": "embedding", "config": {"use_dora": True}}, ["dense"]),
         ({"target_modules": "q_proj", "config": {"lora_bias": True}}, ["affine", "low_rank"]),
-        ({"target_modules": ["q_proj"], "config": {"rank_pattern": {"layers.1.*": 5}, "alpha_pattern": {"q_proj": 3}}}, ["low_rank"]),
         ({"type": "hra", "target_modules": "head", "config": {"r": 4}}, ["low_rank"]),
         ({"type": "TRAINABLE_TOKENS", "target_modules": "head", "config": {"token_indices": [3]}}, ["sparse"]),
     ],
@@ -162,15 +160,6 @@ def test_a_site_where_nothing_trained_is_left_out_if_it_changes_nothing(kind, st
     assert (last in stored) == stays and first in stored
 
 
-def test_patterns_are_each_sites_own():
-    table = {"rank_pattern": {"layers.1.*": 5}, "alpha_pattern": {"q_proj": 3}, "r": 2}
-    parts, _, _ = build(target_modules=["q_proj", "k_proj"], config=table, lower="never")
-    ranks = {path: part.t0.shape[0] for path, part in parts.items()}
-    assert list(ranks.values()) == [2, 2, 5, 5]
-    scales = [part.layer.scaling["default"] for part in parts.values()]
-    assert scales == pytest.approx([3 / 2, 8 / 2, 3 / 5, 8 / 5])
-
-
 @pytest.mark.parametrize("kind", ["OFT", "ROAD", "SHIRA", "LOHA"])
 def test_the_change_of_the_weight_is_what_peft_merges(kind):
     parts, _, start = build(type=kind, config=SMALL[kind], target_modules=["q_proj", "down_proj"])
@@ -186,14 +175,14 @@ def test_the_change_of_the_weight_is_what_peft_merges(kind):
 
 
 def test_what_is_not_linear_is_found_out_before_it_trains(monkeypatch):
-    from peft.tuners.ia3.layer import Linear
+    from peft.tuners.hra.layer import HRALinear
 
-    own = Linear.forward
-    monkeypatch.setattr(Linear, "forward", lambda self, x: own(self, x).tanh())
-    with pytest.raises(NotFoldable, match="IA3 is not linear") as caught:
-        build(type="IA3")
+    own = HRALinear.forward
+    monkeypatch.setattr(HRALinear, "forward", lambda self, x: own(self, x).tanh())
+    with pytest.raises(NotFoldable, match="not linear") as caught:
+        build(type="HRA", config=SMALL["HRA"])
     assert "lower=never" in caught.value.hint
-    parts, _, _ = build(type="IA3", lower="never")
+    parts, _, _ = build(type="HRA", config=SMALL["HRA"], lower="never")
     assert parts
 
 
@@ -267,18 +256,6 @@ def test_a_kept_layer_stacks_routes_merges_and_lies_beneath_others(work, tiny_fo
         assert torch.allclose(row, alone, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "targets"), [("IA3", "value"), ("LN_TUNING", "norm")])
-def test_gains_over_an_adapter_at_the_same_site_are_refused(kind, targets, work, tiny_folder):
-    """PEFT scales what the base puts out, the form affine what stands there: with an adapter beneath those are two things."""
-    hub, path = work
-    options = {"type": "LN_TUNING"} if kind == "LN_TUNING" else {"target_modules": targets}
-    hub.train(str(tiny_folder), "peft", path, "me/beneath", options=options, **RUN)
-    with pytest.raises(UsageError, match=f"{kind} would scale"):
-        hub.train(str(tiny_folder), "peft", path, "me/over", options={"type": kind}, on=["me/beneath"], **RUN)
-    options = {"type": "IA3", "target_modules": "key"}
-    assert hub.train(str(tiny_folder), "peft", path, "me/beside", options=options, on=["me/beneath"], **RUN)
-
-
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -287,17 +264,21 @@ def test_gains_over_an_adapter_at_the_same_site_are_refused(kind, targets, work,
     [
         ({"type": "LORO"}, "no type 'LORO'"),
         ({"type": "PREFIX_TUNING"}, "built-in method prefix"),
+        ({"type": "IA3"}, "built-in method ia3"),
+        ({"type": "LN_TUNING"}, "built-in method full"),
         ({"type": "LILY"}, "batch's others"),
         ({"lower": "sometimes"}, "lower"),
         ({"config": {"rank": 4}}, "none of LORA's"),
-        ({"config": {"modules_to_save": ["lm_head"]}}, "not for the layers"),
-        ({"config": {"target_modules": ["q_proj"]}}, "not for the layers"),
-        ({"config": {"init_lora_weights": "pissa"}}, "changes the base"),
-        ({"config": {"r": 0}}, "PEFT makes no layers"),
+        ({"config": {"modules_to_save": ["lm_head"]}}, "none for the layers"),
+        ({"config": {"target_modules": ["q_proj"]}}, "none for the layers"),
+        ({"config": {"init_lora_weights": "pissa"}}, "starts"),
+        ({"config": {"rank_pattern": {"q_proj": 5}}}, "none for the layers"),
+        ({"type": "OSF", "config": {"target_svd_config": {"q_proj": 5}}}, "none for the layers"),
+        ({"config": {"r": 0}}, "PEFT does not take"),
         ({"config": {"r": {"a": {"b": {"c": 1}}}}}, "no plain value"),
-        ({"type": "BOFT", "config": {"boft_block_size": 7}}, "PEFT makes no layers"),
-        ({"type": "TRAINABLE_TOKENS"}, "PEFT makes no layers"),
-        ({"target_modules": "norm"}, "PEFT makes no layers"),
+        ({"type": "BOFT", "config": {"boft_block_size": 7}}, "PEFT does not take"),
+        ({"type": "TRAINABLE_TOKENS"}, "PEFT does not take"),
+        ({"target_modules": "norm"}, "no linear layer"),
         ({"target_modules": "nothing"}, "nothing"),
     ],
     ids=str,
@@ -309,7 +290,7 @@ def test_wrong_options_are_refused(options, words):
 
 
 def stored(**changes):
-    told = {"type": "VERA", "options": {"r": 4}, "embedding": False, "trained": [], "kept": []} | changes
+    told = {"type": "VERA", "options": {"r": 4}, "embedding": False, "names": {}} | changes
     return torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
 
 
@@ -326,10 +307,10 @@ def stored(**changes):
         {"config": stored(options={"base_model_name_or_path": "evil/x"})},
         {"config": stored(options={"init_lora_weights": "pissa"}, type="LORA")},
         {"config": stored(), "t0": torch.zeros(4)},
-        {"config": stored(trained=["vera_lambda_d.default"]), "t0": torch.zeros(5)},
-        {"config": stored(trained=["base_layer.weight"]), "t0": torch.zeros(32, 32)},
-        {"config": stored(trained=["nothing"]), "t0": torch.zeros(4)},
-        {"config": stored(trained=["vera_lambda_d.default"])},
+        {"config": stored(names={"t0": "vera_lambda_d.default"}), "t0": torch.zeros(5)},
+        {"config": stored(names={"t0": "base_layer.weight"}), "t0": torch.zeros(32, 32)},
+        {"config": stored(names={"t0": "nothing"}), "t0": torch.zeros(4)},
+        {"config": stored(names={"t0": "vera_lambda_d.default"})},
     ],
     ids=range(14),
 )

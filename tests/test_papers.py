@@ -11,12 +11,26 @@ PAPERS = Path(__file__).parents[1] / "examples" / "papers"
 
 
 @pytest.fixture(autouse=True)
-def beside(monkeypatch, tmp_path):
+def beside(monkeypatch, tmp_path_factory):
+    """The scripts' folder, and one cache for all: the hardly trained model is made once."""
     monkeypatch.syspath_prepend(str(PAPERS))
-    monkeypatch.setenv("ADAPTERHUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ADAPTERHUB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.mark.parametrize(("name", "says"), [("lofit", "selected"), ("lt_sft", "random both")])
+SAYS = {
+    "lofit": "selected", "lt_sft": "random both", "levi": "always levi", "conv_adapter": "local pattern", "unified": "mam",
+    "hft": "half rate", "layer_policy": "fresh top", "copg": "optimum", "canonical": "carried", "masked_thought": "masked 0.4",
+    "corda": "kpm", "rft_ppo": "ppo", "response_only": "one-way", "cocktail": "mixed-general", "semantic_preserve": "weight-10 recall",
+}  # fmt: skip
+"""What the scripts say of a word each."""
+
+
+def test_every_script_is_tried():
+    assert {path.stem for path in PAPERS.glob("*.py")} - {"tiny"} == set(SAYS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "says"), SAYS.items())
 def test_quick(name, says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--quick"])
     runpy.run_path(str(PAPERS / f"{name}.py"), run_name="__main__")

@@ -8,6 +8,7 @@ from typing import Any
 
 from adapterhub.data import Data
 from adapterhub.evaluate import evaluate
+from adapterhub.manifest import canonical, digest_of
 from adapterhub.runtime import Model
 from adapterhub.start import Start
 from adapterhub.trainer import Schedule
@@ -34,7 +35,11 @@ def told(data: Data) -> dict[str, Any]:
 def measured_on(model: Model, begin: Start, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a measurement besides its own options: base, data, and how the data are read."""
     base = model.fingerprint.base
-    files = {"": recipe["data"]["digest"]} | {key: told["digest"] for key, told in recipe.get("extras", {}).items()}
+    extras = {key: told["digest"] for key, told in recipe.get("extras", {}).items()}
+    read = recipe["data"]["digest"]
+    if "recipes" in recipe:  # what is trained on is what they made of it
+        read = digest_of(canonical([read, recipe["recipes"], extras, recipe["seed"]]))
+    files = {"": read, **extras}
     decides = {"base": [base.structure, base.sketch.digest, base.tokenizer], "beneath": begin.beneath, "data": files}
     kept = ("max_length", "dtype", "device", "libraries", "batch_size")
     plugin = begin.made.distribution if begin.made else ""

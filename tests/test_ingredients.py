@@ -323,10 +323,12 @@ def test_a_measurement_is_taken_once_for_base_and_data(hub, train, tmp_path):
     assert len(SEEN) == 2  # the same rows, whichever way they came
     train("me/e", "mean", options={"extra": "calibration"}, extras={"calibration": other}, data=other, lr=2e-2)
     assert len(SEEN) == 2
+    train("me/r", "mean", recipes=["twice"], lr=4e-2)
+    assert len(SEEN) == 3  # other rows are read
     for path in kept.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-3])
     train("me/f", "mean", lr=3e-2)
-    assert len(SEEN) == 3  # what was kept is broken: it is measured again
+    assert len(SEEN) == 4  # what was kept is broken: it is measured again
 
 
 def test_what_a_stage_finishes_is_what_is_stored_and_measured(hub, train, tiny_folder, data):

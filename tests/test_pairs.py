@@ -49,7 +49,7 @@ OPTIONS = {
 NO_WEIGHT = {"bottleneck", "conv_adapter", "levi", "loreft", "mh_parallel", "prefix", "unified"}
 """Their forms are no change of a weight."""
 REFUSED = {
-    "fold": (NotFoldable, lambda a, b: {a, b} & (NO_WEIGHT | {"peft_ln_tuning"})),
+    "fold": (NotFoldable, lambda a, b: {a, b} & NO_WEIGHT),
     "merge": (NotMergeable, lambda a, b: {a, b} & NO_WEIGHT),
     "gate": (UsageError, lambda a, b: {a, b} & {"prefix", "unified", "peft_trainable_tokens"}),
 }
@@ -379,9 +379,8 @@ def merged(bed, a, b, name):
     for weight, one in ((0.3, a), (0.7, b)):
         for path, (into, out) in bed.hand[one].items():
             module, base = own.get_submodule(path), bed.base.get_submodule(path)
-            if not isinstance(base, torch.nn.Linear):  # an embedding's rows, or a norm's gains
-                rows = torch.arange(base.num_embeddings) if isinstance(base, torch.nn.Embedding) else None
-                module.weight += weight * out(rows, base.weight)
+            if isinstance(base, torch.nn.Embedding):
+                module.weight += weight * out(torch.arange(base.num_embeddings), base.weight)
                 continue
             x = torch.cat([torch.zeros(1, base.in_features), torch.eye(base.in_features)]).double()
             y = base(x + into(x) if into else x)
@@ -565,7 +564,7 @@ def page():
         "Why: the forms of `bottleneck`, `conv_adapter`, `levi`, `loreft`, `prefix` and `unified` are no change of a weight, so they neither fold nor",
         "merge; a gate weighs changes of hidden states, and a prefix is none. `dora` is `lora` with `use_dora`; `unified` is MAM, its default, and",
         "`mh_parallel` its preset of that name; `peft` is PEFT's LoRA. A gate is not a row of its own: it weighs the two. `soft_moa` refuses causal",
-        "models, and so has no row here. A norm's gain merges, but is folded into no weight; an embedding gets token ids, which no gate reads. Objectives, recipes and schedules decide how an adapter is trained, not what it is: they have none either.",
+        "models, and so has no row here. An embedding gets token ids, which no gate reads. Objectives, recipes and schedules decide how an adapter is trained, not what it is: they have none either.",
         "",
     ]
     return "\n".join(rows)

@@ -226,6 +226,7 @@ class Attachment:
                             return function(*args, **kwargs)
                         finally:
                             self.forward = previous
+                            hooks.own_weights(self.base, forward)  # it ends as soon as it has what backward needs
 
                     return _checkpoint(again, *args, **kwargs)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -169,8 +168,10 @@ def _scored(data: Data, line: int, value: dict) -> Row:
     if not all(text.strip() for text in completions):
         raise data.fault(line, "a completion is empty", "leave it out, with its reward")
     for reward in rewards:
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise data.fault(line, f"the reward {reward!r} is no finite number", "for example 1 or -0.5")
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) < 1e30:
+            raise data.fault(
+                line, f"the reward {str(reward)[:40]} is no number of a sane size", "for example 1 or -0.5"
+            )
     return Row(line, prompt=value["prompt"], completions=tuple(completions), rewards=tuple(map(float, rewards)))
 
 

@@ -14,6 +14,7 @@ from adapterhub.sites import matrix
 
 if TYPE_CHECKING:
     from adapterhub.attach import Attachment
+    from adapterhub.forward import Forward
 
 
 def remember(attachment: Attachment, path: str) -> None:
@@ -33,7 +34,7 @@ def site_hooks(attachment: Attachment, path: str) -> list:
     module = attachment.base.get_submodule(path)
 
     def before(module: nn.Module, args: tuple, kwargs: dict):
-        _own_weight(module)
+        own_weight(module)
         forward = attachment.forward
         if forward is not None and (taps := attachment.tapped_at(path)):
             for tap in taps:
@@ -85,7 +86,7 @@ def site_hooks(attachment: Attachment, path: str) -> list:
         forward = attachment.forward
         if forward is None or path not in forward.plan.sites:
             return None
-        _own_weight(module)
+        own_weight(module)
         modification, step = forward.running[path].pop()
         x = args[0] if args else kwargs["hidden_states"]
         y = output[0] if isinstance(output, tuple) else output
@@ -126,6 +127,13 @@ def _with_weight(module: nn.Module, modification: Modification) -> bool:
     return True
 
 
-def _own_weight(module: nn.Module) -> None:
+def own_weight(module: nn.Module) -> None:
+    """Let the module compute with its own weight again."""
     module.__dict__.pop("weight", None)
     module.__dict__.pop("bias", None)
+
+
+def own_weights(base: nn.Module, forward: Forward | None) -> None:
+    """The same for all modules where a forward pass has its sites."""
+    for path in forward.plan.sites if forward is not None else ():
+        own_weight(base.get_submodule(path))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +34,10 @@ class Ingredient:
     def told(self) -> dict[str, Any]:
         """What the manifest says of it."""
         options = msgspec.to_builtins(asdict(self.config))
-        return {"name": self.name, "options": options, "distribution": plugins.distribution(self.group, self.name)}
+        told = {"name": self.name, "options": options, "distribution": plugins.distribution(self.group, self.name)}
+        if verifier := options.get("verifier"):
+            told["verifier"] = plugins.distribution("verifiers", verifier)
+        return told
 
 
 @dataclass(frozen=True)
@@ -70,19 +73,37 @@ class Ingredients:
             told["schedule"] = self.chosen_schedule.told
         return told
 
-    def check(self, kind: str, extras: Sequence[str]) -> None:
-        """Raise UsageError for data that the objective does not read, and for extra data that a part lacks."""
+    def check(self, kind: str, extras: Collection[str], gradient_checkpointing: bool) -> None:
+        """Raise UsageError for data that the objective does not read, extra data that a part lacks, and what would do nothing."""
         parts = [plugins.load(one.group, one.name) for one in (self.chosen_objective, *self.chosen_recipes)]
         if kind not in parts[0].kinds:
             raise UsageError(
                 f"the objective {self.chosen_objective.name!r} reads {' or '.join(parts[0].kinds)} rows, and these are {kind!r} rows",
                 "adapterhub plugins list shows the objectives",
             )
+        if parts[0].samples:
+            idle = [p.__name__ for p in parts[1:] if p.batch is not Recipe.batch or p.around is not Recipe.around]
+            if idle or gradient_checkpointing:
+                raise UsageError(
+                    f"{idle[0] if idle else 'gradient checkpointing'} would do nothing: {self.chosen_objective.name!r} learns from "
+                    "answers that the model writes, as it is when it is used",
+                    "leave it out",
+                )
         for part in parts:
             if missing := [name for name in part.extras if name not in extras]:
                 raise UsageError(
                     f"{part.__name__} needs extra data named {missing[0]!r}", f"give a file: --extra {missing[0]}=FILE"
                 )
+
+    def check_read(self, extras: Collection[str], asked: Collection[str]) -> None:
+        """Raise UsageError for extra data that no part of the training reads. asked: what parts have asked for so far."""
+        parts = [plugins.load(one.group, one.name) for one in (self.chosen_objective, *self.chosen_recipes)]
+        read = {name for part in parts for name in part.extras} | set(asked)
+        if unread := next((name for name in extras if name not in read), None):
+            raise UsageError(
+                f"no part of this training reads the extra data {unread!r}",
+                "leave it out, or see what the parts ask for",
+            )
 
 
 def ingredients(
@@ -99,6 +120,9 @@ def ingredients(
             named.setdefault(part, {})[name] = value
         else:
             left[key] = value
+
+    if twice := next((name for name in recipes if list(recipes).count(name) > 1), None):
+        raise UsageError(f"the recipe {twice!r} is given twice", "give it once")
 
     def read(group: str, name: str) -> Ingredient:
         return Ingredient(group, name, plugins.options(plugins.load(group, name).Config, named.pop(name, {})))

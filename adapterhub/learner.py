@@ -60,11 +60,6 @@ class Learner(nn.Module):
             self.rates.append(self.schedule.rates(tensors, number, draw))
             if not any(self.rates[-1].values()):
                 raise UsageError(f"round {number + 1} of the schedule trains nothing", "check its options")
-        if self.schedule.rounds > self.setting.steps:
-            raise UsageError(
-                f"{self.setting.steps} steps are fewer than the schedule's {self.schedule.rounds} rounds",
-                "give more steps",
-            )
 
     def optimizer(self, lr: float, warmup: int) -> tuple[AdamW, LambdaLR]:
         """AdamW without weight decay, and rates that rise over `warmup` steps and fall linearly to 0, each tensor's times

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from adapterhub.adapter import Modifications
     from adapterhub.setting import Setting
 
 Parts = Mapping[str, Modification]
@@ -47,7 +48,8 @@ class Measurement:
 
     name: str
     take: Callable[[Setting], Mapping[str, Tensor]]
-    """The tensors by names of one's own, on the CPU. Nothing new is on the model yet; gradients are off."""
+    """The tensors by names of one's own, on the CPU. Nothing new runs on the model; gradients and dropout are off, and torch's
+    global generator is seeded with 0."""
     extra: str | None = None
     """Which of the run's extra data files it reads (`--extra NAME=FILE`); None: the training data."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class Stage:
     """What the recipe shall say of it once it is trained: what was selected, for example. As JSON has it."""
     measurement: Measurement | None = None
     """Taken before it builds; not for an adapter that goes on."""
-    finish: Callable[[Parts, Given], Parts] | None = None
+    finish: Callable[[Parts, Given], Parts | Modifications] | None = None
     """(trained, on the CPU; given) -> what is stored in their place, which must do the same. Of the last stage."""
 
 

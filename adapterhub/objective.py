@@ -23,6 +23,9 @@ class Objective:
     other, with `group` (rows,) int64, which row of the file, and `reward` (rows,) float32."""
     extras: ClassVar[tuple[str, ...]] = ()
     """The extra data files it cannot do without (`--extra NAME=FILE`)."""
+    samples: ClassVar[bool] = False
+    """It learns from answers that the model writes itself, in eval mode: recipes that change a batch or its forward passes
+    would do nothing, and are refused. A verifier that it asks is named by its option `verifier`."""
     example: ClassVar[Mapping[str, Any]] = {}
     """Options that the laws are tried with, where the defaults will not do."""
 

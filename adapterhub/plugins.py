@@ -160,8 +160,9 @@ def load(group: str, name: str) -> Any:
         ) from error
 
 
-def options(config: type, given: dict[str, Any]) -> Any:
-    """A part's Config from options; text (`--set r=8`) is converted to the field's type. Raises UsageError."""
+def options(config: type, given: dict[str, Any], parse: bool = True) -> Any:
+    """A part's Config from options; text (`--set r=8`) is converted to the field's type. parse: text may be a list or a
+    table (not where it was read out of one already). Raises UsageError."""
     fields = {field.name: field for field in msgspec.inspect.type_info(config).fields}
     unknown = [name for name in given if name not in fields]
     if unknown:
@@ -171,7 +172,8 @@ def options(config: type, given: dict[str, Any]) -> Any:
             f"did you mean {near[0]!r}?" if near else f"options: {', '.join(fields) or 'none'}",
         )
     values = {
-        name: _parsed(value, fields[name].type) if isinstance(value, str) else value for name, value in given.items()
+        name: _parsed(value, fields[name].type) if parse and isinstance(value, str) else value
+        for name, value in given.items()
     }
     try:
         return msgspec.convert(values, config, strict=False)

@@ -15,7 +15,8 @@ from adapterhub.setting import Moment, Setting
 
 
 class Recipe:
-    """One object for one training (of each stage). Every default changes nothing. Of several, the first given is first."""
+    """Every default changes nothing. Of several, the first given is first. One object makes the data of a training (`rows`,
+    `examples`, then `found`); then each stage has one of its own."""
 
     @dataclass(frozen=True)
     class Config:
@@ -56,5 +57,5 @@ class Recipe:
         return None
 
     def found(self) -> Mapping[str, Any]:
-        """What the manifest shall say of it (the counts of a mix); as JSON has it."""
+        """What the manifest shall say of the data that it made (the counts of a mix); as JSON has it."""
         return {}

@@ -13,7 +13,7 @@ from adapterhub.runtime import Model
 from adapterhub.start import Start
 from adapterhub.trainer import Schedule
 
-LIBRARIES = ("torch", "transformers", "accelerate")
+LIBRARIES = ("torch", "transformers", "accelerate", "peft")
 
 
 def recipe_of(data: Data, schedule: Schedule, max_length: int, model: Model) -> dict[str, Any]:
@@ -40,7 +40,8 @@ def measured_on(model: Model, begin: Start, recipe: Mapping[str, Any]) -> dict[s
     if "recipes" in recipe:  # what is trained on is what they made of it
         read = digest_of(canonical([read, recipe["recipes"], extras, recipe["seed"]]))
     files = {"": read, **extras}
-    decides = {"base": [base.structure, base.sketch.digest, base.tokenizer], "beneath": begin.beneath, "data": files}
+    decides = {"base": [base.structure, base.sketch.digest, base.tokenizer], "data": files}
+    decides["beneath"] = [begin.beneath, *(parent.digest for parent in begin.parents if parent.relation != "continue")]
     kept = ("max_length", "dtype", "device", "libraries", "batch_size")
     plugin = begin.made.distribution if begin.made else ""
     return decides | {key: recipe[key] for key in kept} | {"plugin": plugin}

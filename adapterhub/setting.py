@@ -29,9 +29,12 @@ class Setting:
     steps: int = 1
     extras: Mapping[str, Sequence[Example]] = field(default_factory=dict)
     """The run's other data files by name (`--extra NAME=FILE`), in tokens."""
+    asked: set[str] = field(default_factory=set)
+    """Which of them a part has asked for."""
 
     def extra(self, name: str, why: str) -> Sequence[Example]:
         """One of them. Raises UsageError if the run has none of that name; why: "CorDA calibrates on it"."""
+        self.asked.add(name)
         try:
             return self.extras[name]
         except KeyError:

@@ -123,17 +123,17 @@ def run(
                 f"{title}: {stage.name}" if told else title,
             )
             note |= learner.found()
+            if stage.note is not None:
+                with torch.no_grad():
+                    note |= stage.note(single(model))
             if last:
                 _finish(model, stage, start, learner, starts_at_base)
             else:
-                _keep(kept / part.key, model, log)
+                _keep(kept / part.key, model, log, note)
                 shutil.rmtree(folder / stage.name, ignore_errors=True)
                 finished = _finished(kept / part.key)
         if finished is not None:
-            before, log, note["tensors"] = finished
-        if stage.note is not None:
-            with torch.no_grad():
-                note |= stage.note(before if finished else single(model))
+            before, log, note = finished
         if note:
             found[stage.name] = note
         curve += [told | entry for entry in log]
@@ -191,7 +191,8 @@ def measure(
     if (known := _kept_tensors(path)) is None:
         if measurement.extra is not None:
             setting.extra(measurement.extra, f"{measurement.name} is measured on it")
-        with torch.no_grad():
+        torch.manual_seed(0)  # alike for every run that shares it
+        with setting.model.without_new():
             tensors = dump({name: tensor.detach().cpu() for name, tensor in measurement.take(setting).items()})
         durable.make_folder(folder)
         durable.write_bytes(path.with_suffix(".safetensors"), tensors)
@@ -207,16 +208,17 @@ def _mark(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _keep(path: Path, model: Model, log: list[dict[str, float]]) -> None:
+def _keep(path: Path, model: Model, log: list[dict[str, float]], note: Mapping[str, Any]) -> None:
     tensors = dump(named_tensors(model.new_modifications()))
     durable.write_bytes(path.with_suffix(".safetensors"), tensors)
-    durable.write_bytes(_mark(path), canonical({"tensors": digest_of(tensors), "log": log}))
+    durable.write_bytes(_mark(path), canonical({"tensors": digest_of(tensors), "log": log, "note": note}))
 
 
-def _finished(path: Path) -> tuple[Parts, list[dict[str, float]], str] | None:
-    """The modifications of a finished stage, its loss curve and the digest of its tensors; None unless it is whole."""
+def _finished(path: Path) -> tuple[Parts, list[dict[str, float]], dict[str, Any]] | None:
+    """The modifications of a finished stage, its loss curve and what was found, the digest of its tensors too; None unless
+    it is whole."""
     kept = _kept_tensors(path)
-    return kept and (_parts(kept[0]), kept[1]["log"], kept[1]["tensors"])
+    return kept and (_parts(kept[0]), kept[1]["log"], kept[1]["note"] | {"tensors": kept[1]["tensors"]})
 
 
 def _kept_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

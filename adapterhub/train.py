@@ -130,7 +130,7 @@ def train(
         licence = joined_licences([hub.exact(parent) for parent in begin.parents])
     rows, held_out = read(data), read(eval_data) if eval_data is not None else None
     others = {key: read(path) for key, path in sorted((extras or {}).items())}
-    made_of.check(rows.kind, others)
+    made_of.check(rows.kind, others, gradient_checkpointing)
 
     model = load(hub, base, begin.beneath, dtype=_precision(begin, dtype), device=device, force=force)
     try:
@@ -141,15 +141,17 @@ def train(
         pad = pad_token(model.tokenizer)
         read_others = {key: _examples(one, model, max_length) for key, one in others.items()}
         setting = Setting(model, examples, pad, batch_size, seed, extras=read_others)
-        if stages[0].measurement is None:
-            attach(model, stages[0], given(model, {}), seed)  # what it refuses is refused before anything is written
-        for stage in stages:
-            if stage.measurement is not None and stage.measurement.extra is not None:
-                setting.extra(stage.measurement.extra, f"the method measures its {stage.measurement.name} on it")
+        begins = made_of.schedule().start if begin.goes_on is None else None
+        if stages[0].measurement is None:  # what it refuses is refused before anything is written
+            attach(model, stages[0], given(model, {}), seed, begins)
+        for one in filter(None, (stage.measurement for stage in stages)):
+            if one.extra is not None:
+                setting.extra(one.extra, f"the method measures its {one.name} on it")
         if held_out is not None:
             _examples(held_out, model, max_length)
         for one in changed:
             examples = one.examples(examples, setting)
+        made_of.check_read(others, setting.asked)
         setting = replace(setting, examples=grouped(examples) if rows.kind == "scored" else examples)
         steps = steps or math.ceil(math.ceil(len(setting.examples) / batch_size) * (epochs or 3))
         pace = Schedule(steps, batch_size, lr, steps // 10 if warmup is None else warmup, seed, gradient_checkpointing)
@@ -164,6 +166,8 @@ def train(
             recipe["beneath"] = begin.beneath
         made = {"base": model.fingerprint.base, "method": begin.made, "parents": begin.parents}
         plan = _plan(stages, pace, warmup, made, recipe)
+        if (shortest := min(part.schedule.steps for part in plan)) < (rounds := made_of.schedule().rounds):
+            raise UsageError(f"{shortest} steps are fewer than the schedule's {rounds} rounds", "give more steps")
         if len(plan) > 1:
             recipe["stages"] = [part.told for part in plan]
         run = {"name": name, **made, "recipe": recipe}

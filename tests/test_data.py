@@ -6,10 +6,11 @@ import json
 import pytest
 
 from adapterhub.data import read
-from adapterhub.encoding import IGNORE, Example, check_vocabulary, collate, encode
+from adapterhub.encoding import IGNORE, Example, check_vocabulary, collate, encode, grouped
 from adapterhub.errors import DataError, NotFound, UsageError
 
 GOOD = '{"prompt": "a", "completion": "b"}'
+GOOD_SCORED = '{"prompt": "a", "completions": ["b", "cd"], "rewards": [1, -0.5]}'
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}\n"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -217,3 +218,34 @@ def test_a_batch_is_padded_on_the_left_and_labelled_at_its_end():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [0, 0, 0, 10, 11], [0, 0, 12, 13, 14]]
     assert batch["attention_mask"].tolist() == [[1] * 5, [0, 0, 0, 1, 1], [0, 0, 1, 1, 1]]
     assert batch["labels"].tolist() == [[7, 8, 9], [IGNORE, IGNORE, 11], [IGNORE, 13, 14]]
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ({"prompt": "a", "completions": ["b"], "rewards": [1, 2]}, "one length"),
+        ({"prompt": "a", "completions": [], "rewards": []}, "one length"),
+        ({"prompt": "a", "completions": "b", "rewards": [1]}, "one length"),
+        ({"prompt": "a", "completions": ["b", " "], "rewards": [1, 2]}, "empty"),
+        ({"prompt": "a", "completions": ["b"], "rewards": [True]}, "sane size"),
+        ({"prompt": "a", "completions": ["b"], "rewards": [10**400]}, "sane size"),
+        ({"prompt": "a", "completions": ["b"], "rewards": [float("nan")]}, "sane size"),
+        ({"prompt": 1, "completions": ["b"], "rewards": [1]}, "not text"),
+        ({"completions": ["b"], "rewards": [1]}, "prompt"),
+        ({"prompt": "a", "completion": "b", "completions": ["b"], "rewards": [1]}, "in one row"),
+    ],
+)
+def test_scored_rows_that_are_none(row, match, written):
+    with pytest.raises(DataError, match=match) as caught:
+        read(written(GOOD_SCORED, row))
+    assert "line 2" in str(caught.value) and caught.value.hint
+
+
+def test_scored_rows_in_tokens(written, tokenizer):
+    """One example for each completion, in order, those of a row together."""
+    data = read(written(GOOD_SCORED, {"prompt": "x", "completions": ["y"], "rewards": [2]}))
+    examples, _ = encode(data, tokenizer, 64)
+    assert [(e.line, e.reward, e.group) for e in examples] == [(1, 1.0, 0), (1, -0.5, 0), (2, 2.0, 1)]
+    assert [tokenizer.decode(e.completion, skip_special_tokens=True) for e in examples] == ["b", "cd", "y"]
+    batch = collate(grouped(examples), 0)
+    assert batch["group"].tolist() == [0, 0, 1] and batch["reward"].tolist() == [1.0, -0.5, 2.0]

@@ -51,6 +51,12 @@ class Margin(Objective):
         return {"background": len(self.setting.extra("background", "")), "own": self.own.item()}
 
 
+class Alone(Objective):
+    """Learns from what the model writes."""
+
+    samples = True
+
+
 class Twice(Recipe):
     def examples(self, examples, setting):
         return [*examples, *examples]
@@ -125,7 +131,7 @@ def installed(monkeypatch):
     """The parts above, as if a package had brought them."""
     SEEN.clear()
     parts = {
-        "objectives": {"margin": Margin}, "recipes": {"twice": Twice}, "schedules": {"alternate": Alternate},
+        "objectives": {"margin": Margin, "alone": Alone}, "recipes": {"twice": Twice}, "schedules": {"alternate": Alternate},
         "methods": {"mean": Mean},
     }  # fmt: skip
     real = plugins._points
@@ -208,9 +214,15 @@ def test_the_default_objective_is_not_told_and_is_the_same(hub, train):
         ({"options": {"margin.weight": 2}}, "no part of this training"),
         ({"recipes": ["twice"], "options": {"twice.n": 2}}, "unknown option"),
         ({"method": "mean", "options": {"extra": "calibration"}}, "calibration"),
+        ({"extras": {"typo": "rows"}}, "no part of this training reads"),
+        ({"recipes": ["twice", "twice"]}, "given twice"),
+        ({"objective": "alone", "recipes": ["neftune"]}, "would do nothing"),
+        ({"objective": "alone", "gradient_checkpointing": True}, "would do nothing"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, match, hub, train, tmp_path):
+    if "extras" in settings:
+        settings = settings | {"extras": {"typo": write(tmp_path / "b.jsonl", ROWS)}}
     if settings.get("data") == "scored":
         settings = settings | {"data": write(tmp_path / "s.jsonl", SCORED)}
     with pytest.raises(UsageError, match=match) as caught:
@@ -301,6 +313,29 @@ def test_more_rounds_than_steps_are_refused(hub, train):
     with pytest.raises(UsageError, match="rounds"):
         train(schedule="alternate", steps=1)
     assert hub.releases() == []
+
+
+def test_a_stage_that_was_kept_says_what_it_said(hub, train):
+    """A killed run takes its finished stage from the folder, and another run too: the same manifest."""
+    given = {"method": "lt_sft", "schedule": "alternate", "steps": 8}
+    options = {"k": 2600, "target_modules": ["query", "key"]}
+    first = train("me/a", options=options, **given)
+    second = train("me/b", options=options | {"k": 2700}, **given)  # the probe is the first one's
+    found = [release.manifest.recipe["found"]["probe"] for release in (first, second)]
+    assert found[0] == found[1] and set(found[0]) == {"rates", "tensors"}
+
+
+def test_gradient_checkpointing_leaves_the_base_alone(tiny_folder, hub, data):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        bare = base(input_ids=ids).logits
+    hub.train(base, "full", data, "me/a", steps=3, lr=1e-1, gradient_checkpointing=True)
+    assert not [name for name, module in base.named_modules() if {"weight", "bias"} & module.__dict__.keys()]
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=ids).logits, bare)
 
 
 # --- measurements and what is stored -------------------------------------------------------------------------------

@@ -61,15 +61,16 @@ def _made_of(part: type) -> Ingredients:
     )
 
 
-def _examples() -> list[Example]:
-    """Eight prompts of two answers each, one better than the other."""
+def _examples(together: bool = False) -> list[Example]:
+    """Eight prompts of two answers each, one better than the other; together: as rows of several answers."""
     draw = torch.Generator().manual_seed(5)
     made = []
     for row in range(8):
         prompt = torch.randint(3, 96, (3 + row % 4,), generator=draw).tolist()
         for reward in (1.0, -1.0):
             answer = torch.randint(3, 96, (3,), generator=draw).tolist()
-            made.append(Example(row + 1, (*prompt, *answer), len(prompt), reward, row))
+            group = row if together else len(made)
+            made.append(Example(row + 1, (*prompt, *answer), len(prompt), reward, group))
     return made
 
 
@@ -77,7 +78,7 @@ def _setting(part: type, device: str) -> Setting:
     model = Model(tiny_llama().to(device).requires_grad_(False), tiny_tokenizer())
     examples = _examples()
     if issubclass(part, Objective) and "scored" in part.kinds:
-        examples = grouped(examples)
+        examples = grouped(_examples(together=True))
     setting = Setting(model, examples, 0, batch_size=4, steps=STEPS, extras=defaultdict(_examples, other=_examples()))
     if issubclass(part, Recipe):
         setting = replace(setting, examples=_made_of(part).recipes()[0].examples(examples, setting))

@@ -103,9 +103,13 @@ class Cocktail(Recipe):
 
         def __post_init__(self) -> None:
             counts = all(n is None or n >= 1 for n in (self.cap, self.rows))
-            if not counts or not self.temperature > 0 or any(not 0 <= w < math.inf for w in self.weights.values()):
+            if (
+                not counts
+                or not 0.01 <= self.temperature < math.inf
+                or any(not 0 <= w < 1e9 for w in self.weights.values())
+            ):
                 raise UsageError(
-                    "cocktail needs cap and rows of at least 1, a temperature above 0 and weights of at least 0",
+                    "cocktail needs cap and rows of at least 1, a temperature of at least 0.01 and weights from 0 to below 1e9",
                     "for example --set cocktail.temperature=2",
                 )
 
@@ -117,7 +121,16 @@ class Cocktail(Recipe):
     def examples(self, examples: Sequence[Example], setting: Setting) -> Sequence[Example]:
         config = self.config
         names = config.sources or tuple(setting.extras)
+        if "data" in names:
+            raise UsageError(
+                "'data' is the training data's own name in a mix", "give the file another: --extra more=FILE"
+            )
         sources = {"data": examples} | {name: setting.extra(name, "cocktail mixes it in") for name in names}
+        for name, found in sources.items():
+            if len({example.group for example in found}) < len(found):
+                raise UsageError(
+                    f"{name!r} has several answers to a prompt, and cocktail mixes rows of one", "leave it out"
+                )
         if len(sources) < 2:
             raise UsageError("cocktail has nothing to mix in", "give other data: --extra general=FILE")
         if config.weights and config.weights.keys() != sources.keys():

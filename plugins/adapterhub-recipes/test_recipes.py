@@ -19,7 +19,7 @@ from adapterhub.methods.lora import LoRA
 from adapterhub.testing.bed import tiny_llama
 
 ROWS = [{"prompt": f"Is {i} even? ", "completion": "no" if i % 2 else "yes"} for i in range(12)]
-EXAMPLES = [Example(i, tuple(range(3 + i, 13 + i)), 4) for i in range(8)]
+EXAMPLES = [Example(i, tuple(range(3 + i, 13 + i)), 4, group=i) for i in range(8)]
 
 
 def recipe(part, **options):
@@ -116,8 +116,8 @@ def test_response_only_takes_the_prompts_away(path, tmp_path):
 )
 def test_cocktail_counts(options, want):
     others = {
-        "a": [Example(100 + i, (1, 2), 1) for i in range(4)],
-        "b": [Example(200 + i, (1, 2), 1) for i in range(2)],
+        "a": [Example(100 + i, (1, 2), 1, group=i) for i in range(4)],
+        "b": [Example(200 + i, (1, 2), 1, group=i) for i in range(2)],
     }
     one = recipe(Cocktail, **options)
     mixed = one.examples(EXAMPLES, setting(extras=others))
@@ -128,6 +128,15 @@ def test_cocktail_counts(options, want):
     for low, high in ((0, 100), (100, 200), (200, 300)):  # a source is gone through whole before a row comes again
         _, times = np.unique(lines[(lines >= low) & (lines < high)], return_counts=True)
         assert not len(times) or times.max() - times.min() <= 1
+
+
+def test_cocktail_refuses_what_it_would_mix_up():
+    one = recipe(Cocktail)
+    with pytest.raises(UsageError, match="own name"):
+        one.examples(EXAMPLES, setting(extras={"data": EXAMPLES}))
+    several = [Example(1, (1, 2), 1, 1.0, 7), Example(1, (1, 3), 1, 0.0, 7)]
+    with pytest.raises(UsageError, match="several answers"):
+        one.examples(EXAMPLES, setting(extras={"a": several}))
 
 
 def test_apportioned_is_exact():
@@ -251,6 +260,9 @@ def test_any_number_with_any_method_over_another_and_further(tiny_folder, hub, p
         (["masked_thought"], {"neftune.alpha": 5}),
         (["cocktail"], {}),
         (["cocktail"], {"cocktail.sources": ["none"]}),
+        (["cocktail"], {"cocktail.temperature": 1e-300}),
+        (["cocktail"], {"cocktail.temperature": float("inf")}),
+        (["cocktail"], {"cocktail.weights": {"data": 1e308}}),
         (["semantic_preserve"], {}),
         (["neftune"], {"neftune.alpha": 0}),
         (["neftune"], {"neftune.beta": 1}),

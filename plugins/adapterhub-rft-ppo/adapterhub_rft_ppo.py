@@ -122,6 +122,7 @@ class RFTPPO(Objective):
     kl_coef (log pi - log pi_ref). pi_ref is what lies beneath the adapter: with `--on me/warmup`, the warm-up."""
 
     kinds = ("prompt", "messages")
+    samples = True
     example = {"max_new_tokens": 8}  # noqa: RUF012
 
     @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class RFTPPO(Objective):
                     "set rft_ppo.max_new_tokens or --max-length lower, or leave the row out",
                 )
         verifier = plugins.load("verifiers", config.verifier)
-        self.verifier = verifier(plugins.options(verifier.Config, dict(config.verifier_options)))
+        self.verifier = verifier(plugins.options(verifier.Config, dict(config.verifier_options), parse=False))
         own = ((e.prompt, e.completion, e.completion) for e in setting.examples)
         if not any(self.verdict(*texts).reward == 1 for texts in own):
             first = setting.examples[0]
@@ -249,7 +250,3 @@ class RFTPPO(Objective):
         finally:
             hook.remove()
         return -losses, states[0][:, -losses.shape[1] - 1 : -1].float() @ self.direction + self.offset
-
-    def found(self) -> Mapping[str, Any]:
-        """Which distribution judged."""
-        return {"verifier": plugins.distribution("verifiers", self.config.verifier)}

@@ -229,7 +229,7 @@ def test_a_killed_run_ends_with_the_same_bytes_and_the_value_head_is_not_release
     again = train(hub, tiny_folder, path, "me/x", save_every=3)
     assert again.digest == first.digest
     assert not any("value" in name for name in Adapter.load(hub, again).tensors)
-    assert again.manifest.recipe["found"]["train"]["objective"] == {"verifier": "adapterhub-rft-ppo 0.1.0"}
+    assert again.manifest.recipe["objective"]["verifier"] == "adapterhub-rft-ppo 0.1.0"
 
 
 def test_on_a_warm_up_the_warm_up_is_the_reference_and_continue_goes_on(hub, tiny_folder, path):
@@ -273,6 +273,7 @@ def test_without_any_reward_nothing_is_published(hub, tiny_folder, path, monkeyp
     [({"max_new_tokens": 0}, "max_new_tokens"), ({"ppo_epochs": 0}, "ppo_epochs"), ({"kl_coef": -1.0}, "kl_coef"),
      ({"kl_coef": float("inf")}, "kl_coef"), ({"update": "best"}, "update"), ({"verifier": "nobody"}, "nobody"),
      ({"max_new_tokens": 250}, "no room for 250 more"), ({"verifier_options": {"patern": "x"}}, "patern"),
+     ({"verifier_options": {"pattern": "[#](?P<answer>[0-9]{7,9})"}}, "none of the data's own"),
      ({"verifier_options": {"pattern": "z(?P<answer>z)"}}, "none of the data's own")],
 )  # fmt: skip
 def test_wrong_options_are_refused(options, said):

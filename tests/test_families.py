@@ -231,6 +231,8 @@ def _to(given, device):
 def test_a_float32_adapter_on_a_bfloat16_base(name, kind, device):
     model = tiny(name).to(device)
     adapter = random_adapter(form(kind), model, 1)
+    if not adapter:
+        pytest.skip("the form suits no site of this family")
     given = _to(inputs(model, [IDS[0], IDS[1]]), device)
     exact, bare = out(model, adapter, **given), out(model, **given)
     narrow = tiny(name).to(device, torch.bfloat16)
@@ -240,7 +242,8 @@ def test_a_float32_adapter_on_a_bfloat16_base(name, kind, device):
     got = out(narrow, adapter, **given)
     assert got.dtype == torch.bfloat16 and got.device.type == device
     assert all(t.dtype == torch.float32 for t in named_tensors(adapter).values() if t.is_floating_point())
-    assert distance(got.float(), exact) < 0.15 < 2 * distance(bare, exact)
+    near = 0.3 if kind == "peft" else 0.15  # PEFT's layer computes a large change of the weight
+    assert distance(got.float(), exact) < near < 2 * distance(bare, exact)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
@@ -254,6 +257,8 @@ def test_checkpointing_gives_the_same_gradients(name, kind, device):
             model.enable_input_require_grads()
         model.train()
         adapter = as_parameters(random_adapter(form(kind), model, 1), lambda path: torch.device(device))
+        if not adapter:
+            pytest.skip("the form suits no site of this family")
         for site in sites(model):
             for part in adapter.get(site.path, []):
                 bind(part, site, model)

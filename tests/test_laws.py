@@ -59,7 +59,14 @@ DECLINED = {
 PARTS = [(group, name) for group in TRIED for name in plugins.names(group)]
 
 
-@pytest.mark.parametrize(("group", "name"), PARTS)
+def tried():
+    """The built-in parts; those of packages, whose own tests run the laws too, are slow here."""
+    for part in PARTS:
+        built_in = plugins.distribution(*part).startswith("adapterhub ")
+        yield part if built_in else pytest.param(*part, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("group", "name"), tried())
 def test_laws(group, name, device):
     results = check_part(group, name, device)
     failed = [f"{r.law}: {r.detail}" for r in results if r.verdict == "failed"]

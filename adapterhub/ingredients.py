@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,12 +11,17 @@ import msgspec
 
 from adapterhub import plugins
 from adapterhub.errors import UsageError
+from adapterhub.manifest import Release
 from adapterhub.objective import Objective
 from adapterhub.parameter_schedule import ParameterSchedule
 from adapterhub.recipe import Recipe
 
 DEFAULT = "sft"
 """The objective where none is given."""
+
+
+class LeftOut(UserWarning):
+    """An adapter goes on without something that it was trained with."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,21 @@ class Ingredients:
                 raise UsageError(
                     f"{part.__name__} needs extra data named {missing[0]!r}", f"give a file: --extra {missing[0]}=FILE"
                 )
+
+    def check_goes_on(self, who: Release | None, objective: str | None) -> None:
+        """An adapter goes on under what this call names, not under what made it: raise UsageError where its objective was
+        another than the default and none is named, warn of a recipe or a schedule that is left out."""
+        before = who.manifest.recipe if who is not None else {}
+        made_under = before.get("objective", {}).get("name")
+        if made_under and objective is None:
+            raise UsageError(
+                f"{who} was trained under the objective {made_under!r}, and this run names none",
+                f"name it again (--objective {made_under}), or --objective {DEFAULT}",
+            )
+        then = {one["name"] for one in [*before.get("recipes", ()), *filter(None, [before.get("schedule")])]}
+        now = {one.name for one in [*self.chosen_recipes, *filter(None, [self.chosen_schedule])]}
+        if left := sorted(then - now):
+            warnings.warn(f"{who} was trained with {', '.join(left)}, and goes on without", LeftOut, stacklevel=3)
 
     def check_read(self, extras: Collection[str], asked: Collection[str]) -> None:
         """Raise UsageError for extra data that no part of the training reads. asked: what parts have asked for so far."""

@@ -110,6 +110,7 @@ def train(
         objective, [recipes] if isinstance(recipes, str) else recipes, schedule, options or {}
     )
     begin = start(hub, method, options, on, continue_from)
+    made_of.check_goes_on(begin.goes_on, objective)
     name = check_name(name or (begin.goes_on.name if begin.goes_on else ""))
     if version is not None:
         check_version(version)

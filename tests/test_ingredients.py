@@ -15,6 +15,7 @@ from adapterhub.adapter import Adapter
 from adapterhub.cli.app import execute
 from adapterhub.errors import PluginError, UsageError
 from adapterhub.forms.low_rank import LowRank
+from adapterhub.ingredients import LeftOut
 from adapterhub.methods.lora import LoRA
 from adapterhub.scoring import token_losses
 from adapterhub.sites import select
@@ -197,6 +198,18 @@ def test_an_objective_reads_scored_rows_and_trains_what_is_its_own(hub, train, t
     assert found["background"] == 5 and 0 < found["own"] < 1
     assert not any(name.rpartition(".")[2] == "own" for name in tensors(hub, made))
     assert made.manifest.method.options["r"] == 2 and "margin.weight" not in made.manifest.method.options
+
+
+def test_what_goes_on_says_under_what(hub, train, tmp_path):
+    scored, background = write(tmp_path / "s.jsonl", SCORED), write(tmp_path / "b.jsonl", ROWS[:5])
+    given = {"data": scored, "extras": {"background": background}}
+    train(objective="margin", schedule="alternate", **given)
+    with pytest.raises(UsageError, match="under the objective 'margin'"):
+        train(name=None, method=None, continue_from="me/a")
+    with pytest.warns(LeftOut, match="alternate"):
+        train(name=None, method=None, continue_from="me/a", objective="margin", **given)
+    with pytest.warns(LeftOut):
+        train(name=None, method=None, continue_from="me/a@0.1.0", objective="sft")
 
 
 def test_the_default_objective_is_not_told_and_is_the_same(hub, train):

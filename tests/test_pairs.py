@@ -419,7 +419,7 @@ def go_on(bed, a, b, name):
         for n, parameter in model.trainable_tensors().items():
             size = max(float(leaves[n].grad.abs().max()), 1e-12)
             got.append((parameter.grad / size).flatten())
-            want.append((leaves[n].grad * _trains(b, n, leaves[n]) / size).flatten())
+            want.append((_trains(b, n, leaves[n]) / size).flatten())
             parameter -= 0.01 * parameter.grad / size
         model.after_step()
     release = model.save(f"me/{b}")
@@ -429,16 +429,15 @@ def go_on(bed, a, b, name):
 
 
 def _trains(adapter, name, tensor):
-    """1 where a method trains its stored numbers, 0 where they stay: of LoFiT the heads that were taken, of CorDA the first
-    halves."""
+    """The gradient by hand of what a method trains, 0 where its numbers stay: of LoFiT the heads that were taken, of CorDA the
+    first halves, with which the second one of `down` moves."""
     if adapter.startswith("lofit"):
-        return tensor != 0
-    if adapter.startswith("corda") and not name.endswith("scale"):
-        across = 0 if name.endswith("down") else 1
-        return (torch.arange(tensor.shape[across]) < tensor.shape[across] // 2).unflatten(
-            0, (-1, 1) if across == 0 else (1, -1)
-        )
-    return 1
+        return tensor.grad * (tensor != 0)
+    if adapter.startswith("corda"):
+        down = name.endswith("down")
+        first, second = tensor.grad.chunk(2, dim=0 if down else 1)
+        return torch.cat([first + second if down else first, 0 * second], dim=0 if down else 1)
+    return tensor.grad
 
 
 OPERATIONS = {

@@ -224,21 +224,27 @@ class NEFTune(Recipe):
             if not 0 < self.alpha < math.inf:
                 raise UsageError(f"neftune.alpha is {self.alpha}", "for example --set neftune.alpha=5")
 
-    def batch(self, batch: Mapping[str, Tensor], moment: Moment) -> Mapping[str, Tensor]:
-        self.lengths = batch["attention_mask"].sum(1)
-        return batch
-
     @contextmanager
     def around(self, moment: Moment) -> Iterator[None]:
+        base, lengths = self.setting.model.base, []
+
+        def counted(module, args, kwargs) -> None:
+            mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+            lengths[:] = [ids.new_full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1)]
+
         def noisy(module, args, output: Tensor) -> Tensor | None:
             if not module.training:  # the reference, a rollout: nothing trains there
                 return None
             noise = 2 * torch.rand(output.shape, generator=moment.draw).to(output) - 1
-            size = self.config.alpha / (self.lengths * output.shape[-1]).to(output.dtype).sqrt()
+            size = self.config.alpha / (lengths[0] * output.shape[-1]).to(output.dtype).sqrt()
             return output + size.view(-1, 1, 1) * noise
 
-        handle = self.setting.model.base.get_input_embeddings().register_forward_hook(noisy)
+        handles = [
+            base.register_forward_pre_hook(counted, with_kwargs=True),
+            base.get_input_embeddings().register_forward_hook(noisy),
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()

@@ -16,6 +16,7 @@ from adapterhub.data import read
 from adapterhub.encoding import IGNORE, Example
 from adapterhub.errors import UsageError
 from adapterhub.methods.lora import LoRA
+from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama
 
 ROWS = [{"prompt": f"Is {i} even? ", "completion": "no" if i % 2 else "yes"} for i in range(12)]
@@ -49,6 +50,11 @@ def path(tmp_path):
 
 def tensors(hub, release):
     return Adapter.load(hub, release).tensors
+
+
+@pytest.mark.parametrize("name", ["masked_thought", "response_only", "cocktail", "semantic_preserve", "neftune"])
+def test_laws(name):
+    assert [f"{r.law}: {r.detail}" for r in check(name) if r.verdict == "failed"] == []
 
 
 # --- masked thought ------------------------------------------------------------------------------------------------
@@ -182,14 +188,25 @@ def test_neftune_is_bounded_noise_by_the_row_while_training_only():
     here, one = setting(), recipe(NEFTune, alpha=5.0)
     one.prepare(here)
     batch = here.batch([Example(0, tuple(range(5, 45)), 10), Example(1, tuple(range(5, 15)), 4)])
-    one.batch(batch, moment())
-    embedding = here.model.base.get_input_embeddings()
-    plain = embedding(batch["input_ids"])
+    model = here.model
+    handed = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+    def embedded():
+        """What goes into the first layer."""
+        kept = []
+        hook = model.base.model.layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs: kept.append(args[0]), with_kwargs=True
+        )
+        model(**handed)
+        hook.remove()
+        return kept[0].detach()
+
+    plain = embedded()
     with one.around(moment()):
-        assert torch.equal(embedding(batch["input_ids"]), plain)  # eval: nothing
-        here.model.training_mode(True)
-        noise = embedding(batch["input_ids"]) - plain
-    assert torch.equal(embedding(batch["input_ids"]), plain)
+        assert torch.equal(embedded(), plain)  # eval: nothing
+        model.training_mode(True)
+        noise = embedded() - plain
+    assert torch.equal(embedded(), plain)
     for row, length in ((0, 40), (1, 10)):
         bound = 5 / math.sqrt(length * 32)
         size = noise[row].abs()

@@ -20,6 +20,8 @@ from adapterhub.errors import BatchError, IncompatibleBase, UsageError
 from adapterhub.modification import times
 from adapterhub.sites import select
 
+AT_HEAD = "it mixes the tokens of a sequence, and a head may see the last ones only"
+
 
 class TokenMixer(Modification):
     """Reads the site's input (parallel) or its output, as a sequence. Of the tensors, parallel () is 1 or 0."""
@@ -46,7 +48,10 @@ class TokenMixer(Modification):
         return times(self.scale, change)
 
     def require(self, shapes: Mapping[str, tuple[int, ...]], site: Site) -> None:
-        """Raise IncompatibleBase unless the tensors have these shapes."""
+        """Raise IncompatibleBase unless the tensors have these shapes, the constants none, and a sequence stands there."""
+        if site.role == "head":
+            raise IncompatibleBase(AT_HEAD, "use it at the site that it was made for")
+        shapes = {**shapes, **dict.fromkeys(self.constants, ())}
         wrong = {key: tuple(self.tensors[key].shape) for key in shapes if self.tensors[key].shape != shapes[key]}
         if wrong or (self.additive and site.embedding):
             raise IncompatibleBase(
@@ -198,6 +203,8 @@ class _Adapter(Method):
     def build(self, sites: Sequence[Site], config: Config) -> Mapping[str, TokenMixer]:
         made = {}
         for site in select(sites, config.target_modules):
+            if site.role == "head":
+                raise UsageError(f"{site.path}: {AT_HEAD}", "choose another site: --set target_modules=ffn")
             if site.embedding and config.parallel:
                 raise UsageError(f"{site.path} gets token ids, no states", "read its output: --set parallel=false")
             width = site.inputs if config.parallel else site.outputs
@@ -221,15 +228,11 @@ class ConvAdapter(_Adapter):
 
     def fresh(self, site: Site, width: int, r: int, config: Config) -> ConvBottleneck:
         if site.part in ("decoder", "cross"):
-            raise UsageError(
-                f"{site.path} belongs to a decoder beside an encoder, where a convolution cannot keep its streaming state",
-                "put it into the encoder: --set target_modules=encoder.ffn",
-            )
+            wrong = "a decoder beside an encoder, where a convolution cannot keep its streaming state"
+            raise UsageError(f"{site.path} is in {wrong}", "put it into the encoder: --set target_modules=encoder.ffn")
         if not site.causal and config.kernel % 2 == 0:
-            raise UsageError(
-                f"a kernel of {config.kernel} has no middle, and {site.path} sees both sides of a token",
-                f"give an odd one: --set kernel={config.kernel + 1}",
-            )
+            wrong = f"a kernel of {config.kernel} has no middle, and {site.path} sees both sides of a token"
+            raise UsageError(wrong, f"give an odd one: --set kernel={config.kernel + 1}")
         return ConvBottleneck(
             norm=torch.ones(width),
             norm_bias=torch.zeros(width),
@@ -261,10 +264,8 @@ class SoftMoA(_Adapter):
         def __post_init__(self) -> None:
             super().__post_init__()
             if self.experts < 1 or self.slots < 1:
-                raise UsageError(
-                    f"{self.experts} experts of {self.slots} slots mix nothing",
-                    "for example --set experts=7 --set slots=1",
-                )
+                wrong = f"{self.experts} experts of {self.slots} slots mix nothing"
+                raise UsageError(wrong, "for example --set experts=7 --set slots=1")
 
     def fresh(self, site: Site, width: int, r: int, config: Config) -> SoftMixture:
         if site.causal:

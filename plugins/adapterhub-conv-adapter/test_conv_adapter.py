@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from adapterhub import Model, Site, Step, plugins
 from adapterhub.adapter import Adapter
 from adapterhub.attach import Attachment
 from adapterhub.errors import BatchError, IncompatibleBase, UsageError
-from adapterhub.sites import sites
+from adapterhub.sites import select, sites
 from adapterhub.testing import check
 from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_llama
 from adapterhub.testing.families import padded, tiny, tiny_ast
@@ -141,6 +142,32 @@ def test_wrong_options_are_refused(method, options):
     with pytest.raises(UsageError) as caught:
         built(method, tiny("bert"), **options)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_head_is_refused(method):
+    """Of a causal model and of an encoder: generating, the former's sees the last token of a prompt alone."""
+    for base in (tiny_llama(), tiny("bert", kind="BertForMaskedLM")):
+        (site,) = select(sites(base), "head")
+        with pytest.raises(UsageError, match=r"mixes the tokens|later tokens") as caught:
+            built(method, base, target_modules=["head"])
+        assert site.path in str(caught.value) and caught.value.hint
+    beside = replace(site, path="layers.0.mlp", role="ffn")
+    part = built(method, [beside])[beside.path]
+    part.check(beside)
+    with pytest.raises(IncompatibleBase, match="a head may see the last ones only"):
+        part.check(site)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(1,), (2,)])
+def test_constants_that_are_no_scalars_are_refused(method, shape):
+    part = built(method, [FFN])[FFN.path]
+    for name in sorted(part.constants):
+        other = part.to(dtype=torch.float64)
+        other.tensors[name] = other.tensors[name].expand(shape)
+        with pytest.raises(IncompatibleBase, match=name):
+            other.check(FFN)
 
 
 def test_other_widths_and_one_vector_a_row_are_refused():

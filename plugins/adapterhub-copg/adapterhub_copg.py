@@ -11,6 +11,7 @@ from itertools import combinations
 from statistics import pstdev
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -39,10 +40,12 @@ only which reward is the larger, and equal ones give them no gradient."""
 def pair_loss(rewards: Tensor, ratios: Tensor, group: Tensor, beta: float, pair: str = "copg") -> Tensor:
     """() the mean loss of all pairs of answers to one prompt.
 
-    rewards, ratios (log pi - log pi_ref of the whole answer), group (which prompt): each (answers,); at least one pair.
+    rewards, ratios (log pi - log pi_ref of the whole answer), group (which prompt): each (answers,); at least one pair. Rewards
+    with a large common part need float64.
     Of CoPG it is least where pi is proportional to pi_ref exp(reward / beta), whoever wrote the answers."""
     first, second = (group[:, None] == group).triu(1).nonzero(as_tuple=True)
-    return PAIRS[pair](rewards[first] - rewards[second], ratios[first] - ratios[second], beta).mean()
+    gap = (rewards[first] - rewards[second]).to(ratios)
+    return PAIRS[pair](gap, ratios[first] - ratios[second], beta).mean()
 
 
 class CoPG(Objective):
@@ -67,7 +70,8 @@ class CoPG(Objective):
                 raise UsageError(f"unknown copg.pair {self.pair!r}", f"one of: {', '.join(PAIRS)}")
 
     def prepare(self, setting: Setting) -> None:
-        """Raises UsageError for a row of one completion, and where no row prefers one completion to another."""
+        """Raises UsageError for a row of one completion, where no row prefers one completion to another, and for rewards so far
+        apart or so close that float32 cannot hold their differences."""
         super().prepare(setting)
         for row in setting.examples:
             if len(row) < 2:
@@ -81,8 +85,21 @@ class CoPG(Objective):
                 "in every row all completions have the same reward, so there is nothing to prefer",
                 "give completions that differ in reward",
             )
+        every = [reward for row in rewards for reward in row]
+        gap, spread = max(max(row) - min(row) for row in rewards), max(every) - min(every)
+        if not 1e-18 < gap <= spread < 1e18:
+            raise UsageError(
+                f"the rewards differ by {gap:.3g} at most in a row and by {spread:.3g} in all, which cannot be learned from",
+                "give them in a sane range, for example from 0 to 1",
+            )
         # The mean, which one would subtract too, cancels in every pair.
-        self.scale = pstdev([reward for row in rewards for reward in row]) if self.config.standardise else 1.0
+        self.scale = pstdev(every) if self.config.standardise else 1.0
+        # By group and place in it, each less its row's first: a batch has them in float32, which may not tell them apart.
+        self.rewards = torch.zeros(max(row[0].group for row in setting.examples) + 1, max(map(len, rewards))).double()
+        for row in setting.examples:
+            found = [(example.reward - row[0].reward) / self.scale for example in row]
+            self.rewards[row[0].group, : len(row)] = torch.tensor(found, dtype=torch.float64)
+        self.rewards = self.rewards.to(setting.model.device)
         self.pairs = sum(1 for row in rewards for _ in combinations(row, 2))
 
     def loss(self, batch: Mapping[str, Tensor], moment: Moment) -> Tensor:
@@ -90,7 +107,9 @@ class CoPG(Objective):
         with model.without_new():
             reference = token_losses(model, batch)
         ratios = (reference - token_losses(model, batch)).sum(1)  # token by token: sums of many would cancel
-        return pair_loss(batch["reward"] / self.scale, ratios, batch["group"], self.config.beta, self.config.pair)
+        group = batch["group"]
+        rewards = self.rewards[group, (group[:, None] == group).tril(-1).sum(1)]
+        return pair_loss(rewards, ratios, group, self.config.beta, self.config.pair)
 
     def found(self) -> Mapping[str, Any]:
         """How many pairs the data hold, and what their rewards were divided by."""

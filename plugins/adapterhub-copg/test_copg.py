@@ -1,6 +1,7 @@
 """CoPG: the pair loss against NumPy, its gradient, its optimum against the closed form, the reference, and going on."""
 
 import json
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -171,6 +172,24 @@ def test_the_loss_is_the_formula_with_sums_over_tokens_and_the_bare_base_as_refe
     assert all(tensor.grad.abs().max() > 0 for tensor in model.trainable_parameters())
 
 
+@pytest.mark.parametrize("pair", ["copg", "ipo", "dpo"])
+@pytest.mark.parametrize("offset", [1e7, 1e9])
+def test_what_all_rewards_have_in_common_changes_nothing(offset, pair):
+    """In groups of unlike size, whose numbers have gaps, in a batch of another order."""
+    model, rows = fresh()
+    rows = [tuple(replace(e, group=3 * e.group + 2) for e in row[g:]) for g, row in enumerate(rows)]
+    found = []
+    for more in (0.0, offset):
+        here = [tuple(replace(e, reward=e.reward / 64 + more) for e in row) for row in rows]
+        objective = CoPG(CoPG.Config(pair=pair))
+        objective.prepare(Setting(model, here, pad=0))
+        loss = objective.loss(objective.setting.batch(here[::-1]), None)
+        found.append([loss, *torch.autograd.grad(loss, model.trainable_parameters())])
+    for plain, shifted in zip(*found, strict=True):
+        torch.testing.assert_close(shifted, plain, rtol=1e-5, atol=1e-8)
+    assert found[0][0].dtype == torch.float32
+
+
 def test_it_learns_to_prefer_and_beta_holds_it_back(hub, tiny_folder, path):
     model = hub.load(str(tiny_folder))
     prompts, choices = [], []
@@ -228,3 +247,16 @@ def test_rows_without_a_pair_are_refused(hub, tiny_folder, tmp_path, row, told):
     with pytest.raises(UsageError, match=told) as caught:
         hub.train(str(tiny_folder), "lora", path, "me/x", steps=2, **SETTINGS)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+@pytest.mark.parametrize(("size", "offset"), [(1e308, 0.0), (1e39, 0.0), (1e-46, 0.0), (1.0, 1e40)])
+def test_rewards_out_of_range_are_refused(size, offset, standardise):
+    """Whose differences overflow, or vanish: because they are tiny, or beside what parts one row from another."""
+    model, rows = fresh()
+    rows = [
+        tuple(replace(e, reward=size * (-1) ** n + g * offset) for n, e in enumerate(r)) for g, r in enumerate(rows)
+    ]
+    with pytest.raises(UsageError, match="the rewards differ by") as caught:
+        CoPG(CoPG.Config(standardise=standardise)).prepare(Setting(model, rows, pad=0))
+    assert "sane range" in caught.value.hint

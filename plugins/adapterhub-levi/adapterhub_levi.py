@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, pad, relu, rms_norm
 
 from adapterhub import Method, Modification, Site, Step
-from adapterhub.errors import IncompatibleBase, UsageError
+from adapterhub.errors import BatchError, IncompatibleBase, UsageError
 from adapterhub.modification import Tap
 from adapterhub.sites import select
 
@@ -53,17 +53,20 @@ class LayerEnsemble(Modification):
         network = not tensors.keys().isdisjoint(("table", "kernel", "offset"))
         width = self.table.shape[1] if network else 0
         want = {"down": (count, rank, site.inputs + width), "bias": (count, rank), "head": (count, site.outputs, rank)}
+        want |= {"layers": (count,), "replace": (), "causal": ()}
         if "weights" in tensors:
             want["weights"] = (count,)
         if network:
             levels, size = self.kernel.shape[:2]
-            want |= {"kernel": (levels, size, width, width), "offset": (levels, width)}
+            want |= {"kernel": (levels, max(size, 1), width, width), "offset": (levels, width)}
         shapes = {name: tuple(tensors[name].shape) for name in want}
         if shapes != want:
             raise IncompatibleBase(
                 f"LEVI's tensors {shapes} do not fit a head of {site.inputs} inputs and {site.outputs} outputs",
                 "use the base that the adapter was made for",
             )
+        if site.causal and not self.looks_back:
+            raise IncompatibleBase("its g reads later tokens, which are hidden here", "use an encoder")
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor:
         views = [_at(x, rms_norm(step.tap(tap).to(x), (x.shape[-1],), eps=EPSILON), step.mask) for tap in self.views]
@@ -77,7 +80,13 @@ class LayerEnsemble(Modification):
 
     def _own_view(self, step: Step) -> Tensor:
         """g, (rows, tokens, width), from the ids of this pass and, in cached decoding, the state of those before."""
-        h = embedding(step.tap(self.taps[-1]).to(self.table.device), self.table)
+        ids = step.tap(self.taps[-1]).to(self.table.device)
+        if (largest := int(ids.max())) >= len(self.table):
+            raise BatchError(
+                f"LEVI's table has {len(self.table)} tokens, and token {largest} is not among them",
+                "use the base that the adapter was made for, and its tokenizer",
+            )
+        h = embedding(ids, self.table)
         for level, (kernel, offset) in enumerate(zip(self.kernel, self.offset, strict=True)):
             size = len(kernel)
             seen = step.child(level).window(h, size) if self.looks_back else _around(h, step.mask, size)

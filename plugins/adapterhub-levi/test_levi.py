@@ -269,6 +269,41 @@ def test_a_base_that_it_does_not_suit_is_refused():
         check_fit({"lm_head": [LayerEnsemble.random(HEAD)]}, nameless, "me/x")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"causal": torch.tensor(0, dtype=torch.uint8)},
+        {"causal": torch.ones(1, dtype=torch.uint8)},
+        {"replace": torch.zeros(1, dtype=torch.uint8)},
+        {"layers": torch.tensor([[0], [1]])},
+        {"kernel": torch.zeros(2, 0, 6, 6)},
+    ],
+    ids=str,
+)
+def test_a_hostile_file_is_refused(changes):
+    """What looks ahead at a causal head, constants of other shapes, a kernel that sees nothing."""
+    part = LayerEnsemble.random(HEAD)
+    if "layers" in changes:  # no tap reads them
+        part.tensors |= changes
+    else:
+        part = LayerEnsemble(**part.tensors | changes)
+    with pytest.raises(IncompatibleBase) as caught:
+        part.check(HEAD)
+    assert caught.value.hint
+    if changes.keys() == {"causal"} and not part.looks_back:
+        part.check(replace(HEAD, causal=False))
+
+
+def test_a_token_beyond_the_table_is_refused():
+    base = tiny_llama().double()
+    path, part = made(base)
+    part.tensors["table"] = part.table[:7]
+    with pytest.raises(BatchError, match="7 tokens, and token 95") as caught:
+        run(base, [{path: [part]}], torch.tensor([[3, 95, 6]]))
+    assert caught.value.hint
+    assert run(base, [{path: [part]}], torch.tensor([[3, 5, 6]])).isfinite().all()
+
+
 def test_it_needs_the_ids_and_the_last_tokens():
     base = tiny_llama().double()
     path, part = made(base)

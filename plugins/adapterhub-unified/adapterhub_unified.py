@@ -79,12 +79,11 @@ class HeadBottleneck(Modification):
                 f"it reads {self._part or 'the'} layer {self._layer} and sits at {site.part} layer {site.layer}", hint
             )
         heads, rank, read = site.heads, self.down.shape[1], _read_width(site, self._input)
-        wanted = (heads.queries, rank, read), (heads.queries, heads.width, rank)
-        if (self.down.shape, self.up.shape) != wanted:
+        wanted = (heads.queries, rank, read), (heads.queries, heads.width, rank), (), ()
+        shapes = tuple(tuple(tensor.shape) for tensor in (self.down, self.up, self.scale, self.activation))
+        if shapes != wanted:
             raise IncompatibleBase(
-                f"tensors of shapes {tuple(self.down.shape)} and {tuple(self.up.shape)} do not fit "
-                f"{heads.queries} heads of {heads.width}",
-                hint,
+                f"tensors of shapes {shapes} do not fit {heads.queries} heads of {heads.width}: {wanted}", hint
             )
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor:

@@ -323,6 +323,17 @@ def test_a_multi_head_adapter_of_another_layer_is_refused():
     assert [part.taps for [part] in stored.values()] == [part.taps for [part] in adapter.values()]
 
 
+@pytest.mark.parametrize("name", ["scale", "activation"])
+@pytest.mark.parametrize("shape", [(1,), (2,)])
+def test_constants_that_are_no_scalars_are_refused(name, shape):
+    base = tiny_llama()
+    ((path, [part]), *_) = random_adapter(HeadBottleneck, base, 0).items()
+    part.tensors[name] = part.tensors[name].expand(shape)
+    with pytest.raises(IncompatibleBase, match="do not fit 4 heads") as caught:
+        part.check(next(site for site in sites(base) if site.path == path))
+    assert caught.value.hint
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 

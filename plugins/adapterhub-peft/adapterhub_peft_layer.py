@@ -151,10 +151,17 @@ class PeftLayer(Modification):
         if not (site.linear or site.embedding) or self.embedding != site.embedding:
             raise IncompatibleBase(f"this layer of type {self.type} is for another kind of site", "use its own base")
         self._make(site.outputs, site.inputs)
-        tried = self.over(self.whole()).to("cpu", torch.float32)
-        tried._weight = torch.zeros(site.outputs, site.inputs)
+        whole, state = self.whole(), layer_state(self.layer)
+        for key, name in self.names.items():  # VeRA's projections fit its largest layer, and each cuts out its own
+            here, own = whole[key].shape, state[name].shape
+            cut = key in KEPT and len(here) == len(own) and all(n >= least for n, least in zip(here, own, strict=True))
+            if here != own and not cut:
+                raise IncompatibleBase(f"{name} is {tuple(here)}, where {tuple(own)} belongs", "use its own base")
+        tried = self.over(whole).to("cpu", torch.float32)
+        tried._weight = torch.ones(site.outputs, site.inputs)  # zeros have no direction, which DoRA asks for
         with torch.no_grad():
-            tried.delta_out(some(site), some(site), Step())  # raises an error where shapes do not fit
+            if not tried.delta_out(some(site), some(site), Step()).isfinite().all():
+                raise IncompatibleBase(f"this layer of type {self.type} overflows", "train it again: other options")
 
     def bind(self, weight: Tensor) -> None:
         self._make(*weight.shape)

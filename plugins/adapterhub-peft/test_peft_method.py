@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from adapterhub_peft import Peft
-from adapterhub_peft_layer import TYPES, PeftLayer, some
+from adapterhub_peft_layer import TYPES, PeftLayer, layers, plain, some
 from peft_outcomes import FAMILIES, SMALL, outcome, theirs
 
 import adapterhub
 from adapterhub import Given, Step, plugins
 from adapterhub.adapter import Adapter, check_fit, modifications_of
-from adapterhub.errors import HubError, NotFoldable, UsageError
+from adapterhub.errors import HubError, IncompatibleBase, NotFoldable, UsageError
 from adapterhub.sites import sites
 from adapterhub.tensors import dump, load
 from adapterhub.testing import check
@@ -318,6 +318,49 @@ def test_a_hostile_file_is_refused(tensors):
     site = next(site for site in sites(tiny_llama()) if site.role == "query")
     with pytest.raises(HubError):
         check_fit({site.path: [modifications_of_one(tensors)]}, [site], "it")
+
+
+def of_lora(**options):
+    """(a stored layer of type LORA that does something, its site)."""
+    site = next(site for site in sites(tiny_llama()) if site.role == "query")
+    options = {"r": 4, "lora_alpha": 8} | options
+    layer = layers("LORA", options, {"site": plain(torch.randn(site.outputs, site.inputs))})["site"]
+    part = PeftLayer.of("LORA", options, layer)
+    torch.manual_seed(2)
+    return {k: torch.randn_like(t) if k.startswith("t") else t for k, t in part.tensors.items()}, site
+
+
+@pytest.mark.parametrize("cut", [lambda t: t[:1], lambda t: t[:, :1], lambda t: t[None]])
+@pytest.mark.parametrize("key", ["t0", "t1"])
+def test_tensors_of_another_shape_are_refused(key, cut):
+    """Those too that would spread over the layer's."""
+    tensors, site = of_lora()
+    PeftLayer(**tensors).check(site)
+    with pytest.raises(IncompatibleBase, match=r"lora_.*where .* belongs"):
+        PeftLayer(**tensors | {key: cut(tensors[key])}).check(site)
+
+
+def test_shared_projections_may_be_those_of_a_wider_layer_and_of_no_narrower_one():
+    site = next(site for site in sites(tiny_llama()) if site.role == "query")
+    torch.manual_seed(3)
+    part = PeftLayer.random(site)
+    key = next(key for key, name in part.names.items() if name.startswith("vera_A"))
+    own = part.tensors[key]
+    part = PeftLayer(**part.tensors | {key: torch.cat([own, own], 1)})
+    part.check(site)
+    with pytest.raises(IncompatibleBase, match="vera_A"):
+        PeftLayer(**part.tensors | {key: own[:1]}).check(site)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_overflows_is_refused(dora):
+    tensors, site = of_lora(use_dora=dora)
+    PeftLayer(**tensors).check(site)
+    PeftLayer(**tensors | {key: torch.zeros_like(t) for key, t in tensors.items() if key == "t1"}).check(site)
+    tensors, site = of_lora(use_dora=dora, lora_alpha=1e308)
+    with pytest.raises(IncompatibleBase, match="overflows") as caught:
+        PeftLayer(**tensors).check(site)
+    assert caught.value.hint
 
 
 def modifications_of_one(tensors):

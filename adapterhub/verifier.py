@@ -22,7 +22,7 @@ class Verifier:
 
     @dataclass(frozen=True)
     class Config:
-        """The options; `--set <verifier>.name=value` on the command line."""
+        """The options; given through the objective's own option for them (`rft_ppo.verifier_options`)."""
 
     example: ClassVar[Mapping[str, Any]] = {}
     """Options that the laws are tried with, where the defaults will not do."""

@@ -20,20 +20,38 @@ from adapterhub.sites import select
 
 
 class Anchored(LowRank):
-    """W + B·A − B0·A0: down (2r, inputs) is A over A0, up (outputs, 2r) is B beside −B0. The first halves train; the second
-    ones, which are what A and B began with, get a gradient of zero."""
+    """W + E·A + B0·D, which is W + B·A − B0·A0 with B = B0 + E and A = A0 + D, and subtracts nothing large: small changes
+    survive bfloat16. up (outputs, 2r) is E beside B0, down (2r, inputs) is A over D.
 
-    def _held(self) -> LowRank:
+    E and A train, and A's gradient is B's: D moves with it. B0 and D get a gradient of zero; D is written after each step."""
+
+    def __init__(self, **tensors: Tensor):
+        super().__init__(**tensors)
+        self.anchor = _anchor(self.down)
+        """A0 (r, inputs)."""
+
+    def _moving(self) -> LowRank:
         r = len(self.down) // 2
-        down = torch.cat([self.down[:r], self.down[r:].detach()])
+        a, d = self.down[:r], self.down[r:].detach()
+        down = torch.cat([a, d + (a - a.detach())])  # D's own value, exactly: the bracket is 0
         up = torch.cat([self.up[:, :r], self.up[:, r:].detach()], dim=1)
         return LowRank(down=down, up=up, scale=self.scale)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor:
-        return self._held().delta_out(x, y, step)
+        return self._moving().delta_out(x, y, step)
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
-        return self._held().delta_weight(weight, bias)
+        return self._moving().delta_weight(weight, bias)
+
+
+def _anchor(down: Tensor) -> Tensor:
+    a, d = down.detach().chunk(2)
+    return a - d
+
+
+def _halved(part: Modification) -> bool:
+    """Whether it can be A over D; compressed it may be of another form, or of odd rank."""
+    return isinstance(part, LowRank) and len(part.down) % 2 == 0
 
 
 class CorDA(Method):
@@ -62,9 +80,9 @@ class CorDA(Method):
                 )
 
     def stages(self, config: Config) -> Sequence[Stage]:
-        def build(given: Given) -> dict[str, Anchored]:
-            if given.before:  # an adapter that goes on: its second halves are what it began with
-                return {path: Anchored(**part.tensors) for path, part in given.before.items()}
+        def build(given: Given) -> dict[str, LowRank]:
+            if given.before:  # an adapter that goes on: A − D is what it began with
+                return {p: (Anchored if _halved(m) else LowRank)(**m.tensors) for p, m in given.before.items()}
             chosen = _chosen(given.sites, config)
             return {site.path: _begun(given.weight(site), given.measured[site.module], config) for site in chosen}
 
@@ -76,14 +94,28 @@ class CorDA(Method):
 
         extra = "calibration" if config.mode == "kpm" else None
         options = {"target_modules": config.target_modules}  # no others: another rank, damping or mode shares it
-        return [Stage("train", build, measurement=Measurement("covariance", take, extra, options))]
+        measurement = Measurement("covariance", take, extra, options)
+        return [Stage("train", build, after_step=self.after_step, measurement=measurement)]
 
     def take_up(self, modifications: Mapping[str, Modification]) -> None:
+        def together(gradient: Tensor) -> Tensor:
+            a, d = gradient.chunk(2)
+            return torch.cat([a + d, torch.zeros_like(d)])
+
+        def first(gradient: Tensor) -> Tensor:
+            e, b = gradient.chunk(2, dim=1)
+            return torch.cat([e, torch.zeros_like(b)], dim=1)
+
+        for part in filter(_halved, modifications.values()):
+            part.anchor = _anchor(part.down)
+            part.down.register_hook(together)
+            part.up.register_hook(first)
+
+    def after_step(self, modifications: Mapping[str, Modification]) -> None:
         for part in modifications.values():
-            if isinstance(part, LowRank):  # compressed it may be of another form, which has no halves
-                trains = torch.arange(len(part.down), device=part.down.device) < len(part.down) // 2
-                part.down.register_hook(lambda gradient, trains=trains: gradient * trains[:, None])
-                part.up.register_hook(lambda gradient, trains=trains: gradient * trains)
+            if (anchor := getattr(part, "anchor", None)) is not None:
+                part.anchor = anchor = anchor.to(part.down.device)
+                part.down[len(anchor) :] = part.down[: len(anchor)] - anchor
 
 
 def _chosen(sites: Sequence[Site], config: CorDA.Config) -> list[Site]:
@@ -155,4 +187,5 @@ def _begun(weight: Tensor, covariance: Tensor, config: CorDA.Config) -> Anchored
     taken = slice(config.r) if config.mode == "ipm" else slice(len(s) - config.r, None)
     root = s[taken].sqrt()
     up, down = (u[:, taken] * root).float(), (root[:, None] * vt[taken]).float()
-    return Anchored(down=torch.cat([down, down]), up=torch.cat([up, -up], dim=1), scale=torch.tensor(1.0))
+    down, up = torch.cat([down, torch.zeros_like(down)]), torch.cat([torch.zeros_like(up), up], dim=1)
+    return Anchored(down=down, up=up, scale=torch.tensor(1.0))

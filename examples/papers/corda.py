@@ -76,7 +76,7 @@ def dropped(hub: adapterhub.Hub, base: Path, calibration: Path, test: Path, damp
     with torch.no_grad():
         measured = stage.measurement.take(setting)
     parts = stage.build(Given(model.sites, model.base, measured=measured))
-    ends = {path: (part.down[DROPPED:], part.up[:, DROPPED:]) for path, part in parts.items()}  # A0 and −B0
+    ends = {path: (part.down[:DROPPED], -part.up[:, DROPPED:]) for path, part in parts.items()}  # A0 and −B0
     model.attach_new({path: LowRank(down=a, up=b, scale=torch.tensor(1.0)) for path, (a, b) in ends.items()})
     return evaluate(None, None, None, test, model=model)["loss"]
 

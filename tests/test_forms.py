@@ -69,6 +69,11 @@ def test_bottleneck_is_houlsbys(parallel, activation, function):
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-10)
     with pytest.raises(NotFoldable):
         form.delta_weight(torch.zeros(6, 6), None)
+    site = Site("f", "ffn", 6, 6, False)
+    form.check(site)
+    form.tensors["scale"] = torch.ones(6)
+    with pytest.raises(IncompatibleBase):
+        form.check(site)
 
 
 def changes(form, x, y, w=None, b=None):

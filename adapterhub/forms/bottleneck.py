@@ -56,7 +56,7 @@ class Bottleneck(Modification):
         inputs, outputs = site.inputs, site.outputs
         rank, width = self.down.shape[0], inputs if self.additive else outputs
         shapes = (self.down.shape, self.down_bias.shape, self.up.shape, self.up_bias.shape)
-        if shapes != ((rank, width), (rank,), (outputs, rank), (outputs,)):
+        if shapes != ((rank, width), (rank,), (outputs, rank), (outputs,)) or self.scale.ndim:
             raise IncompatibleBase(
                 f"bottleneck tensors of shapes {[tuple(s) for s in shapes]} do not fit a site of {inputs} to {outputs}",
                 "install the base that the adapter was made for",

@@ -43,7 +43,7 @@ def programs(model, strength, among=None):
 
     forms = [form for form in plugins.names("forms") if form != "prefix"]
     # A random magnitude is another length for every row of a weight: DoRA moves most, and so does what PEFT's layer computes.
-    less = {"dora": 0.5, "peft": 0.3}
+    less = {"dora": 0.4, "peft": 0.3}
     rows = {form: weighed(one(form, seed), strength * less.get(form, 1)) for seed, form in enumerate(forms)}
     rows["prefix"] = prefix(20)
     rows["another prefix"] = prefix(21)

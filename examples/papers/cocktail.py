@@ -17,14 +17,11 @@ below or if it is narrower than a twentieth of what the control gains over singl
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import tiny
-import torch
 
 import adapterhub
 
@@ -106,20 +103,9 @@ def measure(base: Path, folder: Path, seed: int, steps: int, tried: int) -> tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps of one seed on a hardly trained model: that it runs"
-    )
-    parser.add_argument("--seed", type=int, help="one seed alone, to set rates and steps with")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    base = tiny.base(20 if given.quick else tiny.STEPS)
-    with TemporaryDirectory() as folder:
-        if given.quick or given.seed:
-            steps, tried = (2, 8) if given.quick else (STEPS, TRIED)
-            measure(base, Path(folder), given.seed or SEEDS[0], steps, tried)
-            return
-        both = [measure(base, Path(folder), seed, STEPS, TRIED) for seed in SEEDS]
+    both = tiny.each_seed(__doc__, measure, SEEDS, quick=(2, 8), full=(STEPS, TRIED))
+    if not both:
+        return
     for what, found in zip(("share reversed right", "loss on the corpus"), zip(*both, strict=True), strict=True):
         print(f"{what}, mean (standard deviation) over seeds:")
         for name in found[0]:

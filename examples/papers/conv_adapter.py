@@ -20,14 +20,11 @@ expected, that is *not seen*.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import tiny
-import torch
 
 import adapterhub
 from adapterhub.adapter import Adapter
@@ -78,18 +75,9 @@ def measure(base: Path, folder: Path, seed: int, steps: int, count: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps of one seed on a hardly trained model: that it runs"
-    )
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
-    base = tiny.base(20 if quick else tiny.STEPS)
-    with TemporaryDirectory() as folder:
-        if quick:
-            measure(base, Path(folder), SEEDS[0], 2, 30)
-            return
-        found = [measure(base, Path(folder), seed, 200, 1500) for seed in SEEDS]
+    found = tiny.each_seed(__doc__, measure, SEEDS, quick=(2, 30), full=(200, 1500))
+    if not found:
+        return
     for pattern in LAGS:
         here = [each[pattern] for each in found]
         print(f"loss where the pattern is {pattern}, mean (standard deviation) over seeds:")

@@ -20,11 +20,9 @@ task loss. A claim is *seen* if its interval lies above 0, *not seen* if below o
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import tiny
 import torch
@@ -106,18 +104,9 @@ def measure(base: Path, folder: Path, seed: int, steps: int, rows: int) -> tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps of one seed on a hardly trained model: that it runs"
-    )
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
-    base = tiny.base(20 if quick else tiny.STEPS)
-    with TemporaryDirectory() as folder:
-        if quick:
-            measure(base, Path(folder), SEEDS[0], 2, 20)
-            return
-        found = [measure(base, Path(folder), seed, 40, 300) for seed in SEEDS]
+    found = tiny.each_seed(__doc__, measure, SEEDS, quick=(2, 20), full=(40, 300))
+    if not found:
+        return
     sides = {kind: [pair[n] for pair in found] for n, kind in enumerate(("old", "task"))}
     for kind, losses in sides.items():
         print(f"loss of {kind}, mean (standard deviation) over seeds:")

@@ -18,15 +18,12 @@ unequal. Processor milliseconds a step are told and not tested.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import tiny
-import torch
 
 import adapterhub
 
@@ -101,18 +98,9 @@ def measure(base: Path, folder: Path, seed: int, steps: int, rows: int) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps of one seed on a hardly trained model: that it runs"
-    )
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
-    base = tiny.base(20 if quick else tiny.STEPS)
-    with TemporaryDirectory() as folder:
-        if quick:
-            measure(base, Path(folder), SEEDS[0], 2, 40)
-            return
-        found = [measure(base, Path(folder), seed, STEPS, 1000) for seed in SEEDS]
+    found = tiny.each_seed(__doc__, measure, SEEDS, quick=(2, 40), full=(STEPS, 1000))
+    if not found:
+        return
     print("mean (standard deviation) over seeds:")
     for way in WAYS:
         told = (f"{key} {tiny.spread([each[way][key] for each in found])}" for key in found[0][way])

@@ -18,16 +18,13 @@ is narrower than a twentieth of what the control gains and holds 0. The other tw
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
 from pathlib import Path
 from statistics import correlation, mean, stdev, variance
-from tempfile import TemporaryDirectory
 
 import tiny
-import torch
 
 import adapterhub
 
@@ -83,18 +80,9 @@ def ratio(more: list[float], less: list[float]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps of one seed on a hardly trained model: that it runs"
-    )
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
-    base = tiny.base(20 if quick else tiny.STEPS)
-    with TemporaryDirectory() as folder:
-        if quick:
-            measure(base, Path(folder), SEEDS[0], 2, 8)
-            return
-        found = [measure(base, Path(folder), seed, STEPS, 64) for seed in SEEDS]
+    found = tiny.each_seed(__doc__, measure, SEEDS, quick=(2, 8), full=(STEPS, 64))
+    if not found:
+        return
     right = {way: [each[way] for each in found] for way in WAYS}
     print("right answers, mean (standard deviation) over seeds:")
     for way, values in right.items():

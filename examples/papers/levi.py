@@ -22,11 +22,9 @@ OOD. The claim is one at equal ID, so that difference is told too.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import tiny
 import torch
@@ -131,18 +129,9 @@ def measure(base: Path, folder: Path, seed: int, steps: int, count: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps of one seed on a hardly trained model: that it runs"
-    )
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
-    base = planted(20, 3) if quick else planted(tiny.STEPS, PLANT)
-    with TemporaryDirectory() as folder:
-        if quick:
-            measure(base, Path(folder), SEEDS[0], 2, 40)
-            return
-        found = [measure(base, Path(folder), seed, 200, 1000) for seed in SEEDS]
+    found = tiny.each_seed(__doc__, measure, SEEDS, quick=(2, 40), full=(200, 1000))
+    if not found:
+        return
     for test in ("id", "ood"):
         print(f"right answers, {test}, mean (standard deviation) over seeds:")
         for name in found[0][test]:

@@ -13,11 +13,9 @@ control gains and holds 0, else *not resolved*.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import tiny
 import torch
@@ -70,18 +68,9 @@ def measure(base: Path, folder: Path, seed: int, steps: int) -> dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps of one seed on a hardly trained model: that it runs"
-    )
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
-    base = tiny.base(20 if quick else tiny.STEPS)
-    with TemporaryDirectory() as folder:
-        if quick:
-            measure(base, Path(folder), SEEDS[0], 2)
-            return
-        found = [measure(base, Path(folder), seed, 120) for seed in SEEDS]
+    found = tiny.each_seed(__doc__, measure, SEEDS, quick=(2,), full=(120,))
+    if not found:
+        return
     print("probability of a step back, mean (standard deviation) over seeds:")
     for name in found[0]:
         print(f"  {name:8} {tiny.spread([each[name] for each in found])}")

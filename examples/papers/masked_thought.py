@@ -16,14 +16,11 @@ control gains and holds 0, else *not resolved*.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import tiny
-import torch
 
 import adapterhub
 
@@ -83,21 +80,9 @@ def measure(base: Path, folder: Path, seed: int, steps: int, tried: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps of one seed on a hardly trained model: that it runs"
-    )
-    parser.add_argument("--seed", type=int, help="one seed alone, to set rates and steps with")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    base = tiny.base(20 if given.quick else tiny.STEPS)
-    with TemporaryDirectory() as folder:
-        if given.quick or given.seed:
-            measure(
-                base, Path(folder), given.seed or SEEDS[0], 2 if given.quick else STEPS, 8 if given.quick else TRIED
-            )
-            return
-        found = [measure(base, Path(folder), seed, STEPS, TRIED) for seed in SEEDS]
+    found = tiny.each_seed(__doc__, measure, SEEDS, quick=(2, 8), full=(STEPS, TRIED))
+    if not found:
+        return
     print("share of fresh chains answered right, mean (standard deviation) over seeds:")
     for name in found[0]:
         print(f"  {name:12} {tiny.spread([each[name] for each in found])}")

@@ -16,11 +16,9 @@ twentieth of what the control gains over the base and holds 0, else *not resolve
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import tiny
 import torch
@@ -73,19 +71,9 @@ def measure(base: Path, folder: Path, seed: int, steps: int) -> dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps of one seed on a hardly trained model: that it runs"
-    )
-    parser.add_argument("--seed", type=int, help="one seed alone, to set rates and steps with")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    base = tiny.base(20 if given.quick else tiny.STEPS)
-    with TemporaryDirectory() as folder:
-        if given.quick or given.seed:
-            measure(base, Path(folder), given.seed or SEEDS[0], 2 if given.quick else STEPS)
-            return
-        found = [measure(base, Path(folder), seed, STEPS) for seed in SEEDS]
+    found = tiny.each_seed(__doc__, measure, SEEDS, quick=(2,), full=(STEPS,))
+    if not found:
+        return
     print("probability of a step the right way in the format, mean (standard deviation) over seeds:")
     for name in found[0]:
         print(f"  {name:14} {tiny.spread([each[name] for each in found])}")

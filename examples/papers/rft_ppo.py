@@ -23,15 +23,12 @@ twentieth of what the control gains and holds 0, else *not resolved*; the third 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import tiny
-import torch
 from adapterhub_answer_match import AnswerMatch
 
 import adapterhub
@@ -101,18 +98,9 @@ def measure(base: Path, folder: Path, seed: int, warmup: int, steps: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps of one seed on a hardly trained model: that it runs"
-    )
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
-    base = tiny.base(20 if quick else tiny.STEPS)
-    with TemporaryDirectory() as folder:
-        if quick:
-            measure(base, Path(folder), SEEDS[0], 4, 4)
-            return
-        found = [measure(base, Path(folder), seed, 200, 180) for seed in SEEDS]
+    found = tiny.each_seed(__doc__, measure, SEEDS, quick=(4, 4), full=(200, 180))
+    if not found:
+        return
     print("right answers to fresh prompts, mean (standard deviation) over seeds:")
     for way in found[0]:
         print(f"  {way:14} {tiny.spread([each[way] for each in found])}")

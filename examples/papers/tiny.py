@@ -7,16 +7,22 @@ at times +2 or +3) or backward, and says each in one of 4 words of its language.
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import torch
 
 from adapterhub import plugins
 
 os.environ.setdefault("ADAPTERHUB_PLUGINS", ",".join(sorted(plugins.ours())))  # the scripts try our own packages
+
+Found = TypeVar("Found")
 
 LANGUAGES, MEANINGS, SYNONYMS, LENGTH = "abcd", 8, 4, 8
 TAGS = ("forward", "backward", "any", "half", "is", "low", "high")
@@ -101,6 +107,26 @@ def base(steps: int = STEPS) -> Path:
         model.save_pretrained(made)
         words.save_pretrained(made)
     return folder
+
+
+def each_seed(
+    doc: str, measure: Callable[..., Found], seeds: Sequence[int], quick: Sequence[int], full: Sequence[int]
+) -> list[Found]:
+    """What `measure(base, folder, seed, *full)` finds for each seed; of a script's command line --quick measures one seed on a
+    hardly trained model with `quick`, and --seed N that one alone: then nothing is left to analyse, []."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of one seed on a hardly trained model: that it runs"
+    )
+    parser.add_argument("--seed", type=int, help="one seed alone, to set rates and steps with")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    trained = base(20 if given.quick else STEPS)
+    with TemporaryDirectory() as folder:
+        if given.quick or given.seed:
+            measure(trained, Path(folder), given.seed or seeds[0], *(quick if given.quick else full))
+            return []
+        return [measure(trained, Path(folder), seed, *full) for seed in seeds]
 
 
 # --- the analysis --------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from adapterhub import plugins
 from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError, UnsafeFile
+from adapterhub.lanes import remembers
 from adapterhub.manifest import Made, Manifest, Release
-from adapterhub.modification import BARE, Modification, Step, Tap
+from adapterhub.modification import Modification, Step, Tap
 from adapterhub.sites import Site, matrix, tapped
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def require_effect(modifications: Modifications, sites: Sequence[Site], model: t
             changes = [c for c in (local.delta_in(x, step), local.delta_out(x, y, step)) if c is not None]
             if not all(change.isfinite().all() for change in changes):
                 raise UnsafeFile(f"{name} is too large: at {path} it overflows float32", "train or scale it again")
-            effect |= local.lanes() != BARE or any(change.count_nonzero() for change in changes)
+            effect |= remembers(local.lanes()) or any(change.count_nonzero() for change in changes)
     if effect:
         return
     raise NoEffect(

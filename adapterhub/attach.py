@@ -1,132 +1,126 @@
-"""Attaching: one pair of hooks per site, placed once, whatever the number of adapters; a plan says what runs where.
+"""Attaching: what a base needs so that adapters run on it, placed once, whatever their number; a plan says what runs where.
 
-The hooks also hold the promises of a batch: the rows are the rows given, positions come from the mask, streaming state
+It also holds the promises of a batch: the rows are the rows given, positions come from the mask, streaming state
 belongs to its key-value cache, and a modification whose site never ran is an error.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from threading import RLock
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from adapterhub import attention, hooks
 from adapterhub.errors import BatchError
-from adapterhub.forward import Forward, Plan, Sequences
+from adapterhub.forward import Call, Followed, Forward, Plan, Sequences, call_of, called, current, enter
 from adapterhub.modification import Tap
-from adapterhub.sites import Site, family, sites, tapped
+from adapterhub.padding import Padding
+from adapterhub.sites import Site, layer_of, sites, tapped
 
 GIVEN = (
     "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids", "decoder_inputs_embeds"
 )  # fmt: skip
 """What a model may be called with, rows first."""
+_LOCK = RLock()
+_KNOWN: WeakValueDictionary[int, Attachment] = WeakValueDictionary()
+"""By the base's identity. An attachment keeps its base alive, and nothing of it lies in the base: copies are free of it."""
 
 
 class Attachment:
-    """The hooks on one base model; get it with `Attachment.of(base)`: there is one, whoever uses the base."""
+    """One base model that adapters run on; get it with `Attachment.of(base)`: there is one, whoever uses the base."""
 
     @classmethod
     def of(cls, base: nn.Module) -> Attachment:
-        return base.__dict__.get("_adapterhub") or cls(base)
+        with _LOCK:
+            known = _KNOWN.get(id(base))
+            if known is None:
+                known = _KNOWN[id(base)] = cls(base)
+            return known
 
     def __init__(self, base: nn.Module):
         self.base = base
-        self.plan: Plan | None = None
-        self._training = False
-        self.forward: Forward | None = None
-        self._by_cache: WeakKeyDictionary = WeakKeyDictionary()
-        self._takes_positions = (
-            "position_ids" in inspect.signature(base.forward).parameters
-            and not family(base.config.model_type).own_positions
-        )
-        self._window = getattr(base.config.get_text_config(), "sliding_window", None)
-        self._encoder = ""
-        self._hooks: dict[str, list] = {}
-        self._taps: dict[Tap, Site] = {}
-        """The site that each reads."""
-        self._attending: set[str] = set()
-        """Attention modules that ask for memories."""
+        self.paths: dict[nn.Module, str] = {}
+        """The modules where adapters may act by now."""
         self.closed = False
         """The base's weights are others now (folded): whoever holds this attachment must load again."""
-        base.__dict__["_adapterhub"] = self
+        self._roots = [base]
+        self._encoder = ""
+        if base.config.is_encoder_decoder:  # generate calls the encoder by itself
+            encoder = base.get_encoder()
+            self._encoder = next(path for path, module in base.named_modules() if module is encoder) + "."
+            self._roots.append(encoder)
+        self._padding = Padding(base)
+        self._layers = getattr(base.config.get_text_config(), "num_hidden_layers", None)
+        self._by_cache: WeakKeyDictionary = WeakKeyDictionary()
+        self._taps: dict[Tap, Site] = {}
+        """The site that each reads."""
 
     @contextmanager
     def running(self, plan: Plan, training: bool = False) -> Iterator[None]:
         """Forward passes inside run this plan (training: with dropout); those outside run the bare base."""
-        if not self._hooks:
-            whole = [self.base]
-            if self.base.config.is_encoder_decoder:  # generate calls the encoder by itself
-                encoder = self.base.get_encoder()
-                self._encoder = next(path for path, module in self.base.named_modules() if module is encoder)
-                whole.append(encoder)
-            self._hooks[""] = [
-                hook
-                for module in whole
-                for hook in (
-                    module.register_forward_pre_hook(self._before_model, with_kwargs=True),
-                    module.register_forward_hook(self._after_model, with_kwargs=True),
-                )
-            ]
         self._place(plan)
-        previous, self.plan, self._training = (self.plan, self._training), plan, training
-        try:
+        with called(Call(self, plan, training), self._roots):
             yield
-        finally:
-            (self.plan, self._training), self.forward = previous, None
 
     def _place(self, plan: Plan) -> None:
-        """Hooks wherever the plan says that something happens."""
-        if plan.attending:
-            attention.use(self.base)
-        for path in plan.attending - self._attending:
-            self._attending.add(path)
-            hooks.remember(self, path)
-        for tap in plan.taps:
-            if tap not in self._taps:
-                self._taps[tap] = tapped(sites(self.base), tap)
-        read = {self._taps[tap].module for tap in plan.taps}
-        for path in (plan.sites.keys() | read) - self._hooks.keys():
-            self._hooks[path] = hooks.site_hooks(self, path)
-
-    def tapped_at(self, path: str) -> dict[Tap, Site]:
-        """The taps of the pass at hand at this module, and the site that each reads."""
-        return {tap: self._taps[tap] for tap in self.forward.plan.taps if self._taps[tap].module == path}
-
-    def in_encoder(self, path: str) -> bool:
-        """Whether it lies in the encoder of a model that has a decoder too."""
-        return bool(self._encoder) and path.startswith(f"{self._encoder}.")
+        """Let adapters act wherever the plan says that something happens."""
+        if plan.placed is self.paths:
+            return
+        with _LOCK:
+            for tap in plan.taps:
+                if tap not in self._taps:
+                    self._taps[tap] = tapped(sites(self.base), tap)
+            wanted = plan.sites.keys() | plan.attending | {self._taps[tap].module for tap in plan.taps}
+            for root in self._roots:
+                if _before_model not in root._forward_pre_hooks.values():
+                    root.register_forward_pre_hook(_before_model, with_kwargs=True)
+                    root.register_forward_hook(_after_model, with_kwargs=True)
+            if plan.attending:
+                attention.use(self.base)
+            for path in wanted - set(self.paths.values()):
+                module = self.base.get_submodule(path)
+                hooks.place(module)
+                self.paths[module] = path
+            plan.placed = self.paths
 
     def detach(self) -> None:
-        """Remove every hook: the base is as it was."""
-        for pair in self._hooks.values():
-            for hook in pair:
-                hook.remove()
-        self._hooks.clear()
-        for path in self._attending:
-            del self.base.get_submodule(path).__dict__["_adapterhub_memory"]
-        self._attending.clear()
-        attention.restore(self.base)
+        """Take everything off: the base is as it was."""
+        with _LOCK:
+            for module in self.base.modules():
+                hooks.remove(module)
+                for hooked in (module._forward_pre_hooks, module._forward_hooks):
+                    for key in [key for key, hook in hooked.items() if hook in (_before_model, _after_model)]:
+                        for table in (hooked, module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
+                            table.pop(key, None)
+                checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+                if isinstance(checkpoint, Followed):
+                    module._gradient_checkpointing_func = checkpoint.checkpoint
+            self.paths = {}
+            attention.restore(self.base)
 
     def close(self) -> None:
         """Detach for good: the base has been changed."""
         self.detach()
         self.closed = True
-        self.base.__dict__.pop("_adapterhub", None)
+        with _LOCK:
+            _KNOWN.pop(id(self.base), None)
 
-    # --- the model's hooks -------------------------------------------------------------------------------------
+    # --- one forward pass --------------------------------------------------------------------------------------
 
-    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict):
-        if self.forward is not None and module is not self.base:
-            return None  # the encoder, inside the whole model's forward pass
-        self.forward = None
-        plan = self.plan
-        if plan is None:
-            return None
-        given = next((v for v in (*map(kwargs.get, GIVEN), *args[:1]) if isinstance(v, Tensor)), None)
+    def begin(self, root: nn.Module, plan: Plan, training: bool, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Enter a forward pass under the plan. Returns the model's arguments as the pass needs them."""
+        key, given = next(
+            (
+                (k, v)
+                for k, v in (*((k, kwargs.get(k)) for k in GIVEN), ("", args[0] if args else None))
+                if isinstance(v, Tensor)
+            ),
+            ("", None),
+        )
         if given is None or given.ndim < 2:
             raise BatchError("the model was given no batch", "give input_ids of (rows, tokens)")
         rows, tokens = given.shape[:2]
@@ -146,58 +140,52 @@ class Attachment:
                 "an adapter reads other sites' states, and at its site only chosen tokens would stand",
                 "give logits_to_keep as a number: the last tokens",
             )
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        flat = self.base.config.is_encoder_decoder and isinstance(mask, Tensor) and mask.ndim == 2
-        encoder_mask = mask.bool() if flat else None
-        cache = kwargs.get("past_key_values")
-        memories = plan.memories()
-        if plan.stateful and self.base.config.is_encoder_decoder:
+        cache, memories = kwargs.get("past_key_values"), plan.memories()
+        both = self.base.config.is_encoder_decoder
+        if plan.stateful and both:
             raise BatchError("a form with streaming state does not run in an encoder-decoder", "leave that adapter out")
         if memories and getattr(cache, "is_compileable", False):
             raise BatchError("a prefix does not run with a static cache", "leave cache_implementation out")
         seen = cache.get_seq_length() if cache is not None else 0
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            if mask.shape[0] != rows:
-                raise BatchError(
-                    f"the attention mask has {mask.shape[0]} rows, the batch has {rows}", "give one mask per row"
-                )
-            if seen and self._window and mask.shape[1] > self._window and (mask.diff(dim=1) < 0).any():
-                raise BatchError(
-                    "padding stands between a row's tokens, and this model's sliding window counts it",
-                    "pad on the left",
-                )
-            if self._takes_positions and kwargs.get("position_ids") is None and mask.shape[1] == seen + tokens:
-                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-                kwargs["position_ids"] = positions[:, -tokens:]
-            mask = None if self.base.config.is_encoder_decoder else mask[:, -tokens:].bool()
-        elif mask is not None and (plan.stateful or plan.bidirectional):
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        flat = isinstance(mask, Tensor) and mask.ndim == 2
+        if mask is not None and not flat and (plan.stateful or plan.bidirectional):
             raise BatchError(
                 "a form that reads other tokens needs a two-dimensional attention mask", "give (rows, tokens)"
             )
-        else:
-            mask = None
+        kwargs = self._padding.accounted(mask if flat else None, rows, seen, tokens, kwargs)
         if plan.advances:
-            self._advance(plan, kwargs, seen, tokens, given)
+            kwargs = self._padding.advanced(plan.advances, kwargs, seen, tokens, given.device)
         sequences = self._continued(plan, cache, seen) if seen else None
         if sequences is None:
             sequences = Sequences(plan, states=None if torch.is_grad_enabled() else {})
         sequences.seen = seen + tokens
-        self.forward = Forward(module, plan, mask, encoder_mask, sequences, self._training, memories, begins=not seen)
+        tokenwise = given.ndim == 2 and not both and key in ("", "input_ids")
+        forward = Forward(
+            root=root,
+            plan=plan,
+            paths=self.paths,
+            mask=mask[:, -tokens:].bool() if flat and not both else None,
+            encoder_mask=mask.bool() if flat and both else None,
+            encoder=self._encoder,
+            shape=(rows, tokens) if tokenwise or (key == "inputs_embeds" and not both) else None,
+            sequences=sequences,
+            training=training,
+            memories=memories,
+            begins=not seen,
+            outer=current(),
+            taps=self._tapped_at(plan),
+        )
+        enter(forward)
         if torch.is_grad_enabled():
             self._follow_checkpoints()
         return args, kwargs
 
-    def _advance(self, plan: Plan, kwargs: dict, seen: int, tokens: int, given: Tensor) -> None:
-        """Move the tokens' positions up by what the prefixes before them count."""
-        if not self._takes_positions:
-            raise BatchError(
-                "a prefix moves the positions of its rows, and this model takes no position_ids",
-                "leave that adapter out",
-            )
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(seen, seen + tokens, device=given.device)[None]
-        kwargs["position_ids"] = positions + torch.tensor(plan.advances, device=positions.device)[:, None]
+    def _tapped_at(self, plan: Plan) -> dict[str, dict[Tap, Site]]:
+        found: dict[str, dict[Tap, Site]] = {}
+        for tap in plan.taps:
+            found.setdefault(self._taps[tap].module, {})[tap] = self._taps[tap]
+        return found
 
     def _continued(self, plan: Plan, cache: object, seen: int) -> Sequences | None:
         """The state left with this cache; None if no form here keeps any."""
@@ -215,41 +203,14 @@ class Attachment:
         """Let a layer that a checkpoint runs again during backward find the forward pass it belongs to."""
         for layer in self.base.modules():
             checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
-            if checkpoint is not None and not hasattr(checkpoint, "followed"):
+            if checkpoint is not None and not isinstance(checkpoint, Followed):
+                layer._gradient_checkpointing_func = Followed(checkpoint)
 
-                def followed(function, *args, _checkpoint=checkpoint, **kwargs):
-                    forward = self.forward
-
-                    def again(*args, **kwargs):
-                        previous, self.forward = self.forward, forward
-                        try:
-                            return function(*args, **kwargs)
-                        finally:
-                            self.forward = previous
-                            hooks.own_weights(self.base, forward)  # it ends as soon as it has what backward needs
-
-                    return _checkpoint(again, *args, **kwargs)
-
-                followed.followed = True
-                layer._gradient_checkpointing_func = followed
-
-    def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output):
-        if self.forward is None or self.forward.root is not module:
-            return None
-        forward, self.forward = self.forward, None
-        if module is not self.base:
-            return None
-        missed = (forward.plan.sites.keys() | forward.memories.keys()) - forward.ran
-        if kwargs.get("encoder_outputs") is not None:  # the encoder ran before, by itself
-            missed = {path for path in missed if not path.startswith(f"{self._encoder}.")}
-        dropped = forward.plan.checked and self.base.training  # training may leave out layers by chance
-        if missed and forward.begins and not dropped:
-            raise BatchError(
-                "the model read these modules' weights without calling them, so their adapters never ran:\n  "
-                + "\n  ".join(sorted(missed)),
-                "leave these sites out (target_modules)",
-            )
-        forward.plan.checked |= not missed
+    def end(self, forward: Forward, kwargs: dict, output):
+        """Leave a forward pass: what was promised of it is checked."""
+        if not forward.plan.checked:
+            forward.check_range()
+        self._check_ran(forward, kwargs)
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             self._by_cache[cache] = forward.sequences
@@ -259,3 +220,58 @@ class Attachment:
             raise BatchError("an ensemble weighs logits, and this model gives none", "use a model with a head")
         output["logits"] = forward.plan.lanes.combine(output.logits)
         return output
+
+    def _check_ran(self, forward: Forward, kwargs: dict) -> None:
+        """Raise BatchError for a site that was not called."""
+        missed = (forward.plan.sites.keys() | forward.memories.keys()) - forward.ran
+        if kwargs.get("encoder_outputs") is not None:  # the encoder ran before, by itself
+            missed = {path for path in missed if not path.startswith(self._encoder)}
+        layers = getattr(self.base.config.get_text_config(), "num_hidden_layers", None)
+        if layers != self._layers and not self._encoder:  # an early exit: the layers above it draft nothing
+            missed = {path for path in missed if not _above(path, layers)}
+        dropped = forward.plan.checked and self.base.training  # training may leave out layers by chance
+        if missed and forward.begins and not dropped:
+            words = "\n  ".join(sorted(missed))
+            if kwargs.get("inputs_embeds") is not None and len(missed) == 1 and _embeds(self.base, missed):
+                raise BatchError(
+                    f"inputs_embeds take the place of {words}, where an adapter acts: it had no say",
+                    "give input_ids, or leave that site out (target_modules)",
+                )
+            raise BatchError(
+                f"the model read these modules' weights without calling them, so their adapters never ran:\n  {words}",
+                "leave these sites out (target_modules)",
+            )
+        forward.plan.checked |= not missed
+
+
+def _above(path: str, layers: int) -> bool:
+    """Whether a module lies in a layer that an early exit leaves out."""
+    number = layer_of(path)
+    return number is not None and number >= layers
+
+
+def _embeds(base: nn.Module, missed: set[str]) -> bool:
+    return base.get_submodule(next(iter(missed))) is base.get_input_embeddings()
+
+
+# The hooks of every base and of its copies: functions of this module, which know their model by being called with it.
+
+
+def _before_model(module: nn.Module, args: tuple, kwargs: dict):
+    call, now = call_of(module), current()
+    if call is None:
+        return None
+    if now is not None and now.root is not module and call_of(now.root) is call:
+        return None  # the encoder, inside the whole model's forward pass
+    if now is not None and now.root is module:
+        enter(now.outer)  # an error ended that pass
+    return call.attachment.begin(module, call.plan, call.training, args, kwargs)
+
+
+def _after_model(module: nn.Module, args: tuple, kwargs: dict, output):
+    now = current()
+    if now is None or now.root is not module:
+        return None
+    enter(now.outer)
+    call = call_of(module)
+    return call.attachment.end(now, kwargs, output) if call is not None and module is call.attachment.base else None

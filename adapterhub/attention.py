@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +20,10 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from adapterhub.adapter import Modifications
 from adapterhub.composers import Stack
 from adapterhub.errors import BatchError
-from adapterhub.modification import BARE, Lane
+from adapterhub.forward import current
+from adapterhub.lanes import Lane, Memory, remembers
 
 OURS = {"sdpa": "adapterhub_sdpa", "eager": "adapterhub_eager"}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What the rows of a batch attend to besides their tokens, at one attention: the k-th lane of every row together."""
-
-    weights: Tensor
-    """(lanes, rows): how much each lane counts; 0 where a row has fewer."""
-    keys: Tensor
-    """(lanes, rows, key-value heads, n, head width), shorter ones padded with zeros."""
-    values: Tensor
-    real: Tensor
-    """(lanes, rows, n) bool: where a memory stands."""
 
 
 def memories(rows: Sequence[Modifications]) -> dict[str, Memory]:
@@ -45,7 +32,7 @@ def memories(rows: Sequence[Modifications]) -> dict[str, Memory]:
     for path in dict.fromkeys(path for parts in rows for path in parts):
         known: dict[int, tuple[Lane, ...]] = {}
         lanes = [known.setdefault(id(p), Stack(p).lanes()) for p in (parts.get(path, ()) for parts in rows)]
-        if any(lane != BARE for lane in lanes):
+        if any(map(remembers, lanes)):
             found[path] = _padded(lanes)
     return found
 
@@ -118,13 +105,22 @@ def _kernel(kernel: str):
         inner = sdpa_attention_forward
         if kernel == "eager":  # each architecture's own
             inner = sys.modules[type(module).__module__].eager_attention_forward
-        find = module.__dict__.get("_adapterhub_memory")
-        memory = find() if find is not None else None
+        memory = _memory_of(module)
         if memory is None:
             return inner(module, query, key, value, attention_mask, **options)
         return _with(memory, inner, kernel, module, query, key, value, attention_mask, options)
 
     return attend
+
+
+def _memory_of(module: nn.Module) -> Memory | None:
+    """What the rows of the running forward pass attend to at this attention besides their tokens."""
+    now = current()
+    path = None if now is None else now.paths.get(module)
+    memory = None if path is None else now.memories.get(path)
+    if memory is not None:
+        now.ran.add(path)
+    return memory
 
 
 def _with(memory: Memory, inner, kernel: str, module, query, key, value, mask, options) -> tuple[Tensor, None]:

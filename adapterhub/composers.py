@@ -1,6 +1,9 @@
 """Composers: a composition of modifications is a modification, so anything nests.
 
 A stack is an ordered program. Additive modifications (those that only read the site's input) commute; others do not.
+
+One rule says what a part reads, in every composer: the site's input as it came to the part, with the part's own change
+of it. `delta_in` keeps that ("seen") for `delta_out`; `weight_in` and `weight_out` say the same of weights.
 """
 
 from __future__ import annotations
@@ -10,9 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapterhub.errors import NotFoldable, UsageError
-from adapterhub.modification import BARE, Lane, Modification, Step, Tap
+from adapterhub import lanes as of_lanes
+from adapterhub.errors import NotFoldable
+from adapterhub.lanes import BARE, Lane
+from adapterhub.modification import Modification, Step, Tap
 from adapterhub.sites import Columns
+from adapterhub.weight_change import Change, Entry, added, in_turn, multiplied, plus, summed, through
 
 
 class Composite(Modification):
@@ -39,6 +45,10 @@ class Composite(Modification):
         return any(part.changes_input for part in self.parts)
 
     @property
+    def changes_output(self) -> bool:
+        return any(part.changes_output for part in self.parts)
+
+    @property
     def folds(self) -> bool:
         return any(part.folds for part in self.parts) and all(_a_weight(part) for part in self.parts)
 
@@ -63,7 +73,16 @@ class Composite(Modification):
         return copy
 
 
-class Scaled(Composite):
+class Weighed(Composite):
+    """A composition that counts each change of its parts by a weight: the changes of the input and those of the output
+    are taken one after the other, all parts together."""
+
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
+        into = self.weight_in(weight)
+        return added(into, self.weight_out(None, *added((weight, bias), into)))
+
+
+class Scaled(Weighed):
     """w times the change of one modification."""
 
     def __init__(self, part: Modification, weight: float):
@@ -72,25 +91,29 @@ class Scaled(Composite):
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
         change = self.parts[0].delta_in(x, step.child(0))
-        step.kept["missing"] = _times(change, 1 - self.weight)
+        step.kept["seen"] = plus(x, change)  # its own change, whole
         return _times(change, self.weight)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
-        seen = _plus(x, step.kept.get("missing"))  # its own change of the input, whole
+        seen = step.kept.get("seen", x)
         return _times(self.parts[0].delta_out(seen, y, step.child(0)), self.weight)
 
-    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if self.weight not in (0, 1):
-            _require_one_end(self.parts)
-        w, b = self.parts[0].delta_weight(weight, bias)
-        return _times(w, self.weight), _times(b, self.weight)
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
+        # At full weight it is its part, whatever that is: one that changes both ends, too.
+        return self.parts[0].delta_weight(weight, bias) if self.weight == 1 else super().delta_weight(weight, bias)
+
+    def weight_in(self, weight: Tensor) -> Change:
+        return multiplied(self.parts[0].weight_in(weight), self.weight)
+
+    def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
+        return multiplied(self.parts[0].weight_out(enter, weight, bias), self.weight)
 
     @property
     def advance(self) -> int:
-        return _whole(self.parts[0].advance, self.weight)
+        return of_lanes.whole(self.parts[0].advance, self.weight)
 
     def lanes(self) -> tuple[Lane, ...]:
-        return _gathered([Lane(1 - self.weight), *_weighed(self.parts[0].lanes(), self.weight)])
+        return of_lanes.gathered([Lane(1 - self.weight), *of_lanes.weighed(self.parts[0].lanes(), self.weight)])
 
     def scaled(self, weight: float) -> Scaled:
         return Scaled(self.parts[0], self.weight * weight)
@@ -101,70 +124,73 @@ class Stack(Composite):
     comes first, its output change last. Stack([]) is the base."""
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        total, after = None, {}
+        total, seen = None, {}
         for i in reversed(range(len(self.parts))):
-            total = _plus(total, self.parts[i].delta_in(_plus(x, total), step.child(i)))
-            after[i] = total
-        # What the parts inside of each one add to the input: the one itself has not seen that.
-        step.kept["inner"] = {i: _plus(total, _times(t, -1)) for i, t in after.items() if t is not total}
+            total = plus(total, self.parts[i].delta_in(plus(x, total), step.child(i)))
+            seen[i] = plus(x, total)  # what the parts inside of it add, it does not see
+        step.kept["seen"] = seen
         return total
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
-        inner = step.kept.get("inner", {})
-        total = None
+        seen, total = step.kept.get("seen", {}), None
         for i, part in enumerate(self.parts):
-            seen = x - inner[i] if i in inner else x
-            change = part.delta_out(seen, y, step.child(i))
-            y, total = _plus(y, change), _plus(total, change)
+            change = part.delta_out(seen.get(i, x), y, step.child(i))
+            y, total = plus(y, change), plus(total, change)
         return total
 
-    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        total_weight = total_bias = None
-        for part in self.parts:
-            w, b = part.delta_weight(weight, bias)
-            weight, total_weight = _plus(weight, w), _plus(total_weight, w)
-            bias, total_bias = _plus(bias, b), _plus(total_bias, b)
-        return total_weight, total_bias
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
+        return in_turn([part.delta_weight for part in self.parts], weight, bias)
+
+    def weight_in(self, weight: Tensor) -> Change:
+        return in_turn([lambda w, _, part=part: part.weight_in(w) for part in self.parts], weight, None)
+
+    def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
+        def change(i: int):
+            outer = Stack(self.parts[i + 1 :])  # what has changed the input before it comes to this part
+            inner = through(outer.weight_in, enter) if outer.changes_input else enter
+            return lambda w, b: self.parts[i].weight_out(inner, w, b)
+
+        return in_turn(map(change, range(len(self.parts))), weight, bias)
 
     def lanes(self) -> tuple[Lane, ...]:
         """Memories side by side: each lane of one with each of the others."""
         lanes = BARE
         for part in self.parts:
             lanes = [Lane(a.weight * b.weight, a.memories + b.memories) for a in lanes for b in part.lanes()]
-        return _gathered(lanes)
+        return of_lanes.gathered(lanes)
 
 
-class Mix(Composite):
+class Mix(Weighed):
     """Side by side: all see the same hidden states, their changes are added (scale the parts for a weighted sum).
 
     Of parts that change the input this is the first-order sum: there is one y, that of the input with all their changes."""
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
         changes = [part.delta_in(x, step.child(i)) for i, part in enumerate(self.parts)]
-        total = _sum(changes)
-        step.kept["others"] = {i: _plus(total, _times(c, -1)) for i, c in enumerate(changes) if c is not total}
-        return total
+        step.kept["seen"] = {i: plus(x, change) for i, change in enumerate(changes)}
+        return _sum(changes)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
-        others = step.kept.get("others", {})
-        return _sum(
-            part.delta_out(x - others[i] if i in others else x, y, step.child(i)) for i, part in enumerate(self.parts)
-        )
+        seen = step.kept.get("seen", {})
+        return _sum(part.delta_out(seen.get(i, x), y, step.child(i)) for i, part in enumerate(self.parts))
 
-    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if len(self.parts) > 1:
-            _require_one_end(self.parts)
-        into = [part.delta_weight(weight, bias) for part in self.parts if part.changes_input]
-        weight, bias = _plus(weight, _sum(w for w, _ in into)), _plus(bias, _sum(b for _, b in into))
-        deltas = into + [part.delta_weight(weight, bias) for part in self.parts if not part.changes_input]
-        return _sum(w for w, _ in deltas), _sum(b for _, b in deltas)
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
+        if len(self.parts) == 1:
+            return self.parts[0].delta_weight(weight, bias)
+        return super().delta_weight(weight, bias)
+
+    def weight_in(self, weight: Tensor) -> Change:
+        return summed(part.weight_in(weight) for part in self.parts)
+
+    def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
+        return summed(part.weight_out(enter, weight, bias) for part in self.parts)
 
     @property
     def advance(self) -> int:
-        return _whole(super().advance, 1.0 if len(self.parts) == 1 else 0.5)
+        return of_lanes.whole(super().advance, 1.0 if len(self.parts) == 1 else 0.5)
 
     def lanes(self) -> tuple[Lane, ...]:
-        return _gathered([Lane(1 - len(self.parts)), *(lane for part in self.parts for lane in part.lanes())])
+        return of_lanes.gathered([Lane(1 - len(self.parts)), *(lane for part in self.parts for lane in part.lanes())])
 
 
 class Inside(Composite):
@@ -172,7 +198,7 @@ class Inside(Composite):
 
     def __init__(self, part: Modification, columns: Columns):
         super().__init__([part])
-        self.columns = torch.tensor(columns.index())
+        self.place, self.columns = columns, torch.tensor(columns.index())
 
     def to(self, device=None, dtype=None) -> Modification:
         moved = super().to(device, dtype)
@@ -191,13 +217,32 @@ class Inside(Composite):
         change = self.parts[0].delta_out(x, y[..., columns], step)
         return None if change is None else torch.zeros_like(y).index_copy(-1, columns, change.to(y.dtype))
 
-    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
+        return self._spread(weight, bias, self.parts[0].delta_weight)
+
+    def weight_in(self, weight: Tensor) -> Change:
+        return self.parts[0].weight_in(weight)
+
+    def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
+        return self._spread(weight, bias, lambda w, b: self.parts[0].weight_out(enter, w, b))
+
+    def _spread(self, weight: Tensor, bias: Tensor | None, change) -> Change:
         columns = self.columns.to(weight.device)
-        w, b = self.parts[0].delta_weight(weight[columns], None if bias is None else bias[columns])
+        w, b = change(weight[columns], None if bias is None else bias[columns])
         return (
             None if w is None else torch.zeros_like(weight).index_copy(0, columns, w),
             None if b is None else weight.new_zeros(len(weight)).index_copy(0, columns, b),
         )
+
+    def scaled(self, weight: float) -> Modification:
+        return Inside(self.parts[0].scaled(weight), self.place)
+
+    @classmethod
+    def join(cls, parts: Sequence[Modification]) -> Modification | None:
+        inner = [part.parts[0] for part in parts]
+        alike = len({part.place for part in parts}) == len({type(part) for part in inner}) == 1
+        joined = type(inner[0]).join(inner) if alike else None
+        return None if joined is None else Inside(joined, parts[0].place)
 
 
 class Route(Composite):
@@ -209,6 +254,12 @@ class Route(Composite):
         self.members = [torch.tensor([i for i, part in enumerate(rows) if id(part) == key]) for key in distinct]
 
     folds = False  # unlike rows have no weight in common
+
+    def weight_in(self, weight: Tensor) -> Change:
+        raise NotFoldable("unlike rows have no weight in common", "run it attached")
+
+    def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
+        return self.weight_in(weight)
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
         return self._scatter(x, lambda part, rows, step: part.delta_in(x[rows], step), step)
@@ -227,54 +278,10 @@ class Route(Composite):
         return total
 
 
-def _require_one_end(parts: Sequence[Modification]) -> None:
-    """Raise NotFoldable if one of them changes the input and also reads the output that comes of it: weighed, the two
-    are no sum of changes of a weight."""
-    for part in parts:
-        if part.changes_input and any(not leaf.additive and not leaf.changes_input for leaf in _leaves(part)):
-            raise NotFoldable(
-                "what changes a site's input and reads its output is no change of a weight once scaled or mixed",
-                "stack it at full weight: 'a + b', or run it attached",
-            )
-
-
-def _leaves(part: Modification) -> list[Modification]:
-    return [leaf for inner in part.parts for leaf in _leaves(inner)] if isinstance(part, Composite) else [part]
-
-
 def _a_weight(part: Modification) -> bool:
     """Whether it may be a change of a weight (some find out only when asked)."""
     inner = part.parts if isinstance(part, Composite) else []
     return all(map(_a_weight, inner)) if inner else type(part).delta_weight is not Modification.delta_weight
-
-
-def _weighed(lanes: Sequence[Lane], weight: float) -> list[Lane]:
-    return [Lane(lane.weight * weight, lane.memories) for lane in lanes]
-
-
-def _gathered(lanes: Sequence[Lane]) -> tuple[Lane, ...]:
-    """Lanes over the same memories as one; those that weigh nothing are left out."""
-    weights: dict[tuple[int, ...], float] = {}
-    memories = {}
-    for lane in lanes:
-        key = tuple(sorted(id(keys) for keys, _ in lane.memories))
-        weights[key] = weights.get(key, 0.0) + lane.weight
-        memories[key] = lane.memories
-    return tuple(Lane(weight, memories[key]) for key, weight in weights.items() if weight)
-
-
-def _whole(advance: int, weight: float) -> int:
-    """How far a part that is weighed moves positions. They are a whole row's, so there is no half of it."""
-    if advance and weight not in (0, 1):
-        raise UsageError(
-            "a prefix that moves its row's positions cannot be scaled or mixed",
-            "stack it at full weight: 'a + b'",
-        )
-    return advance * int(weight)
-
-
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else b if a is None else a + b
 
 
 def _times(a: Tensor | None, weight: float) -> Tensor | None:
@@ -284,5 +291,5 @@ def _times(a: Tensor | None, weight: float) -> Tensor | None:
 def _sum(changes) -> Tensor | None:
     total = None
     for change in changes:
-        total = _plus(total, change)
+        total = plus(total, change)
     return total

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import sqrt
+from types import MappingProxyType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from adapterhub.attention import Memory
 from adapterhub.ensemble import Lanes
-from adapterhub.errors import BatchError
+from adapterhub.errors import BatchError, UnsafeFile
+from adapterhub.lanes import Memory
 from adapterhub.modification import Modification, Step, Tap
+from adapterhub.sites import Site
 
 
 @dataclass(eq=False)
@@ -34,7 +41,9 @@ class Plan:
     for_rows: Callable[[int], Plan] | None = None
     """An ensemble for a batch of any size: its plan for that many rows."""
     checked: bool = False
-    """Every site of it has run once."""
+    """Every site of it has run once, and what came out can be computed with."""
+    placed: object = None
+    """The modules of the base (`Attachment.paths`) that let it act."""
 
     @property
     def width(self) -> int | None:
@@ -65,26 +74,47 @@ class Sequences:
     """By site; None where gradients are on: a layer that a checkpoint runs again must start as it did the first time."""
 
 
+LARGEST = sqrt(torch.finfo(torch.float32).max)
+"""Hidden states above it have squares that leave float32, in which every norm is computed."""
+
+
 @dataclass
 class Forward:
-    """One forward pass: what its hooks need. A checkpointed layer that runs again during backward gets the same one."""
+    """One forward pass: what its sites need. A checkpointed layer that runs again during backward gets the same one."""
 
     root: nn.Module
     """The model, or its encoder when that runs by itself."""
     plan: Plan
+    paths: Mapping[nn.Module, str]
+    """The modules of this model where something may happen, and their paths."""
     mask: Tensor | None
     encoder_mask: Tensor | None
     """Of an encoder-decoder, for the sites of its encoder."""
+    encoder: str
+    """The path of the encoder of a model that has a decoder too, with a dot; "" elsewhere."""
+    shape: tuple[int, int] | None
+    """Rows and tokens, where the model was given tokens."""
     sequences: Sequences
     training: bool
     memories: Mapping[str, Memory]
     begins: bool
     """Nothing is in the cache yet: every site runs (later, a cross-attention takes its keys from the cache)."""
-    running: dict[str, list[tuple[Modification, Step]]] = field(default_factory=dict)
-    """By site: modifications whose input has gone in and whose output has not come out yet."""
+    outer: Forward | None = None
+    """The pass that this one runs inside of."""
+    taps: Mapping[str, Mapping[Tap, Site]] = field(default_factory=dict)
+    """By module: the taps that read it, and the site that each reads."""
     ran: set[str] = field(default_factory=set)
     states: dict[Tap, Tensor] = field(default_factory=dict)
     """What the taps have read so far."""
+    largest: dict[str, Tensor] = field(default_factory=dict)
+    """The largest hidden state that each module put out, () each; kept in a plan's first pass only."""
+
+    def step(self, path: str, modification: Modification) -> Step:
+        """This pass as the modification at a module sees it."""
+        keeps = modification.stateful and self.sequences.states is not None
+        state = self.sequences.states.setdefault(path, {}) if keeps else {}
+        mask = self.encoder_mask if self.encoder and path.startswith(self.encoder) else self.mask
+        return Step(mask, state, self.training, tapped=self.tapped)
 
     def tapped(self, tap: Tap) -> Tensor:
         if tap not in self.states:
@@ -94,3 +124,94 @@ class Forward:
                 "give the model input_ids, and run the whole of it",
             )
         return self.states[tap]
+
+    def check_range(self) -> None:
+        """Raise UnsafeFile if adapters made hidden states that the model cannot compute with."""
+        if not self.largest or next(iter(self.largest.values())).is_meta:
+            return
+        sizes = torch.stack([size.to("cpu", torch.float64) for size in self.largest.values()])
+        wrong = ~(sizes <= LARGEST)  # not a number, too
+        if wrong.any():
+            path = list(self.largest)[int(wrong.nonzero()[0])]
+            raise UnsafeFile(
+                f"the adapters make hidden states too large to compute with: {sizes[wrong][0]:.1e} at {path}",
+                "give a smaller weight, or train it again",
+            )
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one base runs in a call: it belongs to the call, not to the model or the thread."""
+
+    attachment: Any
+    """The base's (`attach.Attachment`)."""
+    plan: Plan
+    training: bool
+
+
+_CALLS: ContextVar[Mapping[int, Call]] = ContextVar("adapterhub_calls", default=MappingProxyType({}))
+"""By the identity of the base, and of its encoder, which may run by itself."""
+
+
+def call_of(root: nn.Module) -> Call | None:
+    """What this call runs on a base, or on the encoder of one."""
+    return _CALLS.get().get(id(root))
+
+
+@contextmanager
+def called(call: Call, roots: Iterable[nn.Module]) -> Iterator[None]:
+    """Forward passes of these models inside run the call's plan."""
+    token, pass_ = _CALLS.set({**_CALLS.get(), **{id(root): call for root in roots}}), _CURRENT.get()
+    try:
+        yield
+    finally:
+        _CALLS.reset(token)
+        _CURRENT.set(pass_)  # a pass that an error ended has not been left
+
+
+def plan_at(module: nn.Module) -> str | None:
+    """The path of a module where a plan of this call acts."""
+    for call in _CALLS.get().values():
+        path = call.attachment.paths.get(module)
+        if path in call.plan.sites:
+            return path
+    return None
+
+
+_CURRENT: ContextVar[Forward | None] = ContextVar("adapterhub_forward", default=None)
+
+
+def current() -> Forward | None:
+    """The forward pass that this call is inside of."""
+    return _CURRENT.get()
+
+
+def enter(forward: Forward | None) -> None:
+    _CURRENT.set(forward)
+
+
+@contextmanager
+def within(forward: Forward | None) -> Iterator[None]:
+    """Modules that run inside find this forward pass; afterwards the one before again."""
+    token = _CURRENT.set(forward)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+class Followed:
+    """A layer's checkpoint function. The layer's second run, in backward, finds the forward pass of its first one, in
+    whatever thread backward runs."""
+
+    def __init__(self, checkpoint: Callable):
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable, *args, **kwargs):
+        forward = current()
+
+        def again(*args, **kwargs):
+            with within(forward):
+                return function(*args, **kwargs)
+
+        return self.checkpoint(again, *args, **kwargs)

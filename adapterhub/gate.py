@@ -9,8 +9,10 @@ from torch import Tensor
 
 from adapterhub.composers import Composite
 from adapterhub.errors import IncompatibleBase, UsageError
-from adapterhub.modification import BARE, Modification, Step, project
+from adapterhub.lanes import remembers
+from adapterhub.modification import Modification, Step, project
 from adapterhub.sites import Site
+from adapterhub.weight_change import Change, Entry
 
 
 class Gate(Composite):
@@ -34,7 +36,7 @@ class Gate(Composite):
             raise UsageError(
                 f"a gate over {len(self.bias)} adapters was given {len(children)}", "give as many as it was trained on"
             )
-        if any(child.lanes() != BARE for child in children):
+        if any(remembers(child.lanes()) for child in children):
             raise UsageError("a gate weighs changes of hidden states, and a prefix is none", "leave the prefix out")
         gate = Gate(**self.tensors)
         gate.parts = list(children)
@@ -73,8 +75,14 @@ class Gate(Composite):
         changes = [part.delta_out(seen[i], y, step.child(i)) for i, part in enumerate(self.parts)]
         return _weighed(shares, changes)
 
-    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
         return Modification.delta_weight(self, weight, bias)  # every token has its own
+
+    def weight_in(self, weight: Tensor) -> Change:
+        return self.delta_weight(weight, None)
+
+    def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
+        return self.delta_weight(weight, bias)
 
 
 def _weighed(shares: Tensor, changes: Sequence[Tensor | None]) -> Tensor | None:

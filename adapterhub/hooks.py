@@ -1,139 +1,171 @@
-"""The hooks at one site: the rows are the rows given, and what the plan says happens there."""
+"""What happens at one module of the base: its `forward`, with what the plan of the running call says about it.
+
+The modules of a base get this forward in their own `__dict__`, once, whatever the number of adapters. It knows its module
+by being its method, so a deep copy of the base runs adapters of its own, and everything that other software hangs on a
+module (hooks that record hidden states, for example) sees what adapters made of it. Outside of a call it only passes on.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import MethodType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+from transformers.pytorch_utils import Conv1D
 
-from adapterhub.attention import Memory
 from adapterhub.errors import BatchError, NotFoldable
-from adapterhub.modification import Modification, Step
+from adapterhub.forward import Forward, current, plan_at
+from adapterhub.modification import Modification
 from adapterhub.sites import matrix
 
-if TYPE_CHECKING:
-    from adapterhub.attach import Attachment
-    from adapterhub.forward import Forward
+_BEFORE = "_adapterhub_before"
+"""Where a module keeps the forward of its own that something else had given it before."""
 
 
-def remember(attachment: Attachment, path: str) -> None:
-    """Let the attention kernel find what the rows of the pass at hand attend to besides their tokens."""
-
-    def find() -> Memory | None:
-        forward = attachment.forward
-        memory = forward and forward.memories.get(path)
-        if memory is not None:
-            forward.ran.add(path)
-        return memory
-
-    attachment.base.get_submodule(path).__dict__["_adapterhub_memory"] = find
+def place(module: nn.Module) -> None:
+    """Let adapters act at this module. Nothing happens the second time."""
+    own = module.__dict__.get("forward")
+    if getattr(own, "__func__", None) is forward:
+        return
+    if own is not None:
+        module.__dict__[_BEFORE] = own
+    module.__dict__["forward"] = MethodType(forward, module)
 
 
-def site_hooks(attachment: Attachment, path: str) -> list:
-    module = attachment.base.get_submodule(path)
+def remove(module: nn.Module) -> None:
+    """Give the module its own forward back."""
+    if getattr(module.__dict__.get("forward"), "__func__", None) is forward:
+        del module.__dict__["forward"]
+        if _BEFORE in module.__dict__:
+            module.__dict__["forward"] = module.__dict__.pop(_BEFORE)
 
-    def before(module: nn.Module, args: tuple, kwargs: dict):
-        own_weight(module)
-        forward = attachment.forward
-        if forward is not None and (taps := attachment.tapped_at(path)):
-            for tap in taps:
-                if tap.into:
-                    forward.states[tap] = args[0] if args else kwargs["hidden_states"]
-        if forward is None and attachment.plan is not None and path in attachment.plan.sites:
+
+# Pickle keeps a method by its name: so that what comes back is the module's class's own, this one is named like it.
+def forward(module: nn.Module, *args, **kwargs):
+    """The module's own forward, and what adapters change about it."""
+    now = current()
+    if now is None:
+        if (path := plan_at(module)) is not None:
             raise BatchError(
                 f"{path} was called outside of the model's own forward pass, where no rows are known",
                 "call the model, not a part of it",
             )
-        modification = forward and forward.plan.sites.get(path)
-        if modification is None:
-            return None
-        x = args[0] if args else kwargs["hidden_states"]
-        if forward.plan.width not in (None, x.shape[0]):
-            raise BatchError(
-                f"{path} sees {x.shape[0]} rows where there are {forward.plan.width} by the adapters given",
-                "give one adapter expression (or None) for each row; beams are not supported",
-            )
-        modification = modification.to(x.device, x.dtype if x.is_floating_point() else module.weight.dtype)
-        if modification.folds and torch.is_grad_enabled() and _with_weight(module, modification):
-            forward.running.setdefault(path, []).append((_NOTHING, Step()))
-            return None
-        keeps = modification.stateful and forward.sequences.states is not None
-        state = forward.sequences.states.setdefault(path, {}) if keeps else {}
-        mask = forward.encoder_mask if attachment.in_encoder(path) else forward.mask
-        step = Step(mask, state, forward.training, tapped=forward.tapped)
-        forward.running.setdefault(path, []).append((modification, step))
-        if not modification.changes_input:
-            return None
-        change = modification.delta_in(x, step)
-        if change is None:
-            return None
-        x = x + change
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-
-    def after(module: nn.Module, args: tuple, kwargs: dict, output):
-        changed = changed_by_adapters(module, args, kwargs, output)
-        forward = attachment.forward
-        if forward is not None and (taps := attachment.tapped_at(path)):
-            y = output if changed is None else changed
-            y = y[0] if isinstance(y, tuple) else y
-            for tap, site in taps.items():
-                if not tap.into:
-                    forward.states[tap] = y if site.columns is None else y[..., site.columns.index()]
-        return changed
-
-    def changed_by_adapters(module: nn.Module, args: tuple, kwargs: dict, output):
-        forward = attachment.forward
-        if forward is None or path not in forward.plan.sites:
-            return None
-        own_weight(module)
-        modification, step = forward.running[path].pop()
-        x = args[0] if args else kwargs["hidden_states"]
-        y = output[0] if isinstance(output, tuple) else output
-        scale = getattr(
-            module, "embed_scale", None
-        )  # Gemma's embedding multiplies what it looks up: ours is the look-up
-        change = modification.delta_out(x, y if scale is None else y / scale, step)
-        if path not in forward.memories:
-            forward.ran.add(path)
-        if change is None:
-            return None
-        y = y + (change if scale is None else change * scale).to(y.dtype)
-        return (y, *output[1:]) if isinstance(output, tuple) else y
-
-    return [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, with_kwargs=True),
-    ]
+        return _run(module, args, kwargs)
+    path = now.paths.get(module)
+    if path is None:
+        return _run(module, args, kwargs)
+    modification, taps = now.plan.sites.get(path), now.taps.get(path, {})
+    if modification is None and not taps:
+        return _run(module, args, kwargs)
+    key, x = _given(path, args, kwargs)
+    for tap in taps:
+        if tap.into:
+            now.states[tap] = x
+    if modification is None:
+        output = _run(module, args, kwargs)
+    else:
+        output = _changed(module, now, path, modification, key, x, args, kwargs)
+    y = output[0] if isinstance(output, tuple) else output
+    for tap, site in taps.items():
+        if not tap.into:
+            now.states[tap] = y if site.columns is None else y[..., site.columns.index()]
+    return output
 
 
-_NOTHING = Modification()
+def _run(module: nn.Module, args: tuple, kwargs: dict):
+    before = module.__dict__.get(_BEFORE)
+    return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
-def _with_weight(module: nn.Module, modification: Modification) -> bool:
-    """Let the module compute with the weight that the modification makes of its own, in the graph, for this one call: a
-    change that trains (dense, sparse) is cheaper so than beside it. False if it is no change of a weight after all."""
+def _given(path: str, args: tuple, kwargs: dict) -> tuple[str, Tensor]:
+    """What goes into the module: the argument's name ("" for the first of `args`) and the tensor."""
+    if args:
+        return "", args[0]
+    for name in ("hidden_states", "input", "x"):
+        if name in kwargs:
+            return name, kwargs[name]
+    raise BatchError(f"{path} is called without hidden states that are known as such", "leave this site out")
+
+
+def _changed(
+    module: nn.Module,
+    now: Forward,
+    path: str,
+    modification: Modification,
+    key: str,
+    x: Tensor,
+    args,
+    kwargs,
+):
+    """What the module puts out with the modification in force."""
+    if path not in now.memories:
+        now.ran.add(path)
+    flat = _flattened(path, now, x)
+    rows = x.unflatten(0, now.shape) if flat else x
+    if now.plan.width not in (None, len(rows)):
+        raise BatchError(
+            f"{path} sees {x.shape[0]} rows where there are {now.plan.width} by the adapters given",
+            "give one adapter expression (or None) for each row; beams are not supported",
+        )
+    modification = modification.to(x.device, x.dtype if x.is_floating_point() else module.weight.dtype)
+    if modification.folds and torch.is_grad_enabled():
+        y = _through_weight(module, modification, x)
+        if y is not None:
+            _remember(now, path, y)
+            return y
+    step, scale = now.step(path, modification), getattr(module, "embed_scale", None)
+    if modification.changes_input and (change := modification.delta_in(rows, step)) is not None:
+        rows = rows + change
+        x = rows.flatten(0, 1) if flat else rows
+        args, kwargs = (args, {**kwargs, key: x}) if key else ((x, *args[1:]), kwargs)
+    output = _run(module, args, kwargs)
+    y = output[0] if isinstance(output, tuple) else output
+    seen = y if scale is None else y / scale  # Gemma's embedding multiplies what it looks up: ours is the look-up
+    change = modification.delta_out(rows, seen.unflatten(0, now.shape) if flat else seen, step)
+    if change is None:
+        if modification.changes_input:
+            _remember(now, path, y)
+        return output
+    change = change.flatten(0, 1) if flat else change
+    y = y + (change if scale is None else change * scale).to(y.dtype)
+    _remember(now, path, y)
+    return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def _flattened(path: str, now: Forward, x: Tensor) -> bool:
+    """Whether this layer works on all rows' tokens in one sequence, as OPT's does."""
+    if x.ndim != 2 or not x.is_floating_point() or now.shape is None or not any(map(str.isdecimal, path.split("."))):
+        return False
+    if ".experts." in path and now.plan.width is not None:
+        raise BatchError(f"{path} is an expert: it sees tokens of all rows together", "run one expression for all rows")
+    return x.shape[0] == now.shape[0] * now.shape[1]
+
+
+def _remember(now: Forward, path: str, y: Tensor) -> None:
+    if not now.plan.checked:
+        now.largest[path] = y.detach().abs().amax() if y.numel() else y.new_zeros(())
+
+
+def _through_weight(module: nn.Module, modification: Modification, x: Tensor) -> Tensor | None:
+    """What the module puts out with the weight that the modification makes of its own, in the graph: a change that trains
+    (dense, sparse) is cheaper so than beside the module. None if that is not the same."""
+    own = type(module).forward
+    scale = getattr(module, "embed_scale", None)
+    looks_up = own is nn.Embedding.forward or (isinstance(module, nn.Embedding) and scale is not None)
+    if _BEFORE in module.__dict__ or not (looks_up or own in (nn.Linear.forward, Conv1D.forward)):
+        return None
     weight, bias = matrix(module), getattr(module, "bias", None)
+    if weight is None:
+        return None
     try:
         weight_change, bias_change = modification.delta_weight(weight, bias)
     except NotFoldable:
-        return False
-    if weight_change is not None:
-        changed = weight + weight_change
-        # An instance's own attribute comes before its parameter of that name.
-        module.__dict__["weight"] = changed if isinstance(module, nn.Linear) else changed.mT
-    if bias_change is not None:
-        module.__dict__["bias"] = bias_change if bias is None else bias + bias_change
-    return True
-
-
-def own_weight(module: nn.Module) -> None:
-    """Let the module compute with its own weight again."""
-    module.__dict__.pop("weight", None)
-    module.__dict__.pop("bias", None)
-
-
-def own_weights(base: nn.Module, forward: Forward | None) -> None:
-    """The same for all modules where a forward pass has its sites."""
-    for path in forward.plan.sites if forward is not None else ():
-        own_weight(base.get_submodule(path))
+        return None
+    weight = weight if weight_change is None else weight + weight_change
+    bias = bias_change if bias is None else bias if bias_change is None else bias + bias_change
+    if not looks_up:
+        return linear(x, weight, bias)
+    y = embedding(x, weight.mT, module.padding_idx)
+    y = y if bias is None else y + bias
+    return y if scale is None else (y * scale).to(y.dtype)

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from adapterhub.errors import BatchError, NotFoldable
+from adapterhub.lanes import BARE, Lane
 from adapterhub.sites import Site
+from adapterhub.weight_change import NOTHING, Change, Entry, added
 
 
 @dataclass(frozen=True)
@@ -88,20 +90,6 @@ class Step:
         return x[rows[:, :, None], places.clamp(min=0)]
 
 
-@dataclass(frozen=True)
-class Lane:
-    """One term of what an attention gives: `weight` times the attention over these memories beside the tokens.
-
-    memories: (keys, values), each (key-value heads, n, head width); none: the bare attention."""
-
-    weight: float = 1.0
-    memories: tuple[tuple[Tensor, Tensor], ...] = ()
-
-
-BARE = (Lane(),)
-"""The attention as the base has it."""
-
-
 class Modification:
     """What one adapter does to the hidden states at one site. Every default changes nothing.
 
@@ -161,7 +149,7 @@ class Modification:
         """What the attention at this site becomes: the sum of these lanes, whose weights add up to 1."""
         return BARE
 
-    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
         """(ΔW, Δb) that do the same to a linear site: weight (outputs, inputs), bias (outputs,).
 
         Differentiable. Raises NotFoldable when there is none."""
@@ -169,6 +157,35 @@ class Modification:
             f"the form {self.form!r} is not a change of a weight",
             "run it attached, or compose instead of folding: adapterhub run 'a + b'",
         )
+
+    def weight_in(self, weight: Tensor) -> Change:
+        """What `delta_in` does to a matrix (n, inputs) that reads the site's input: weight (x + Δx) is
+        (weight + ΔW) x + Δb. Raises NotFoldable."""
+        if not self.changes_input:
+            return NOTHING
+        self._require_one_end()
+        return self.delta_weight(weight, None)
+
+    def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
+        """What `delta_out` adds to a linear site that puts out weight x + bias so far. enter: what reading its own input
+        means for x (None: it reads x itself). Raises NotFoldable."""
+        if not self.changes_output:
+            return NOTHING
+        self._require_one_end()
+        change = self.delta_weight(weight, bias)
+        if enter is None:
+            return change
+        reads = change[0]  # what of it reads the input; the rest reads the output, which `weight` tells as it is
+        if not self.additive:
+            reads, _ = self.delta_weight(torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias))
+        return change if reads is None else added(change, enter(reads))
+
+    def _require_one_end(self) -> None:
+        if self.changes_input and self.changes_output:
+            raise NotFoldable(
+                f"the form {self.form!r} changes its site's input and output at once: weighed, they are not known apart",
+                "stack it at full weight: 'a + b', or run it attached",
+            )
 
     def scaled(self, weight: float) -> Modification:
         """The same modification with its change multiplied by weight."""
@@ -201,6 +218,11 @@ class Modification:
     def changes_input(self) -> bool:
         """Whether delta_in can be anything but None."""
         return type(self).delta_in is not Modification.delta_in
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether delta_out can be anything but None."""
+        return type(self).delta_out is not Modification.delta_out
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Modification:
         """A copy whose floating tensors have this dtype and device (scalar constants are never narrowed: see `times`);

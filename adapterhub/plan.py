@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from adapterhub.adapter import Modifications, check_range
 from adapterhub.attention import Memory, advances, memories
@@ -22,28 +23,36 @@ from adapterhub.modification import Modification
 from adapterhub.sites import Site
 
 
-def assemble(node: Node | None, adapter: Callable[[str], Modifications], join: bool) -> Modifications:
-    """{site path: what happens there, in order} of an expression (None: the bare base).
+def assemble(
+    node: Node | None, adapter: Callable[[str], Modifications], join: bool, sites: Sequence[Site] | None = None
+) -> Modifications:
+    """{path: what happens there, in order} of an expression (None: the bare base): by site, or, given the base's sites, by
+    module. Only by module is the order of a stack whole: parts at columns of a module have a place among those at all of it.
 
     join makes one modification of several where a form can. Not while something trains: joining copies tensors."""
+
+    def own(parts: Modifications) -> Modifications:
+        return parts if sites is None else placed(parts, sites)
+
     match node:
         case None:
             return {}
         case Ref(reference):
-            return adapter(str(reference))
+            return own(adapter(str(reference)))
         case Scale(weight, inner):
-            scaled = {path: _scaled(parts, weight, join) for path, parts in assemble(inner, adapter, join).items()}
+            whole = assemble(inner, adapter, join, sites)
+            scaled = {path: _scaled(parts, weight, join) for path, parts in whole.items()}
             check_range(scaled, f"{weight:g}*({inner})", torch.float32)
             return scaled
         case StackNode(nodes):
-            many = [assemble(inner, adapter, join) for inner in nodes]
+            many = [assemble(inner, adapter, join, sites) for inner in nodes]
             return {path: _joined(parts, join) for path, parts in stacked(many).items()}
         case MixNode(nodes):
-            many = [assemble(inner, adapter, join) for inner in nodes]
+            many = [assemble(inner, adapter, join, sites) for inner in nodes]
             return {path: _mixed([m[path] for m in many if path in m], join) for path in stacked(many)}
         case GateNode(gate, nodes):
-            many = [assemble(inner, adapter, join) for inner in nodes]
-            return gated(adapter(str(gate)), many, str(gate))
+            many = [assemble(inner, adapter, join) for inner in nodes]  # a gate has a share for each site of its own
+            return own(gated(adapter(str(gate)), many, str(gate)))
 
 
 def gated(gates: Modifications, children: Sequence[Modifications], name: str) -> Modifications:
@@ -67,8 +76,8 @@ def stacked(many: Sequence[Modifications]) -> Modifications:
 
 
 def placed(parts: Modifications, sites: Sequence[Site]) -> Modifications:
-    """From sites to modules: what sits at columns of a fused projection becomes part of what its module does, after what
-    the same adapter does to the whole of it."""
+    """One adapter from sites to modules: what sits at columns of a fused projection becomes part of what its module does,
+    after what the same adapter does to the whole of it."""
     fused = {site.path: site for site in sites if site.columns}
     if parts.keys().isdisjoint(fused):
         return parts
@@ -94,7 +103,7 @@ def batch(
     if not any(isinstance(node, Ensemble) for node in nodes):
         return build([made[node] for node in nodes], rows, key, trains)
 
-    @cache
+    @lru_cache(maxsize=1)  # plans hold gathered tensors
     def for_rows(rows: int) -> Plan:
         flat = [(row, *lane) for row, lanes in enumerate(ensembles * (rows // len(nodes))) for lane in lanes]
         lanes = Lanes(rows, tuple(row for row, _, _ in flat), tuple(weight for _, weight, _ in flat))
@@ -122,6 +131,25 @@ def build(
         key,
         lanes,
     )
+
+
+def copied(plan: Plan, adapters: Iterable[Modifications]) -> int:
+    """Bytes of the tensors that a plan holds besides those of its adapters: what was gathered, joined or scaled for it."""
+    known = {
+        t.untyped_storage().data_ptr() for a in adapters for here in a.values() for part in here for t in leaves(part)
+    }
+    held = [tensor for modification in plan.sites.values() for tensor in leaves(modification)]
+    for memory in plan.memories().values():
+        held += [memory.keys, memory.values]
+    own = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+    return sum(size for place, size in own.items() if place not in known)
+
+
+def leaves(modification: Modification) -> Iterator[Tensor]:
+    """Its tensors, and those of all parts of it."""
+    yield from modification.tensors.values()
+    for part in getattr(modification, "parts", ()):
+        yield from leaves(part)
 
 
 def batched(rows: Sequence[Modifications], join: bool) -> dict[str, Modification]:

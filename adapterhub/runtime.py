@@ -21,7 +21,8 @@ from adapterhub.fold import fold
 from adapterhub.forward import Plan
 from adapterhub.manifest import Reference, Release, check_name, check_version
 from adapterhub.modification import Modification, named_tensors
-from adapterhub.plan import assemble, batch, placed, stacked
+from adapterhub.plan import assemble, batch, copied, placed, stacked
+from adapterhub.plan_cache import PlanCache
 from adapterhub.residents import Residents
 from adapterhub.sites import sites
 
@@ -66,7 +67,8 @@ def load(
 
 
 class Model:
-    """A transformers model that runs adapters. Not safe for several threads at once: one model, one caller."""
+    """A transformers model that runs adapters. Several threads may call it, and several models on one base, at once; `use`,
+    training and what changes the base (`fold`, `detach`) are for one thread while no other calls."""
 
     def __init__(
         self,
@@ -89,7 +91,9 @@ class Model:
         self._new: Modifications = {}
         self._bare = False
         """Inside of `without_new`."""
-        self._plans: dict[tuple, Plan] = {}
+        self._plans = PlanCache.beside(self.base)
+        self._looked_up = 0
+        """How often names were looked up: a cache that was filled before is not continued after."""
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +106,7 @@ class Model:
         train already stay the same parameters). Names are looked up again. Refused, it changes nothing."""
         self._require_attached()
         self._residents.forget()
+        self._looked_up += 1
         node = self._residents.node(expression)
         leaves = {str(ref) for ref in references(node)} if node else set()
         chosen: dict[str, Modifications] = {}
@@ -110,12 +115,14 @@ class Model:
             if key not in leaves:
                 raise UsageError(f"{text!r} is not in {expression!r}, so it cannot be trained there", "add it: 'a + b'")
             chosen[key] = self._trainable.get(key) or self._residents.trainable(key)
-        before = self._default, self._trainable, self._plans
-        self._default, self._trainable, self._plans = expression, chosen, {}
+        before = self._default, self._trainable
+        self._default, self._trainable = expression, chosen
+        self._plans.clear()
         try:
             self._plan(expression, None)  # what does not fit is refused here, not at the first call
         except BaseException:
-            self._default, self._trainable, self._plans = before
+            self._default, self._trainable = before
+            self._plans.clear()
             raise
 
     def attach_new(self, modifications: Mapping[str, Modification | Sequence[Modification]]) -> None:
@@ -127,18 +134,15 @@ class Model:
 
     def parts(self, expression: str | None) -> Modifications:
         """What an expression (no ensemble) does at each site."""
-        return self._assembled(self._residents.node(expression), join=False)
+        return assemble(self._residents.node(expression), self._adapter, join=False)
 
-    def _assembled(self, node: Node | None, join: bool) -> Modifications:
-        def adapter(key: str) -> Modifications:
-            return self._trainable.get(key) or self._residents.get(key)
-
-        return assemble(node, adapter, join)
+    def _adapter(self, key: str) -> Modifications:
+        return self._trainable.get(key) or self._residents.get(key)
 
     def _program(self, node: Node | None) -> Modifications:
         """What a row runs at each module, new modifications on top included."""
-        parts = self._assembled(node, join=not self._trains)
-        return placed(stacked([parts, self._new]) if self._new and not self._bare else parts, self.sites)
+        parts = assemble(node, self._adapter, not self._trains, self.sites)
+        return stacked([parts, placed(self._new, self.sites)]) if self._new and not self._bare else parts
 
     @contextmanager
     def without_new(self) -> Iterator[None]:
@@ -157,14 +161,16 @@ class Model:
         return bool(self._trainable or self._new)
 
     def _plan(self, adapters: Adapters, rows: int | None) -> Plan:
-        key = (adapters if isinstance(adapters, str | None) else tuple(adapters), rows, self._bare)
-        if key not in self._plans:
-            expressions = [adapters] if isinstance(adapters, str | None) else list(adapters)
-            nodes = [self._residents.node(expression) for expression in expressions]
-            while len(self._plans) >= 16:  # plans hold gathered tensors
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = batch(nodes, self._program, rows, key, self._trains)
-        return self._plans[key]
+        asked = (adapters,) if isinstance(adapters, str | None) else tuple(adapters)
+        key = (asked, rows, self._bare, self._looked_up)
+
+        def make() -> tuple[Plan, int]:
+            nodes = [self._residents.node(one) for one in asked]
+            plan = batch(nodes, self._program, rows, key, self._trains)
+            names = {str(each) for node in nodes if node for each in references(node)}
+            return plan, 0 if self._trains else copied(plan, map(self._adapter, names))
+
+        return self._plans.get(key, make)
 
     @contextmanager
     def running(self, adapters: Adapters = None, rows: int | None = None):
@@ -174,9 +180,7 @@ class Model:
             adapters = self._default
         if not isinstance(adapters, str | None):
             if not isinstance(adapters, list | tuple) or not all(isinstance(row, str | None) for row in adapters):
-                raise UsageError(
-                    f"adapters is {adapters!r}", "give an expression, or a list with one (or None) per row"
-                )
+                raise UsageError(f"adapters is {adapters!r}", "give an expression, or a list with one (or None) a row")
             rows = len(adapters)
         with self._attachment.running(self._plan(adapters, rows), self._training_mode):
             yield
@@ -186,8 +190,7 @@ class Model:
             raise UsageError("this model is detached or folded", "use the transformers model you got, or load it again")
 
     def keeps_state(self, adapters: Adapters = None) -> bool:
-        """Whether a key-value cache of these adapters cannot be repeated or cut: a form among them carries state along a
-        sequence, or the cache holds the lanes of an ensemble."""
+        """Whether a key-value cache of these adapters cannot be repeated or cut: it has streaming state, or lanes."""
         plan = self._plan(self._default if adapters is None else adapters, None)
         return plan.stateful or plan.for_rows is not None
 
@@ -217,7 +220,7 @@ class Model:
     def complete(
         self, texts: Sequence[str], adapters: Adapters = None, max_new_tokens: int = 20, **kwargs
     ) -> list[str]:
-        """Texts in, their continuations out (greedy unless sampling options of `generate` are given)."""
+        """Texts in, their continuations out (greedy unless options of `generate` say else)."""
         if self.tokenizer is None:
             raise UsageError("this base has no tokenizer", "tokenise yourself and call generate(input_ids=...)")
         if isinstance(texts, str) or not texts:
@@ -250,7 +253,6 @@ class Model:
         return list(self.trainable_tensors().values())
 
     def new_modifications(self) -> Modifications:
-        """What `attach_new` put there."""
         return self._new
 
     @torch.no_grad()
@@ -264,8 +266,7 @@ class Model:
     def _trainable_key(self, text: str) -> str:
         wanted = Reference.parse(text)
         for key in self._trainable:
-            name, _, version = key.partition("@")
-            if wanted.name == name and wanted.at in (None, version):
+            if wanted.name == key.partition("@")[0] and wanted.at in (None, key.partition("@")[2]):
                 return key
         raise UsageError(f"{text!r} is not trainable here", f"trainable: {', '.join(self._trainable) or 'nothing'}")
 

@@ -82,8 +82,13 @@ class Site:
     @property
     def layer(self) -> int | None:
         """The number of its layer, from its path; None outside the layers."""
-        number = re.search(r"\.(\d+)(\.|$)", f".{self.path}")
-        return int(number[1]) if number else None
+        return layer_of(self.path)
+
+
+def layer_of(path: str) -> int | None:
+    """The number of the layer that a module lies in, from its path; None outside the layers."""
+    number = re.search(r"\.(\d+)(\.|$)", f".{path}")
+    return int(number[1]) if number else None
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class Family:
     aliases: tuple[tuple[re.Pattern, str], ...]
     own_positions: bool
     """It computes positions from its ids itself: they must not be given."""
+    relative_positions: bool = False
+    """It knows only how far apart tokens are, so that padding before them changes nothing."""
 
 
 @cache
@@ -107,7 +114,14 @@ def family(model_type: str) -> Family:
     def read(key: str) -> tuple:
         return tuple((_pattern(pattern), value) for pattern, value in table.get(key, {}).items())
 
-    return Family(read("roles"), read("parts"), read("fused"), read("aliases"), table.get("own_positions", False))
+    return Family(
+        read("roles"),
+        read("parts"),
+        read("fused"),
+        read("aliases"),
+        table.get("own_positions", False),
+        table.get("relative_positions", False),
+    )
 
 
 def _pattern(text: str) -> re.Pattern:

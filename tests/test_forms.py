@@ -175,14 +175,42 @@ def test_what_changes_the_input_in_a_composition():
         Mix([Scaled(into, 0.3), low]): (W + 0.3 * (W @ inner - W) + delta, B),
         # One y for all that read it: that of the input with every change.
         Mix([into, Scaled(out, 0.3)]): ((np.eye(5) + 0.3 * np.diag(h)) @ W @ inner, (1 + 0.3 * h) * B),
+        # y is that of the input with half of its change, and the gain is of that y.
+        Scaled(Stack([into, out]), 0.5): (np.diag(1 + 0.5 * h) @ W @ np.diag(1 + 0.5 * g), (1 + 0.5 * h) * B),
+        # The low rank reads what its own part of the mix makes of the input, whatever the others add to y.
+        Mix([Stack([low, into]), out]): (outer @ W @ inner + delta @ inner, (1 + h) * B),
+        Mix([Stack([into, low]), out]): (outer @ W @ inner + delta, (1 + h) * B),
+        Stack([Mix([Scaled(into, 0.5), low]), out, into]): (
+            outer @ (W @ np.diag(1 + 0.5 * g) + delta) @ inner,
+            (1 + h) * B,
+        ),
     }
     for program, (weight, bias) in cases.items():
         np.testing.assert_allclose(changes(program, X, None, W, B), X @ weight.T + bias, rtol=1e-11)
         w, b = folded(program, W, B)
         np.testing.assert_allclose(w, weight, rtol=1e-11)
         np.testing.assert_allclose(b, bias, rtol=1e-11)
-    with pytest.raises(NotFoldable, match="scaled or mixed"):
-        folded(Scaled(Stack([into, out]), 0.5), W, B)
+
+
+class BothEnds(Affine):
+    """Doubles what goes in and what comes out: W' = 2W2."""
+
+    form = "both_ends"
+    changes_input = changes_output = True
+
+    def delta_weight(self, weight, bias):
+        return 3 * weight, bias
+
+
+def test_a_part_that_changes_both_ends_folds_at_full_weight_alone():
+    both, low = BothEnds.of(gain=torch.ones(6)), LowRank.random(Site("x", "", 6, 5, True)).to(dtype=torch.float64)
+    delta = (low.scale * low.up @ low.down).numpy()
+    for whole in (both, Stack([both]), Scaled(both, 1.0), Mix([both])):
+        np.testing.assert_allclose(folded(whole, W, B)[0], 4 * W)
+    np.testing.assert_allclose(folded(Stack([low, both]), W, B)[0], 4 * (W + delta))
+    for weighed in (Scaled(both, 0.5), Mix([both, low])):
+        with pytest.raises(NotFoldable, match="input and output at once"):
+            folded(weighed, W, B)
 
 
 def test_token_ids_stand_for_one_hot_rows():

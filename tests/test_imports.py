@@ -63,11 +63,13 @@ MAY = {
     "magnitude": "",
     "mergers": "errors magnitude mergers",
     "codecs": "errors codecs factors magnitude",
-    "forms": "errors modification sites forms",
+    "forms": "errors lanes modification sites forms",
     "methods": "errors method forms gate sites modification methods",
-    "gate": "composers errors modification sites",
-    "modification": "errors sites composers",
-    "composers": "errors modification sites",
+    "gate": "composers errors lanes modification sites weight_change",
+    "lanes": "errors",
+    "weight_change": "",
+    "modification": "errors lanes sites weight_change composers",
+    "composers": "errors lanes modification sites weight_change",
 }
 """What a module (or package) may import of ours, inside functions too."""
 

@@ -34,6 +34,10 @@ class Affine(Modification):
     def changes_input(self) -> bool:
         return self.into
 
+    @property
+    def changes_output(self) -> bool:
+        return not self.into
+
     def check(self, site: Site) -> None:
         inputs, outputs = site.inputs, site.outputs
         width = inputs if self.into else outputs

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from adapterhub.errors import IncompatibleBase
-from adapterhub.modification import Lane, Modification
+from adapterhub.lanes import Lane
+from adapterhub.modification import Modification
 from adapterhub.sites import Site
 
 

@@ -25,7 +25,7 @@ from adapterhub.gate import Gate
 from adapterhub.look.explain import Program, Step, children, problem, pruned
 from adapterhub.look.touched import alike, by_layer
 from adapterhub.modification import Modification
-from adapterhub.plan import assemble, batch, placed
+from adapterhub.plan import assemble, batch
 from adapterhub.sites import Site, current_path, sites
 
 if TYPE_CHECKING:
@@ -198,14 +198,17 @@ def _on_base(program: Program, loaded: Loaded, base: object) -> Iterator[Step]:
         return
     at = {site.path: site for site in here}
 
-    def bare(node: Node | None) -> Modifications:
-        """What the runtime makes of a node, by module, without its numbers."""
-        parts = assemble(node, loaded.__getitem__, join=True)
-        parts = {path: [part.to("meta", model.dtype) for part in several] for path, several in parts.items()}
+    def adapter(name: str) -> Modifications:
+        """One adapter without its numbers."""
+        parts = {path: [part.to("meta", model.dtype) for part in several] for path, several in loaded[name].items()}
         for path, several in parts.items():
             for part in several:
                 bind(part, at[path], model)
-        return placed(parts, here)
+        return parts
+
+    def bare(node: Node | None) -> Modifications:
+        """What the runtime makes of a node, by module."""
+        return assemble(node, adapter, True, here)
 
     try:
         yield _rehearsed(model, batch([program.node], bare, None, object(), False))

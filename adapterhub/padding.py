@@ -1,0 +1,98 @@
+"""Padding: what a batch's mask says of positions, and where a model would count padding without being asked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterhub.errors import BatchError
+from adapterhub.sites import family
+
+
+class Padding:
+    """How one model comes to its tokens' positions."""
+
+    def __init__(self, base: nn.Module):
+        config = base.config.get_text_config()
+        takes = inspect.signature(base.forward).parameters
+        self._family = family(base.config.model_type)
+        self._both = base.config.is_encoder_decoder
+        self._takes_positions = "position_ids" in takes and not self._family.own_positions
+        self._takes_decoder_positions = "decoder_position_ids" in takes
+        self._reads_tokens = base.main_input_name == "input_ids"
+        windows = [
+            getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention")
+        ]
+        self._window = min((window for window in windows if isinstance(window, int) and window > 0), default=None)
+
+    def accounted(
+        self, mask: Tensor | None, rows: int, seen: int, tokens: int, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The model's arguments with positions that leave padding out. mask (rows, seen + tokens), of an encoder-decoder
+        its encoder's; seen: how many tokens the cache holds. Raises BatchError where the model would count padding."""
+        decoder = kwargs.get("decoder_attention_mask") if self._both else None
+        if isinstance(decoder, Tensor) and decoder.ndim == 2:
+            kwargs = self._decoded(decoder, seen, kwargs)
+        if mask is None:
+            return kwargs
+        if mask.shape[0] != rows:
+            raise BatchError(
+                f"the attention mask has {mask.shape[0]} rows, the batch has {rows}", "give one mask per row"
+            )
+        if self._both:
+            if self._reads_tokens:
+                self._require_shift(mask)
+            return kwargs
+        if self._window and mask.shape[1] > self._window and _parted(mask):
+            raise BatchError(
+                "padding stands between a row's tokens, and this model's sliding window counts it",
+                "pad on the left, or on the right without a cache",
+            )
+        if self._takes_positions and kwargs.get("position_ids") is None and mask.shape[1] == seen + tokens:
+            kwargs["position_ids"] = _positions(mask)[:, -tokens:]
+        return kwargs
+
+    def _decoded(self, mask: Tensor, seen: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The same for the mask of a decoder beside an encoder, (rows, seen + tokens)."""
+        if not self._takes_decoder_positions:
+            self._require_shift(mask)
+        elif kwargs.get("decoder_position_ids") is None:
+            kwargs["decoder_position_ids"] = _positions(mask)[:, seen:]
+        return kwargs
+
+    def _require_shift(self, mask: Tensor) -> None:
+        """Raise BatchError where padding stands before tokens of a model that counts it."""
+        if self._family.own_positions:
+            return
+        if _parted(mask) if self._family.relative_positions else (mask.diff(dim=1) > 0).any():
+            raise BatchError(
+                "padding stands before a row's tokens, and this model's positions count it", "pad on the right"
+            )
+
+    def advanced(
+        self, advances: Sequence[int], kwargs: dict[str, Any], seen: int, tokens: int, device: torch.device
+    ) -> dict[str, Any]:
+        """The arguments with each row's positions moved up by what the prefixes before its tokens count."""
+        if not self._takes_positions:
+            raise BatchError(
+                "a prefix moves the positions of its rows, and this model takes no position_ids",
+                "leave that adapter out",
+            )
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(seen, seen + tokens, device=device)[None]
+        return {**kwargs, "position_ids": positions + torch.tensor(advances, device=positions.device)[:, None]}
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _parted(mask: Tensor) -> bool:
+    """Whether padding stands between two tokens of a row."""
+    steps = mask.long().diff(dim=1)
+    return bool((((steps < 0).cumsum(1) > 0) & (steps > 0)).any())

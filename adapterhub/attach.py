@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import attention, hooks
-from adapterhub.errors import BatchError
+from adapterhub.errors import BatchError, UnsafeFile
 from adapterhub.forward import Call, Followed, Forward, Plan, Sequences, call_of, called, current, enter
 from adapterhub.modification import Tap
 from adapterhub.padding import Padding
@@ -149,18 +149,18 @@ class Attachment:
         seen = cache.get_seq_length() if cache is not None else 0
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         flat = isinstance(mask, Tensor) and mask.ndim == 2
+        ids = (kwargs[key] if key else args[0]) if key in ("", "input_ids") and given.ndim == 2 else None
         if mask is not None and not flat and (plan.stateful or plan.bidirectional):
             raise BatchError(
                 "a form that reads other tokens needs a two-dimensional attention mask", "give (rows, tokens)"
             )
-        kwargs = self._padding.accounted(mask if flat else None, rows, seen, tokens, kwargs)
+        kwargs = self._padding.accounted(mask if flat else None, rows, seen, tokens, kwargs, ids)
         if plan.advances:
             kwargs = self._padding.advanced(plan.advances, kwargs, seen, tokens, given.device)
         sequences = self._continued(plan, cache, seen) if seen else None
         if sequences is None:
             sequences = Sequences(plan, states=None if torch.is_grad_enabled() else {})
         sequences.seen = seen + tokens
-        tokenwise = given.ndim == 2 and not both and key in ("", "input_ids")
         forward = Forward(
             root=root,
             plan=plan,
@@ -168,7 +168,7 @@ class Attachment:
             mask=mask[:, -tokens:].bool() if flat and not both else None,
             encoder_mask=mask.bool() if flat and both else None,
             encoder=self._encoder,
-            shape=(rows, tokens) if tokenwise or (key == "inputs_embeds" and not both) else None,
+            shape=(rows, tokens) if not both and (ids is not None or key == "inputs_embeds") else None,
             sequences=sequences,
             training=training,
             memories=memories,
@@ -208,7 +208,8 @@ class Attachment:
 
     def end(self, forward: Forward, kwargs: dict, output):
         """Leave a forward pass: what was promised of it is checked."""
-        if not forward.plan.checked:
+        checked = forward.plan.checked
+        if not checked:
             forward.check_range()
         self._check_ran(forward, kwargs)
         cache = getattr(output, "past_key_values", None)
@@ -218,7 +219,9 @@ class Attachment:
             return None
         if getattr(output, "logits", None) is None:
             raise BatchError("an ensemble weighs logits, and this model gives none", "use a model with a head")
-        output["logits"] = forward.plan.lanes.combine(output.logits)
+        lanes, output["logits"] = output.logits, forward.plan.lanes.combine(output.logits)
+        if not (checked or lanes.is_meta) and lanes.isfinite().all() and not output.logits.isfinite().all():
+            raise UnsafeFile("the ensemble's weights take its logits out of range", "give smaller weights")
         return output
 
     def _check_ran(self, forward: Forward, kwargs: dict) -> None:

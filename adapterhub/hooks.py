@@ -124,7 +124,7 @@ def _changed(
     seen = y if scale is None else y / scale  # Gemma's embedding multiplies what it looks up: ours is the look-up
     change = modification.delta_out(rows, seen.unflatten(0, now.shape) if flat else seen, step)
     if change is None:
-        if modification.changes_input:
+        if modification.changes_input or path in now.memories:
             _remember(now, path, y)
         return output
     change = change.flatten(0, 1) if flat else change

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from adapterhub.errors import BatchError
 from adapterhub.sites import family
 
+_ABSOLUTE = re.compile(r"(^|\.)(wpe|\w*position\w*embed\w*|\w*embed\w*position\w*)$")
+"""Modules that give each place of a row a vector of its own, learned or of waves."""
+
 
 class Padding:
     """How one model comes to its tokens' positions."""
@@ -19,59 +23,62 @@ class Padding:
     def __init__(self, base: nn.Module):
         config = base.config.get_text_config()
         takes = inspect.signature(base.forward).parameters
-        self._family = family(base.config.model_type)
+        self._own = family(base.config.model_type).own_positions
+        self._pad = getattr(config, "pad_token_id", None)
         self._both = base.config.is_encoder_decoder
-        self._takes_positions = "position_ids" in takes and not self._family.own_positions
+        self._takes_positions = "position_ids" in takes and not self._own
         self._takes_decoder_positions = "decoder_position_ids" in takes
-        self._reads_tokens = base.main_input_name == "input_ids"
+        self._absolute = any(_ABSOLUTE.search(path) for path, _ in base.named_modules())
         windows = [
             getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention")
         ]
         self._window = min((window for window in windows if isinstance(window, int) and window > 0), default=None)
 
     def accounted(
-        self, mask: Tensor | None, rows: int, seen: int, tokens: int, kwargs: dict[str, Any]
+        self, mask: Tensor | None, rows: int, seen: int, tokens: int, kwargs: dict[str, Any], ids: Tensor | None
     ) -> dict[str, Any]:
         """The model's arguments with positions that leave padding out. mask (rows, seen + tokens), of an encoder-decoder
-        its encoder's; seen: how many tokens the cache holds. Raises BatchError where the model would count padding."""
+        its encoder's; seen: how many tokens the cache holds; ids: the tokens, where they are what the model was given.
+        Raises BatchError where the model would count padding."""
         decoder = kwargs.get("decoder_attention_mask") if self._both else None
         if isinstance(decoder, Tensor) and decoder.ndim == 2:
-            kwargs = self._decoded(decoder, seen, kwargs)
+            if not self._takes_decoder_positions:
+                self._require_uncounted(decoder, kwargs.get("decoder_input_ids"))
+            elif kwargs.get("decoder_position_ids") is None:
+                kwargs["decoder_position_ids"] = _positions(decoder)[:, seen:]
         if mask is None:
             return kwargs
         if mask.shape[0] != rows:
             raise BatchError(
                 f"the attention mask has {mask.shape[0]} rows, the batch has {rows}", "give one mask per row"
             )
-        if self._both:
-            if self._reads_tokens:
-                self._require_shift(mask)
-            return kwargs
         if self._window and mask.shape[1] > self._window and _parted(mask):
             raise BatchError(
                 "padding stands between a row's tokens, and this model's sliding window counts it",
                 "pad on the left, or on the right without a cache",
             )
-        if self._takes_positions and kwargs.get("position_ids") is None and mask.shape[1] == seen + tokens:
+        if not self._takes_positions:
+            if ids is not None or kwargs.get("inputs_embeds") is not None:
+                self._require_uncounted(mask, ids)
+        elif kwargs.get("position_ids") is None and mask.shape[1] == seen + tokens:
             kwargs["position_ids"] = _positions(mask)[:, -tokens:]
         return kwargs
 
-    def _decoded(self, mask: Tensor, seen: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The same for the mask of a decoder beside an encoder, (rows, seen + tokens)."""
-        if not self._takes_decoder_positions:
-            self._require_shift(mask)
-        elif kwargs.get("decoder_position_ids") is None:
-            kwargs["decoder_position_ids"] = _positions(mask)[:, seen:]
-        return kwargs
-
-    def _require_shift(self, mask: Tensor) -> None:
-        """Raise BatchError where padding stands before tokens of a model that counts it."""
-        if self._family.own_positions:
+    def _require_uncounted(self, mask: Tensor, ids: Tensor | None) -> None:
+        """Raise BatchError where padding stands before tokens of a model that counts it and cannot be given positions."""
+        if not ((mask.long().diff(dim=1) > 0).any() if self._absolute else _parted(mask)):
             return
-        if _parted(mask) if self._family.relative_positions else (mask.diff(dim=1) > 0).any():
-            raise BatchError(
-                "padding stands before a row's tokens, and this model's positions count it", "pad on the right"
-            )
+        if self._own and (not self._absolute or self._knows_padding(mask, ids)):
+            return
+        raise BatchError(
+            "padding stands before a row's tokens, and this model's positions count it", "pad on the right"
+        )
+
+    def _knows_padding(self, mask: Tensor, ids: Tensor | None) -> bool:
+        """Whether the tokens themselves say where padding is, to a model that computes positions from them."""
+        if ids is None or self._pad is None:
+            return False
+        return bool((ids[~mask[:, -ids.shape[1] :].bool()] == self._pad).all())
 
     def advanced(
         self, advances: Sequence[int], kwargs: dict[str, Any], seen: int, tokens: int, device: torch.device

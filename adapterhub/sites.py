@@ -101,8 +101,6 @@ class Family:
     aliases: tuple[tuple[re.Pattern, str], ...]
     own_positions: bool
     """It computes positions from its ids itself: they must not be given."""
-    relative_positions: bool = False
-    """It knows only how far apart tokens are, so that padding before them changes nothing."""
 
 
 @cache
@@ -114,14 +112,7 @@ def family(model_type: str) -> Family:
     def read(key: str) -> tuple:
         return tuple((_pattern(pattern), value) for pattern, value in table.get(key, {}).items())
 
-    return Family(
-        read("roles"),
-        read("parts"),
-        read("fused"),
-        read("aliases"),
-        table.get("own_positions", False),
-        table.get("relative_positions", False),
-    )
+    return Family(read("roles"), read("parts"), read("fused"), read("aliases"), table.get("own_positions", False))
 
 
 def _pattern(text: str) -> re.Pattern:

@@ -294,17 +294,32 @@ def test_inputs_embeds_in_place_of_an_embedding_where_an_adapter_acts(hub):
         assert apart(model(inputs_embeds=embeds, adapters="t/b").logits, model(IDS, adapters="t/b").logits) < 1e-6
 
 
+def test_a_model_that_takes_positions_from_its_tokens_needs_its_own_padding(hub):
+    """RoBERTa counts the tokens that are not its pad token, whatever the mask says."""
+    base = tiny("roberta")
+    put(hub, base, "t/a", "low_rank", "query")
+    model, pad = hub.load(base, "t/a"), base.config.pad_token_id
+    left = torch.tensor([[0, 0, 1, 1, 1]])
+    with torch.no_grad():
+        want = model(IDS[:, 2:]).logits
+        assert apart(model(IDS.masked_fill(left == 0, pad), attention_mask=left).logits[:, 2:], want) < 1e-5
+        with pytest.raises(BatchError, match="padding stands before"):
+            model(IDS, attention_mask=left)
+
+
 @pytest.mark.parametrize("weight", ["1e30", "-1e25", "1e300"])
-@pytest.mark.parametrize("form", ["low_rank", "affine", "bottleneck", "dense"])
+@pytest.mark.parametrize("form", ["low_rank", "affine", "bottleneck", "dense", "prefix"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_what_leaves_the_range_is_refused_at_the_first_call(hub, weight, form, grad):
     base = tiny("llama")
-    put(hub, base, "t/a", form, "block" if form == "bottleneck" else "q_proj")
+    put(hub, base, "t/a", form, {"bottleneck": "block", "prefix": "attention"}.get(form, "q_proj"))
     model = hub.load(base)
     with torch.set_grad_enabled(grad), pytest.raises(UnsafeFile, match="too large"):
         model(IDS, adapters=f"{weight}*t/a")
     with torch.set_grad_enabled(grad):
         assert model(IDS, adapters="1e3*t/a").logits.isfinite().all()
+        with pytest.raises(UnsafeFile, match="out of range"):
+            model(IDS, adapters="logits(1e38*base + 1e38*t/a + 1e38*t/a + 1e38*t/a)")
 
 
 def test_an_attachment_lives_as_long_as_somebody_holds_it():

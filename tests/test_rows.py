@@ -1,10 +1,10 @@
 """The promise of a batch: each row gives what it gives alone and unpadded, whatever the others run, in every family."""
 
 import inspect
-from types import MethodType
 
 import pytest
 import torch
+from float64 import in_float64
 
 from adapterhub import plugins
 from adapterhub.attach import Attachment
@@ -89,19 +89,6 @@ def hold(model, tolerance, strength=None, among=None, vocabulary=96):
 
 
 KINDS = [*FAMILIES, "audio"]
-
-
-def in_float64(model):
-    """The model in float64 throughout. transformers' RMS norms round to float32 on the way, which makes 1e-8 of a last bit;
-    what is on trial is what the adapters do, so the norms keep what they get."""
-
-    def norm(self, x):
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-
-    for module in model.double().modules():
-        if hasattr(module, "variance_epsilon"):
-            module.forward = MethodType(norm, module)
-    return model
 
 
 def make(name, kernel, **changes):

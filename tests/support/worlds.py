@@ -1,13 +1,15 @@
 """Random worlds: a tiny base of a family, adapters of every installed form that share its modules, and expressions over them.
 
-All of it hangs on the family and a seed. Two scripts and a test draw from here, one of them against other commits: so this imports
-names that stay."""
+All of it hangs on the family and a seed. A test and a benchmark draw from here, the benchmark against other commits: so this
+imports names that stay."""
 
 import random
 import warnings
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from float64 import in_float64
 
 import adapterhub
 from adapterhub import plugins
@@ -29,28 +31,32 @@ OF_WEIGHTS = ("affine", "dense", "dora", "low_rank", "peft", "sparse")
 
 
 class World:
-    """A base in float32 and a hub in the folder with adapters for it: `adapters` {name: {site path: [modification, ...]}}, among them
-    `folding`, made of changes of weights, and `hidden`, that have no prefix; `gates` {name: how many it weighs}."""
+    """A base and adapters for it: `adapters` and `gates` {name: {site path: [modification, ...]}}; by name, `folding` are made of
+    changes of weights, and `hidden` have no prefix."""
 
-    def __init__(self, family: str, seed: int, folder: Path, adapters: int = 8):
-        self.family, self.seed = family, seed
+    def __init__(self, family: str, seed: int, folder: Path, dtype: torch.dtype = torch.float32):
+        self.family, self.seed, self.folder = family, seed, folder
         self.random = random.Random(f"{family} {seed}")
         self.base = tiny(family, seed).requires_grad_(False)
+        if dtype == torch.float64:
+            in_float64(self.base)
         torch.manual_seed(self.random.randrange(2**31))
         self.sites = {site.path: site for site in sites(self.base)}
         self.meeting = self._meeting()
-        self.hub = adapterhub.open(folder / "hub", create=True)
-        self.print = fingerprint(self.base)
         self.adapters, self.gates, self.folding, self.hidden = {}, {}, [], []
         self._waiting: list[str] = []
-        for n in range(adapters):
-            self._adapter(f"w/{'abcdefghijklmnop'[n]}", folds=n % 2 == 0, plain=n % 4 == 0)
+        for n, letter in enumerate("abcdefgh"):
+            self._adapter(f"w/{letter}", folds=n % 2 == 0, plain=n % 4 == 0)
         for children in (2, 3):
             self._gate(f"w/gate{children}", children)
 
-    def put(self, name: str, parts: dict, **fields):
-        """Publish modifications under a name."""
-        return publish_tensors(self.hub, parts, name=name, base=self.print.base, sketch=self.print.sketch, **fields)
+    @cached_property
+    def hub(self):
+        """A hub in the folder, all of them published there."""
+        hub, (base, sketch) = adapterhub.open(self.folder / "hub", create=True), fingerprint(self.base)
+        for name, parts in (self.adapters | self.gates).items():
+            publish_tensors(hub, parts, name=name, base=base, sketch=sketch)
+        return hub
 
     def _meeting(self) -> list[list]:
         """Where adapters meet: a fused projection with its columns, or a linear layer; and two modules of other roles."""
@@ -81,7 +87,6 @@ class World:
             if not wanted:
                 break
         self.adapters[name] = parts
-        self.put(name, parts)
         if folds:
             self.folding.append(name)
         if not any(part.form == "prefix" for here in parts.values() for part in here):
@@ -113,12 +118,10 @@ class World:
 
     def _gate(self, name: str, children: int) -> None:
         """A gate at every site, so that it weighs whatever stands there."""
-        gates = {
+        self.gates[name] = {
             path: [Gate(weight=torch.randn(children, site.inputs) * site.inputs**-0.5, bias=torch.randn(children))]
             for path, site in self.sites.items()
         }
-        self.put(name, gates)
-        self.gates[name] = children
 
     # --- expressions -----------------------------------------------------------------------------------------------
 
@@ -148,10 +151,10 @@ class World:
         if kind == "scale":
             return f"{self._weight()}*{_bracketed(inner())}"
         if kind == "gate":
-            gate, children = self.random.choice(list(self.gates.items()))
+            children = self.random.choice((2, 3))
             weighed = among if anything else [name for name in among if name in self.hidden]
             if weighed:
-                return f"gate({', '.join([gate, *(inner(weighed) for _ in range(children))])})"
+                return f"gate({', '.join([f'w/gate{children}', *(inner(weighed) for _ in range(children))])})"
         return self.random.choice(among)
 
     def _weight(self) -> str:

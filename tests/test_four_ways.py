@@ -1,0 +1,302 @@
+"""One expression, computed four ways: attached without gradients, with gradients, while training, and folded. Each gives what
+tests/support/by_hand.py gives, which is docs/composition.md written out in float64.
+
+Random expressions over random adapters on tiny bases of every family (tests/support/worlds.py). By hand, for as long as you like:
+
+    python tests/test_four_ways.py --seconds 600 [--seed 7] [--family gpt2]
+"""
+
+import argparse
+import copy
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # where this is run as a script
+os.environ.setdefault("ADAPTERHUB_PLUGINS", "*")
+
+import pytest
+import torch
+from by_hand import FORMS, ByHand
+from worlds import OF_WEIGHTS, World
+
+from adapterhub import plugins
+from adapterhub.errors import NotFoldable
+from adapterhub.expression import Ensemble, Gate, Ref, Scale, Stack, depth, parse, references
+from adapterhub.manifest import Reference
+from adapterhub.modification import named_tensors
+from adapterhub.testing.families import FAMILIES, inputs
+
+EXACT = 1e-9
+"""Of the largest logit."""
+ROUNDED = 1e-5
+"""Of the largest gradient: parameters that train are float32."""
+LEAST = 6
+"""Expressions of each family that are tried however slow the machine is."""
+EACH = 10
+"""Expressions over one set of adapters."""
+NEW = Reference("w/new")
+
+
+class Trial:
+    """A world, attached once, and its reference."""
+
+    def __init__(self, family, seed, folder):
+        self.world = world = World(family, seed, Path(folder), torch.float64)
+        self.pristine = copy.deepcopy(world.base)
+        self.given = inputs(world.base, [torch.arange(3, 10), torch.arange(20, 27)])
+        self.tensors = {name: named_tensors(parts) for name, parts in (world.adapters | world.gates).items()}
+        columns = {s.path: (s.module, s.columns.index()) for s in world.sites.values() if s.columns}
+        read = ("embedding", "block", "attention", "query")
+        reads = {(s.role, s.layer, s.part): s.path for s in world.sites.values() if s.role in read}
+        self.reference = ByHand(world.base, self.tensors, columns, reads)
+        self.model = world.hub.load(world.base)
+
+    # --- the ways: each gives {what: (got, want)} ------------------------------------------------------------------
+
+    def want(self, node):
+        with torch.no_grad():
+            return self.reference(node, self.given)
+
+    def attached(self, text, node):
+        with torch.no_grad():
+            return {"logits": (self.model(**self.given, adapters=text).logits, self.want(node))}
+
+    def gradients(self, text, node):
+        return {"logits": (self.model(**self.given, adapters=text).logits.detach(), self.want(node))}
+
+    def training(self, text, node):
+        """Some of its adapters train, and every third time a fresh one on top of it all."""
+        chosen = random_of(text, sorted({str(reference) for reference in references(node)}))
+        leaves = {name: self._leaves(name) for name in chosen}
+        fresh = self.fresh() if len(text) % 3 == 0 else {}
+        try:
+            self.model.use(text, trainable=chosen)
+            if fresh:
+                self.model.attach_new(fresh)
+                self.reference.put(str(NEW), named_tensors(fresh))
+                leaves[str(NEW)] = self._leaves(str(NEW), named_tensors(fresh))
+                node = over(node, Ref(NEW))
+            logits = self.model(**self.given).logits
+            wanted = self.reference(node, self.given)
+            found = {"logits": (logits.detach(), wanted.detach())}
+            if not leaves:
+                return found
+            logits.square().mean().backward()
+            wanted.square().mean().backward()
+            return found | {"gradients": self._gradients(leaves, bool(fresh))}
+        finally:
+            self.model.attach_new({})
+            self.model.use(None)
+            for name in chosen:
+                self.reference.put(name, self.tensors[name])
+
+    def _leaves(self, name, tensors=None):
+        """The tensors that train, in the reference too."""
+        tensors = self.tensors[name] if tensors is None else tensors
+        leaves = {key: t.double().requires_grad_() if t.is_floating_point() else t for key, t in tensors.items()}
+        self.reference.put(name, leaves)
+        return leaves
+
+    def _gradients(self, leaves, fresh):
+        """Of all that trains, in one order."""
+        trained = self.model.trainable_tensors()
+        assert trained, "nothing trains"
+        got, want = [], []
+        for key, parameter in trained.items():
+            adapter, _, name = key.rpartition(":")
+            adapter = adapter.partition("@")[0].replace("new", str(NEW)) if adapter else next(iter(leaves))
+            expected = leaves[adapter][name].grad
+            got.append(torch.zeros(parameter.numel()) if parameter.grad is None else parameter.grad.flatten())
+            want.append(torch.zeros(parameter.numel()) if expected is None else expected.flatten())
+        return torch.cat(got).double(), torch.cat(want).double()
+
+    def fresh(self):
+        """New modifications at one of the sites where adapters meet."""
+        name = max(self.world.adapters, key=lambda name: len(self.world.adapters[name]))
+        return copy.deepcopy(self.world.adapters[name])
+
+    def folded(self, text, node):
+        """Nothing where it is refused, which it may not be if every part is a plain change of a weight."""
+        model = self.world.hub.load(copy.deepcopy(self.pristine), text)
+        try:
+            plain = model.fold()
+        except NotFoldable:
+            assert not self.must_fold(node), "it is refused"
+            return {}
+        with torch.no_grad():
+            return {"logits": (plain(**self.given).logits, self.want(node))}
+
+    def must_fold(self, node):
+        if isinstance(node, Ensemble) or any(isinstance(inner, Gate) for inner in whole(node)):
+            return False
+        owners = [id(p) for _, p in self.pristine.named_parameters(remove_duplicate=False)]
+        for name in {reference.name for reference in references(node)}:
+            for path, parts in self.world.adapters[name].items():
+                site = self.world.sites[path]
+                shared = owners.count(id(self.pristine.get_submodule(site.module).weight)) > 1 if site.linear else True
+                if shared or any(part.form not in OF_WEIGHTS or part.changes_input for part in parts):
+                    return False
+        return True
+
+    # --- one expression --------------------------------------------------------------------------------------------
+
+    def wrong(self, text, ways):
+        """{way: what is wrong}."""
+        found, node = {}, parse(text)
+        for way in ways:
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    pairs = getattr(self, way)(text, node)
+            except Exception as error:
+                found[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                continue
+            for what, (got, want) in pairs.items():
+                apart = float((got - want).abs().max() / max(float(want.abs().max()), 1e-30))
+                if not apart <= (EXACT if what == "logits" else ROUNDED):
+                    found[way] = f"{what} off by {apart:.1e}"
+        return found
+
+    def told(self, text, way):
+        """The smallest part of it that goes wrong this way, and what is in it."""
+        text = self.smallest(text, way)
+        lines = [f"{self.world.family}, seed {self.world.seed}, {way}: {text}", f"  {self.wrong(text, [way]).get(way)}"]
+        for name in dict.fromkeys(reference.name for reference in references(parse(text))):
+            parts = self.world.adapters.get(name, {})
+            lines += [f"  {name} at {path}: {', '.join(_said(part) for part in here)}" for path, here in parts.items()]
+        return "\n".join(lines)
+
+    def smallest(self, text, way):
+        while smaller := next((s for s in smaller_than(parse(text)) if self.wrong(s, [way])), None):
+            text = smaller
+        return text
+
+
+WAYS = ("attached", "gradients", "training", "folded")
+
+
+def _said(part):
+    more = "".join(f" {key}" for key in ("gain", "shift") if part.form == "affine" and key in part.tensors)
+    return part.form + more + (" of the input" if part.changes_input else "")
+
+
+def random_of(text, names):
+    """One or two of the names, always the same ones."""
+    import random
+
+    return random.Random(text).sample(names, min(len(names), 1 + len(text) % 2))
+
+
+def over(node, new):
+    """The expression with `new` on top, in an ensemble on top of every lane."""
+    if isinstance(node, Ensemble):
+        return Ensemble(tuple((weight, over(inner, new)) for weight, inner in node.lanes))
+    return new if node is None else Stack((node, new))
+
+
+def whole(node):
+    """Every node."""
+    inner = getattr(node, "nodes", ()) or ((node.node,) if isinstance(node, Scale) else ())
+    return [node, *(n for part in inner for n in whole(part))]
+
+
+def smaller_than(node):
+    """Texts of what is left when one thing is taken away."""
+    if isinstance(node, Ensemble):
+        yield from (str(inner) for _, inner in node.lanes if inner is not None)
+        for n, (weight, inner) in enumerate(node.lanes):
+            if len(node.lanes) > 1:
+                yield str(Ensemble(node.lanes[:n] + node.lanes[n + 1 :]))
+            if inner is not None:
+                yield from (
+                    str(Ensemble((*node.lanes[:n], (weight, parse(less)), *node.lanes[n + 1 :])))
+                    for less in smaller_than(inner)
+                )
+        return
+    if isinstance(node, Scale):
+        yield str(node.node)
+        yield from (str(Scale(node.weight, parse(less))) for less in smaller_than(node.node))
+    elif not isinstance(node, Ref):
+        yield from map(str, node.nodes)
+        for n, inner in enumerate(node.nodes):
+            rest = node.nodes[:n] + node.nodes[n + 1 :]
+            if len(node.nodes) > 2 and not isinstance(node, Gate):
+                yield str(type(node)(rest))
+            for less in smaller_than(inner):
+                nodes = (*node.nodes[:n], parse(less), *node.nodes[n + 1 :])
+                yield str(Gate(node.gate, nodes) if isinstance(node, Gate) else type(node)(nodes))
+
+
+def failures(family, folder, seconds, seed=0):
+    """Trials until the time is over, at least LEAST; what went wrong in each, told once."""
+    end, tried = time.monotonic() + seconds, 0
+    while tried < LEAST or time.monotonic() < end:
+        trial = Trial(family, seed, Path(folder) / f"{family}-{seed}")
+        for _ in range(EACH):
+            text = trial.world.expression()
+            tried += 1
+            for way in trial.wrong(text, WAYS):
+                yield trial.told(text, way)
+            if tried >= LEAST and time.monotonic() >= end:
+                break
+        seed += 1
+
+
+def hold(family, folder, seconds):
+    found = dict.fromkeys(failures(family, folder, seconds))
+    assert not found, "\n\n".join(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_ways(family, tmp_path):
+    hold(family, tmp_path, 20 / len(FAMILIES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_ways_for_longer(family, tmp_path):
+    hold(family, tmp_path, 180 / len(FAMILIES))
+
+
+def test_every_installed_form_is_written_by_hand():
+    assert set(FORMS) == set(plugins.names("forms")), "write it in tests/support/by_hand.py"
+
+
+def test_what_is_drawn_at_least(tmp_path):
+    """Every form, composer and kind of weight is among the expressions that are tried on any machine, and depth 4."""
+    forms, kinds, deepest, weights = set(), set(), 0, set()
+    for family in FAMILIES:
+        world = World(family, 0, tmp_path)
+        for _ in range(LEAST):
+            node = parse(world.expression())
+            lanes = [inner for _, inner in node.lanes if inner is not None] if isinstance(node, Ensemble) else [node]
+            nodes = [inner for lane in lanes for inner in whole(lane)]
+            kinds |= {type(inner).__name__ for inner in (node, *nodes)}
+            weights |= {inner.weight for inner in nodes if isinstance(inner, Scale)}
+            deepest = max(deepest, depth(node))
+            named = [world.adapters.get(reference.name, {}) for reference in references(node)]
+            forms |= {part.form for parts in named for here in parts.values() for part in here}
+    assert forms == set(plugins.names("forms")), set(plugins.names("forms")) - forms
+    assert kinds == {"Ref", "Scale", "Stack", "Mix", "Gate", "Ensemble"}, kinds
+    assert deepest == 4
+    assert weights >= {0.0, 1e-6} and min(weights) < 0 and max(weights) > 1, sorted(weights)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", choices=FAMILIES)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    families, wrong = [given.family] if given.family else list(FAMILIES), 0
+    with tempfile.TemporaryDirectory() as folder:
+        for family in families:
+            found = failures(family, folder, given.seconds / len(families), given.seed)
+            for told in found:
+                print(told, "\n", flush=True)
+                wrong += 1
+    raise SystemExit(bool(wrong))

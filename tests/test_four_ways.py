@@ -20,8 +20,9 @@ os.environ.setdefault("ADAPTERHUB_PLUGINS", "*")
 
 import pytest
 import torch
-from by_hand import FORMS, ByHand
-from worlds import OF_WEIGHTS, World
+from by_hand import ByHand
+from forms_by_hand import FORMS
+from worlds import OF_WEIGHTS, World, smaller_than, whole
 
 from adapterhub import plugins
 from adapterhub.errors import NotFoldable
@@ -48,13 +49,14 @@ class Trial:
         self.world = world = World(family, seed, Path(folder), torch.float64)
         self.pristine = copy.deepcopy(world.base)
         self.given = inputs(world.base, [torch.arange(3, 10), torch.arange(20, 27)])
-        self.tensors = {name: named_tensors(parts) for name, parts in (world.adapters | world.gates).items()}
+        self.tensors = {name: named_tensors(parts) for name, parts in world.everything.items()}
         columns = {s.path: (s.module, s.columns.index()) for s in world.sites.values() if s.columns}
         read = ("embedding", "block", "attention", "query")
         reads = {(s.role, s.layer, s.part): s.path for s in world.sites.values() if s.role in read}
         self.reference = ByHand(world.base, self.tensors, columns, reads)
         self.model = world.hub.load(world.base)
         self._known = "nothing yet", None
+        self.trained = ""
 
     # --- the ways: each gives {what: (got, want)} ------------------------------------------------------------------
 
@@ -76,7 +78,8 @@ class Trial:
         """Some of its adapters train, and every third time a fresh one on top of it all."""
         chosen = random_of(text, sorted({str(reference) for reference in references(node)}))
         leaves = {name: self._leaves(name) for name in chosen}
-        fresh = self.fresh() if len(text) % 3 == 0 else {}
+        fresh, name = self.fresh() if len(text) % 3 == 0 else ({}, "")
+        self.trained = f" | {', '.join(chosen)} train" + f", a copy of {name} on top" * bool(fresh)
         try:
             self.model.use(text, trainable=chosen)
             if fresh:
@@ -119,9 +122,9 @@ class Trial:
         return torch.cat(got).double(), torch.cat(want).double()
 
     def fresh(self):
-        """New modifications at one of the sites where adapters meet."""
+        """New modifications: those of the adapter with the most sites."""
         name = max(self.world.adapters, key=lambda name: len(self.world.adapters[name]))
-        return copy.deepcopy(self.world.adapters[name])
+        return copy.deepcopy(self.world.adapters[name]), name
 
     def folded(self, text, node):
         """Nothing where it is refused, which it may not be if every part is a plain change of a weight."""
@@ -139,7 +142,7 @@ class Trial:
             return False
         owners = [id(p) for _, p in self.pristine.named_parameters(remove_duplicate=False)]
         for name in {reference.name for reference in references(node)}:
-            for path, parts in self.world.adapters[name].items():
+            for path, parts in self.world.everything[name].items():
                 site = self.world.sites[path]
                 shared = owners.count(id(self.pristine.get_submodule(site.module).weight)) > 1 if site.linear else True
                 if shared or any(part.form not in OF_WEIGHTS or part.changes_input for part in parts):
@@ -167,9 +170,11 @@ class Trial:
     def told(self, text, way):
         """The smallest part of it that goes wrong this way, and what is in it."""
         text = self.smallest(text, way)
-        lines = [f"{self.world.family}, seed {self.world.seed}, {way}: {text}", f"  {self.wrong(text, [way]).get(way)}"]
+        self.trained = ""
+        wrong = self.wrong(text, [way]).get(way)
+        lines = [f"{self.world.family}, seed {self.world.seed}, {way}: {text}{self.trained}", f"  {wrong}"]
         for name in dict.fromkeys(reference.name for reference in references(parse(text))):
-            parts = self.world.adapters.get(name, {})
+            parts = self.world.adapters.get(name, {}) | self.world.moving.get(name, {})
             lines += [f"  {name} at {path}: {', '.join(_said(part) for part in here)}" for path, here in parts.items()]
         return "\n".join(lines)
 
@@ -199,39 +204,6 @@ def over(node, new):
     if isinstance(node, Ensemble):
         return Ensemble(tuple((weight, over(inner, new)) for weight, inner in node.lanes))
     return new if node is None else Stack((node, new))
-
-
-def whole(node):
-    """Every node."""
-    inner = getattr(node, "nodes", ()) or ((node.node,) if isinstance(node, Scale) else ())
-    return [node, *(n for part in inner for n in whole(part))]
-
-
-def smaller_than(node):
-    """Texts of what is left when one thing is taken away."""
-    if isinstance(node, Ensemble):
-        yield from (str(inner) for _, inner in node.lanes if inner is not None)
-        for n, (weight, inner) in enumerate(node.lanes):
-            if len(node.lanes) > 1:
-                yield str(Ensemble(node.lanes[:n] + node.lanes[n + 1 :]))
-            if inner is not None:
-                yield from (
-                    str(Ensemble((*node.lanes[:n], (weight, parse(less)), *node.lanes[n + 1 :])))
-                    for less in smaller_than(inner)
-                )
-        return
-    if isinstance(node, Scale):
-        yield str(node.node)
-        yield from (str(Scale(node.weight, parse(less))) for less in smaller_than(node.node))
-    elif not isinstance(node, Ref):
-        yield from map(str, node.nodes)
-        for n, inner in enumerate(node.nodes):
-            rest = node.nodes[:n] + node.nodes[n + 1 :]
-            if len(node.nodes) > 2 and not isinstance(node, Gate):
-                yield str(type(node)(rest))
-            for less in smaller_than(inner):
-                nodes = (*node.nodes[:n], parse(less), *node.nodes[n + 1 :])
-                yield str(Gate(node.gate, nodes) if isinstance(node, Gate) else type(node)(nodes))
 
 
 def failures(family, folder, seconds, seed=0):
@@ -266,7 +238,7 @@ def test_four_ways_for_longer(family, tmp_path):
 
 
 def test_every_installed_form_is_written_by_hand():
-    assert set(FORMS) == set(plugins.names("forms")), "write it in tests/support/by_hand.py"
+    assert set(FORMS) == set(plugins.names("forms")), "write it in tests/support/forms_by_hand.py"
 
 
 def test_what_is_drawn_at_least(tmp_path):
@@ -281,9 +253,9 @@ def test_what_is_drawn_at_least(tmp_path):
             kinds |= {type(inner).__name__ for inner in (node, *nodes)}
             weights |= {inner.weight for inner in nodes if isinstance(inner, Scale)}
             deepest = max(deepest, depth(node))
-            named = [world.adapters.get(reference.name, {}) for reference in references(node)]
+            named = [world.everything[reference.name] for reference in references(node)]
             forms |= {part.form for parts in named for here in parts.values() for part in here}
-    assert forms == set(plugins.names("forms")), set(plugins.names("forms")) - forms
+    assert forms == {*plugins.names("forms"), "gate"}, set(plugins.names("forms")) - forms
     assert kinds == {"Ref", "Scale", "Stack", "Mix", "Gate", "Ensemble"}, kinds
     assert deepest == 4
     assert weights >= {0.0, 1e-6} and min(weights) < 0 and max(weights) > 1, sorted(weights)

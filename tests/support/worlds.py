@@ -3,6 +3,7 @@
 All of it hangs on the family and a seed. A test and a benchmark draw from here, the benchmark against other commits: so this
 imports names that stay."""
 
+import inspect
 import random
 import warnings
 from functools import cached_property
@@ -16,10 +17,10 @@ from adapterhub import plugins
 from adapterhub.adapter import check_fit
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import IncompatibleBase
-from adapterhub.expression import depth, parse
+from adapterhub.expression import Ensemble, Gate, Ref, Scale, depth, parse
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
-from adapterhub.gate import Gate
+from adapterhub.gate import Gate as Weighing
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 from adapterhub.testing.families import tiny
@@ -28,11 +29,12 @@ WEIGHTS = ("0", "1", "-1", "0.5", "-0.7", "1.8", "1e-6", "0.1", "0.35", "-0.01")
 """Nothing, the whole, the opposite, more than the whole, next to nothing; and some with which (1 - w) + w is not 1."""
 OF_WEIGHTS = ("affine", "dense", "dora", "low_rank", "peft", "sparse")
 """Forms that are a change of a weight."""
+MOVING = "w/moving"
 
 
 class World:
     """A base and adapters for it: `adapters` and `gates` {name: {site path: [modification, ...]}}; by name, `folding` are made of
-    changes of weights, and `hidden` have no prefix."""
+    changes of weights, and `hidden` have no prefix. Where the base takes positions, MOVING is a prefix that moves them."""
 
     def __init__(self, family: str, seed: int, folder: Path, dtype: torch.dtype = torch.float32):
         self.family, self.seed, self.folder = family, seed, folder
@@ -43,18 +45,24 @@ class World:
         torch.manual_seed(self.random.randrange(2**31))
         self.sites = {site.path: site for site in sites(self.base)}
         self.meeting = self._meeting()
-        self.adapters, self.gates, self.folding, self.hidden = {}, {}, [], []
+        self.adapters, self.gates, self.folding, self.hidden, self.moving = {}, {}, [], [], {}
         self._waiting: list[str] = []
         for n, letter in enumerate("abcdefgh"):
             self._adapter(f"w/{letter}", folds=n % 2 == 0, plain=n % 4 == 0)
         for children in (2, 3):
             self._gate(f"w/gate{children}", children)
+        if family != "roberta" and "position_ids" in inspect.signature(self.base.forward).parameters:
+            self._prefix_that_moves()
+
+    @property
+    def everything(self) -> dict:
+        return self.adapters | self.gates | self.moving
 
     @cached_property
     def hub(self):
         """A hub in the folder, all of them published there."""
         hub, (base, sketch) = adapterhub.open(self.folder / "hub", create=True), fingerprint(self.base)
-        for name, parts in (self.adapters | self.gates).items():
+        for name, parts in self.everything.items():
             publish_tensors(hub, parts, name=name, base=base, sketch=sketch)
         return hub
 
@@ -72,25 +80,28 @@ class World:
     def _adapter(self, name: str, folds: bool, plain: bool) -> None:
         """One to five parts, most of them where adapters meet. folds: all changes of weights; plain: of one form, each at a
         site of its own, as most real adapters are."""
-        parts, wanted = {}, self.random.randint(1, 5)
+        parts = {}
         form = self.random.choice(OF_WEIGHTS)
-        for _ in range(200):
-            together = self.random.random() < 0.8 and self.random.choice(self.meeting)
-            site = self.random.choice(together or list(self.sites.values()))
-            if (plain and site.path in parts) or (folds and not (site.linear or site.embedding)):
-                continue
+        for _ in range(self.random.randint(1, 5)):
             if not plain:
-                form = self.random.choice(OF_WEIGHTS) if folds else self._form()
-            if (part := self._random(form, site)) is not None:
-                parts.setdefault(site.path, []).append(part)
-                wanted -= 1
-            if not wanted:
-                break
+                form = self.random.choice((*OF_WEIGHTS, "affine", "affine")) if folds else self._form()
+            for site in self._places():
+                if (plain and site.path in parts) or (folds and not (site.linear or site.embedding)):
+                    continue
+                if (part := self._random(form, site)) is not None:
+                    parts.setdefault(site.path, []).append(part)
+                    break
         self.adapters[name] = parts
         if folds:
             self.folding.append(name)
         if not any(part.form == "prefix" for here in parts.values() for part in here):
             self.hidden.append(name)
+
+    def _places(self) -> list:
+        """All sites in the order in which a part looks for one that it suits; mostly, where adapters meet first."""
+        near = [site for sites in self.random.sample(self.meeting, 3) for site in self.random.sample(sites, len(sites))]
+        every = self.random.sample(list(self.sites.values()), len(self.sites))
+        return near + every if self.random.random() < 0.8 else every
 
     def _form(self) -> str:
         """The installed forms, each as often as the others, what sees the order of things more often."""
@@ -119,9 +130,15 @@ class World:
     def _gate(self, name: str, children: int) -> None:
         """A gate at every site, so that it weighs whatever stands there."""
         self.gates[name] = {
-            path: [Gate(weight=torch.randn(children, site.inputs) * site.inputs**-0.5, bias=torch.randn(children))]
+            path: [Weighing(weight=torch.randn(children, site.inputs) * site.inputs**-0.5, bias=torch.randn(children))]
             for path, site in self.sites.items()
         }
+
+    def _prefix_that_moves(self) -> None:
+        site = self.random.choice([site for site in self.sites.values() if site.role == "attention"])
+        made = plugins.load("forms", "prefix").random(site).tensors
+        moves = made | {"shift": torch.tensor(made["keys"].shape[1])}
+        self.moving[MOVING] = {site.path: [plugins.load("forms", "prefix")(**moves)]}
 
     # --- expressions -----------------------------------------------------------------------------------------------
 
@@ -133,6 +150,8 @@ class World:
                 text = self._ensemble(deepest - 1, anything)
             else:
                 text = self._node(deepest, self.folding if folds else list(self.adapters), not folds, anything)
+            if self.moving and not text.startswith("logits") and self.random.random() < 0.05:
+                text = f"{MOVING} + {_bracketed(text)}"  # stacked at full weight: it cannot be scaled, mixed or gated
             if depth(parse(text)) <= deepest:
                 return text
 
@@ -170,3 +189,36 @@ class World:
 def _bracketed(text: str) -> str:
     """As an operand of a stack or a factor."""
     return text if " " not in text and "*" not in text else f"({text})"
+
+
+def whole(node):
+    """Every node."""
+    inner = getattr(node, "nodes", ()) or ((node.node,) if isinstance(node, Scale) else ())
+    return [node, *(n for part in inner for n in whole(part))]
+
+
+def smaller_than(node):
+    """Texts of what is left when one thing is taken away."""
+    if isinstance(node, Ensemble):
+        yield from (str(inner) for _, inner in node.lanes if inner is not None)
+        for n, (weight, inner) in enumerate(node.lanes):
+            if len(node.lanes) > 1:
+                yield str(Ensemble(node.lanes[:n] + node.lanes[n + 1 :]))
+            if inner is not None:
+                yield from (
+                    str(Ensemble((*node.lanes[:n], (weight, parse(less)), *node.lanes[n + 1 :])))
+                    for less in smaller_than(inner)
+                )
+        return
+    if isinstance(node, Scale):
+        yield str(node.node)
+        yield from (str(Scale(node.weight, parse(less))) for less in smaller_than(node.node))
+    elif not isinstance(node, Ref):
+        yield from map(str, node.nodes)
+        for n, inner in enumerate(node.nodes):
+            rest = node.nodes[:n] + node.nodes[n + 1 :]
+            if len(node.nodes) > 2 and not isinstance(node, Gate):
+                yield str(type(node)(rest))
+            for less in smaller_than(inner):
+                nodes = (*node.nodes[:n], parse(less), *node.nodes[n + 1 :])
+                yield str(Gate(node.gate, nodes) if isinstance(node, Gate) else type(node)(nodes))

@@ -61,7 +61,7 @@ def part(group: str, name: str, manifest: Manifest | None = None, made: Made | N
 def modifications_of(tensors: Mapping[str, Tensor], manifest: Manifest | None = None) -> Modifications:
     """Tensors by their stored names, as modifications. All that is missing or left over is listed in one error."""
     grouped: dict[tuple[str, str, int], dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):  # a codec, anybody's, may have mixed them up
         pieces = name.rsplit(".", 3)
         if len(pieces) < 4 or not pieces[2].isdecimal():
             raise IntegrityError(

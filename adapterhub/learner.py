@@ -6,14 +6,15 @@ import hashlib
 import random
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from adapterhub.errors import UsageError
+from adapterhub.errors import IntegrityError, UsageError
 from adapterhub.ingredients import Ingredients
 from adapterhub.method import Given, Parts, Stage
 from adapterhub.setting import Moment, Setting
@@ -65,11 +66,13 @@ class Learner(nn.Module):
         """AdamW without weight decay, and rates that rise over `warmup` steps and fall linearly to 0, each tensor's times
         its own of the round."""
         steps = self.setting.steps
-        groups = {(1.0,) * len(self.rates): []}  # first, if empty: what is told as the rate is the first group's
+        groups = {(1.0,) * len(self.rates): {}}  # first, if empty: what is told as the rate is the first group's
         for name, parameter in self.named_parameters():
             name = name.replace("/", ".")
-            groups.setdefault(tuple(rates.get(name, 1.0) for rates in self.rates), []).append(parameter)
-        optimizer = AdamW([{"params": group} for group in groups.values()], lr=lr, weight_decay=0.0, fused=True)
+            groups.setdefault(tuple(rates.get(name, 1.0) for rates in self.rates), {})[name] = parameter
+        named = [{"params": list(group.values()), "names": list(group)} for group in groups.values()]
+        optimizer = AdamW(named, lr=lr, weight_decay=0.0, fused=True)
+        optimizer.register_load_state_dict_pre_hook(_check_memory)
         self.__dict__["optimizing"] = optimizer
 
         def linear(step: int) -> float:
@@ -79,6 +82,14 @@ class Learner(nn.Module):
             return lambda step: linear(step) * factors[self.round_of(min(step, steps - 1))]
 
         return optimizer, LambdaLR(optimizer, [rate(factors) for factors in groups])
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """Take up the tensors of a checkpoint. Raises IntegrityError unless they are this training's by name and shape,
+        strict or not: transformers' Trainer would leave out what does not fit."""
+        kept, own = ({name: t.shape for name, t in held.items()} for held in (state_dict, self.state_dict()))
+        if unlike := sorted(name for name in kept.keys() | own.keys() if kept.get(name) != own.get(name)):
+            _refuse(unlike[0].replace("/", "."))
+        return super().load_state_dict(state_dict, assign=assign)
 
     def round_of(self, step: int) -> int:
         return step * len(self.rates) // self.setting.steps
@@ -148,6 +159,27 @@ class Learner(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> Learner:
         return self
+
+
+def _check_memory(optimizer: AdamW, state: Mapping[str, Any]) -> None:
+    """Before an optimiser loads a checkpoint, which torch does by position: raise IntegrityError unless the same tensors,
+    by name and shape, stand there."""
+    for own, kept in zip_longest(optimizer.param_groups, state["param_groups"], fillvalue={}):
+        for name, other in zip_longest(own.get("names", ()), kept.get("names", ())):
+            if name != other:
+                _refuse(name or other)
+    named = [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)]
+    for number, (name, parameter) in enumerate(named):
+        memory = state["state"].get(number, {}).values()
+        if any(tensor.ndim and tensor.shape != parameter.shape for tensor in memory):
+            _refuse(name)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise IntegrityError(
+        f"the checkpoint does not fit this training: {name} differs in name, shape or place",
+        "begin anew: --no-resume",
+    )
 
 
 def _by_rate(rates: Mapping[str, float]) -> dict[str, list[str]]:

@@ -77,10 +77,11 @@ def given(model: Model, before: Parts, measured: Mapping[str, Tensor] | None = N
 def attach(
     model: Model, stage: Stage, start: Given, seed: int, begin: Callable[[Parts, Given], Parts] | None = None
 ) -> None:
-    """Put what the stage trains on the model. begin: what a parameter schedule makes of it."""
+    """Put what the stage trains on the model, in the order of its sites. begin: what a parameter schedule makes of it."""
     torch.manual_seed(seed)
     built = stage.build(start)
-    model.attach_new(begin(built, start) if begin else built)
+    parts = begin(built, start) if begin else built
+    model.attach_new({**{site.path: parts[site.path] for site in model.sites if site.path in parts}, **parts})
     if not model.trainable_parameters():
         raise UsageError(f"there is nothing to train: the stage {stage.name!r} made no tensors", "check its options")
 

@@ -16,16 +16,17 @@ from adapterhub.formats.safetensors_header import read_header
 
 
 def load(source: str | Path | bytes, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """{name: tensor} of a safetensors file, or of its bytes.
+    """{name: tensor} of a safetensors file, or of its bytes, names sorted.
 
     Raises what `read_header` raises, and UnsafeFile if a value is NaN or infinite (naming the tensors)."""
     read_header(source)
     if isinstance(source, bytes):
-        tensors = {name: tensor.to(device) for name, tensor in _load_bytes(source).items()}
+        found = {name: tensor.to(device) for name, tensor in _load_bytes(source).items()}
     else:
-        tensors = _load_file(source, device=str(device))
-    check_finite(tensors)
-    return tensors
+        found = _load_file(source, device=str(device))
+    check_finite(found)
+    # The library gives them in another order at each call, and an optimiser counts parameters by their order.
+    return dict(sorted(found.items()))
 
 
 def dump(tensors: Mapping[str, Tensor]) -> bytes:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import adapterhub
-from adapterhub.trainer import COMPLETE, _Watch
+from adapterhub.errors import IntegrityError
+from adapterhub.manifest import canonical
+from adapterhub.trainer import COMPLETE, _digests, _Watch
 
 STEPS, EVERY = 17, 3
 SETTINGS = {
@@ -141,6 +144,55 @@ def test_a_broken_checkpoint_is_none(run, stop_at, tmp_path, harm):
     steps.clear()
     assert run().digest == whole.digest
     assert steps[0] == 7
+
+
+@pytest.mark.parametrize("harm", ["name", "shape", "order", "memory", "unnamed"])
+def test_a_checkpoint_of_other_parameters_is_refused(run, stop_at, tmp_path, harm):
+    """Whole as it is: each of these would be loaded by position, or left out."""
+    stop_at(4)
+    with pytest.raises(Stopped):
+        run()
+    (checkpoint,) = (tmp_path / "hub/training").rglob("checkpoint-3")
+    tensors = load_file(checkpoint / "model.safetensors")
+    memory = torch.load(checkpoint / "optimizer.pt")
+    (group,), first = memory["param_groups"], min(tensors)
+    if harm == "name":
+        tensors[first + "x"] = tensors.pop(first)
+    elif harm == "shape":
+        tensors[first] = tensors[first].flatten()
+    elif harm == "order":
+        group["names"][:2] = reversed(group["names"][:2])
+    elif harm == "memory":
+        memory["state"][0]["exp_avg"] = memory["state"][0]["exp_avg"].mT.contiguous()
+    else:
+        del group["names"]
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    torch.save(memory, checkpoint / "optimizer.pt")
+    (checkpoint / COMPLETE).write_bytes(canonical(_digests(checkpoint)))
+    steps = stop_at(None)
+    steps.clear()
+    with pytest.raises(IntegrityError, match=r"layers\.0.*(down|up)x? differs in name, shape or place") as caught:
+        run()
+    assert "--no-resume" in caught.value.hint and not steps
+    run(resume=False)
+    assert steps[0] == 1
+
+
+def test_a_last_checkpoint_of_other_parameters_is_refused(run, stop_at, tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr("adapterhub.train.publish_tensors", killed)
+        with pytest.raises(Stopped):
+            run()
+    (checkpoint,) = (tmp_path / "hub/training").rglob(f"checkpoint-{STEPS}")
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors[min(tensors)]
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    (checkpoint / COMPLETE).write_bytes(canonical(_digests(checkpoint)))
+    with pytest.raises(IntegrityError, match="does not fit this training"):
+        run()
 
 
 def test_another_recipe_and_resume_false_start_anew(run, stop_at):

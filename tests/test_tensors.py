@@ -155,6 +155,15 @@ def test_header_is_what_the_library_wrote(tmp_path):
     assert all(torch.equal(loaded[n].float(), given[n].float()) and loaded[n].dtype == given[n].dtype for n in given)
 
 
+def test_names_come_in_their_order(tmp_path):
+    """The library gives them in another order at each call, and an optimiser counts parameters by their order."""
+    names = [f"layers.{n}.{key}" for n in range(16) for key in ("down", "up")]
+    data = save({name: torch.zeros(1) for name in reversed(names)})
+    (tmp_path / "file").write_bytes(data)
+    for source in (data, tmp_path / "file"):
+        assert list(tensors.load(source)) == sorted(names)
+
+
 def test_no_file(tmp_path):
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(NotFound):

@@ -106,7 +106,7 @@ def _build(given: Given, config: Peft.Config) -> dict[str, PeftLayer]:
         part = parts[site.path] = PeftLayer.of(config.type, config.config, made[site.path])
         if len(parts) == 1 or config.lower == "never":  # found out now, not after hours
             _try(part, site, given.weight(site), config.lower)
-        for key in part.tensors.keys() & set(TRAINED):
+        for key in [key for key in part.tensors if key in TRAINED]:
             holder = holders.setdefault(id(state[part.names[key]]), (part.here, key))
             if holder[0] is not part.here:  # VB-LoRA's vector bank, for example: one tensor for all sites
                 part.lent[key] = holder

@@ -169,8 +169,8 @@ class PeftLayer(Modification):
         self.layer.base_layer.weight = nn.Parameter(weight[:0].detach(), requires_grad=False)  # it needs no copy
         self.layer.to(self.config.device)
         own = dict(self.layer.named_parameters())
-        for key in self.names.keys() & self.tensors.keys():
-            if self.tensors[key].requires_grad:  # OSF projects its gradients
+        for key in self.names:
+            if key in self.tensors and self.tensors[key].requires_grad:  # OSF projects its gradients
                 for hook in (own[self.names[key]]._backward_hooks or {}).values():
                     self.tensors[key].register_hook(hook)
 

@@ -36,6 +36,9 @@ def run(tmp_path, base):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    clone = tmp_path / "clone"  # what the page uses of one, without the hub that a demo leaves there
+    clone.mkdir()
+    (clone / "examples").symlink_to(ROOT / "examples")
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -43,7 +46,7 @@ def run(tmp_path, base):
     }
     shell = subprocess.Popen(
         ["bash", "-c", script(tmp_path / "team", port, base)],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
         # The server keeps the shell's pipes: wait for the shell alone, and end the server before reading them.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import adapterhub
@@ -246,3 +246,68 @@ def test_a_base_whose_config_transformers_rejects(changes, hub, folder, tiny_fol
     with pytest.raises(HubError):
         hub.import_adapter(folder, name="me/x", base=base)
     assert not hub.releases()
+
+
+# --- a base that is loaded already -----------------------------------------------------------------------------------
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+ANY = {
+    "lora": lambda: LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    "dora": lambda: LoraConfig(r=4, target_modules=["v_proj"], use_dora=True, task_type="CAUSAL_LM", init_lora_weights=False),
+    "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+    "prompt": lambda: PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "whole": lambda: LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
+}  # fmt: skip
+"""From the config alone, by the weights, by PEFT's own modules, by a forward pass of the base, a whole module."""
+
+
+@pytest.fixture(params=ANY)
+def made_by_peft(request, tmp_path, tiny_model):
+    """(a folder that names no base, PEFT's logits)."""
+    torch.manual_seed(5)
+    model = get_peft_model(tiny_model(), ANY[request.param]())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "theirs")
+    edit(tmp_path / "theirs", base_model_name_or_path=None)
+    return tmp_path / "theirs", model.eval()(IDS).logits[:, -12:].detach()
+
+
+def test_a_loaded_base_is_read_and_left_as_it_is(hub, made_by_peft, tiny_model):
+    folder, want = made_by_peft
+    base = tiny_model()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    hub.import_adapter(folder, name="me/x", base=base)
+    after = base.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    got = hub.load(base, "me/x")(IDS).logits
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_a_loaded_base_gives_what_its_folder_gives_also_while_it_runs_adapters(hub, made_by_peft, tiny_folder):
+    folder, _ = made_by_peft
+    release = hub.import_adapter(folder, name="me/x", base=tiny_folder)
+    model = hub.load(tiny_folder, "me/x", device="cpu")
+    assert hub.import_adapter(folder, name="me/x", base=model.base) == release  # the same again is no new release
+
+
+def test_a_loaded_base_of_half_precision_is_widened_as_its_folder_is(hub, made_by_peft, tiny_model, tmp_path):
+    folder, _ = made_by_peft
+    tiny_model().bfloat16().save_pretrained(tmp_path / "half")
+    base = hub.load(tmp_path / "half", dtype="stored", device="cpu").base
+    assert base.dtype == torch.bfloat16
+    releases = [hub.import_adapter(folder, name="me/x", base=given) for given in (base, tmp_path / "half")]
+    assert releases[0] == releases[1] and base.dtype == torch.bfloat16
+
+
+def test_a_loaded_model_that_is_not_plain_is_refused(hub, tmp_path, tiny_model):
+    torch.manual_seed(5)
+    wrapped = get_peft_model(tiny_model(), ANY["dora"]())
+    wrapped.save_pretrained(tmp_path / "theirs")
+    edit(tmp_path / "theirs", base_model_name_or_path=None)
+    with pytest.raises(UsageError, match="PeftModelForCausalLM is not a plain transformers model"):
+        hub.import_adapter(tmp_path / "theirs", name="me/x", base=wrapped)
+    with pytest.raises(IncompatibleBase, match=r"not as its class LlamaForCausalLM makes it: .*v_proj\.base_layer"):
+        hub.import_adapter(tmp_path / "theirs", name="me/x", base=wrapped.base_model.model)
+    assert hub.releases() == []

@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from adapterhub import bases, durable
 from adapterhub.adapter import check_fit, require_effect
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
@@ -29,13 +32,14 @@ def import_adapter(
     folder: str | Path,
     name: str,
     version: str | None = None,
-    base: str | Path | None = None,
+    base: object = None,
     licence: str | None = None,
     force: bool = False,
 ) -> Release:
-    """Take the PEFT adapter in a folder into the hub. Without `base` it is the one that the adapter's config names; without
-    `licence` the one that its model card states. The same files again are no new release.
+    """Take the PEFT adapter in a folder into the hub. The same files again are no new release.
 
+    base: a known name, a folder, a repo id or a loaded transformers model, which is only read; None: the one that the
+    adapter's config names. licence: None: the one that the adapter's model card states.
     Raises what `formats.peft.read` raises; NotFound when there is no base; IncompatibleBase for tensors of other widths, or
     when the config names a folder on this machine that holds another model than `base` (unless forced); NoEffect; UnsafeFile for
     changes that are absurdly large (unless forced; `look.scan`). The scan's report stands in the manifest's metrics."""
@@ -45,14 +49,14 @@ def import_adapter(
     folder = durable.user_path(folder)
     _require_peft(folder)
     config = read_config(folder)
-    resolved = _base(folder, base, config.base_model_name_or_path)
-    model = BaseModel(resolved)
+    source = _base(folder, base, config.base_model_name_or_path)
+    model = BaseModel(source)
     adapter = peft.read(folder, config, model)
     parts = adapter.parts
     check_fit(parts, model.sites, folder.name)
     needs = any(part.form == "dora" for here in parts.values() for part in here)  # its change depends on the weights
     require_effect(parts, model.sites, model.load() if needs else model.skeleton, folder.name)
-    current = fingerprint(resolved)
+    current = fingerprint(source)
     report = scan.scan(parts, current.sketch)
     scan.check(report, folder.name, force)
     if base is not None:
@@ -88,7 +92,14 @@ def _require_peft(folder: Path) -> None:
     raise NotFound(f"{folder} holds no {CONFIG}", "give the folder that PEFT's save_pretrained wrote")
 
 
-def _base(folder: Path, given: str | Path | None, named: str | None) -> bases.ResolvedBase:
+def _base(folder: Path, given: object, named: str | None) -> bases.ResolvedBase | PreTrainedModel:
+    if isinstance(given, PreTrainedModel):
+        return given
+    if isinstance(given, nn.Module):
+        what = type(given).__name__
+        raise UsageError(
+            f"{what} is not a plain transformers model", "give the model that it was made of, or its folder"
+        )
     if given is not None:
         return bases.resolve(given)
     if not named:

@@ -67,7 +67,8 @@ def test_a_smaller_release_that_says_what_it_cost(hub):
     assert packed.tensors.keys() == plain.tensors.keys()
     assert manifest.licence == "MIT" and manifest.forms == before.manifest.forms
     (codec,) = manifest.codecs
-    assert codec.name == "compeft" and codec.options == {"density": 0.5, "scope": "tensor", "alpha": 1.0}
+    assert codec.name == "compeft"
+    assert codec.options == {"density": 0.5, "scope": "tensor", "size": "mean", "alpha": 1.0}
     assert codec.distribution.startswith("adapterhub ")
     assert [(p.name, p.version, p.relation) for p in manifest.parents] == [("me/a", "0.1.0", "compress")]
 

@@ -1,15 +1,17 @@
 """ComPEFT: signs of the largest entries and one size for them (Yadav et al., "ComPEFT", 2023), as Rice codes.
 
-Differs from the paper and its official code: the threshold is found per tensor by default (one threshold over raw LoRA
-factors keeps A's random start and wipes out B); the size is the least-squares one, the mean of the kept magnitudes, not
-the deviation of all entries; and the bytes are really written: the official code has no encoder.
+By default a tensor has a threshold and a size of its own: one threshold over raw LoRA factors keeps A's random start and
+wipes out B, and the mean of the kept magnitudes is the size with the least squared error. The paper has one of each for
+the whole adapter: `scope=global`, `size=deviation`, and an alpha that is chosen on held-out data. What stays outside of its
+vector here: tensors of fewer than 64 entries, and DoRA's magnitudes; they are kept exactly. And the bytes are
+really written: the official code has no encoder.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,8 +58,11 @@ class ComPEFT(Codec):
         """The share of entries that stay, 0.001 to 1 (all signs). Ties at the threshold all stay."""
         scope: Literal["tensor", "group", "global"] = "tensor"
         """One threshold for each tensor, for all of one kind (all `down`, all `up`), or for the whole adapter."""
+        size: Literal["mean", "deviation"] = "mean"
+        """What the entries that stay are set to: in each tensor the mean of their magnitudes, or in the whole adapter the
+        standard deviation of all its entries, those that are dropped included (the paper's)."""
         alpha: float = 1.0
-        """Factor on the magnitude; 1 is the least-squares one."""
+        """Factor on the size."""
 
     tolerance = 0.5
 
@@ -65,11 +70,13 @@ class ComPEFT(Codec):
         if not 0.001 <= config.density <= 1 or not 0 < config.alpha < float("inf"):
             raise UsageError("compeft needs 0.001 <= density <= 1 and alpha > 0", "for example --set density=0.3")
         index, stream = Index([], [], [], [], [], []), []
-        thresholds = _thresholds({k: t for k, t in tensors.items() if _coded(k, t)}, config)
+        coded = {name: tensor for name, tensor in tensors.items() if _coded(name, tensor)}
+        thresholds = _thresholds(coded, config)
+        deviation = _deviation(coded.values()) if coded and config.size == "deviation" else None
         for name, tensor in sorted(tensors.items()):
             count, parameter, data = -1, 0, b""
-            if _coded(name, tensor):
-                count, parameter, data = _pack(tensor, thresholds[name], config.alpha)
+            if name in coded:
+                count, parameter, data = _pack(tensor, thresholds[name], config.alpha, deviation)
             elif _dtype(tensor) not in DTYPES:
                 raise CodecError(f"compeft cannot carry {name}: {tensor.dtype}", "use another codec")
             else:
@@ -154,15 +161,23 @@ def _thresholds(tensors: Mapping[str, Tensor], config: ComPEFT.Config) -> dict[s
     return thresholds
 
 
-def _pack(tensor: Tensor, threshold: float, alpha: float) -> tuple[int, int, bytes]:
-    """(count, Rice parameter, bytes). The mean of the kept magnitudes is the size with the least squared error."""
+def _deviation(tensors: Iterable[Tensor]) -> float:
+    """The standard deviation of all entries, as the official code takes it: divided by one less than their number."""
+    values = [_values(tensor) for tensor in tensors]
+    count = sum(map(len, values))
+    middle = sum(part.sum(dtype=np.float64) for part in values) / count
+    return math.sqrt(sum(np.square(part - middle, dtype=np.float64).sum() for part in values) / (count - 1))
+
+
+def _pack(tensor: Tensor, threshold: float, alpha: float, size: float | None) -> tuple[int, int, bytes]:
+    """(count, Rice parameter, bytes); size None: the mean of the kept magnitudes, which has the least squared error."""
     values = _values(tensor)
     positions = np.flatnonzero((np.abs(values) >= threshold) & (values != 0))
     if not len(positions):
         return 0, 0, b""
     kept = values[positions]
     parameter, data = rice.encode(positions, kept < 0)
-    magnitude = np.float32(alpha * np.abs(kept).mean(dtype=np.float64))
+    magnitude = np.float32(alpha * (np.abs(kept).mean(dtype=np.float64) if size is None else size))
     return len(positions), parameter, magnitude.astype("<f4").tobytes() + data
 
 

@@ -11,9 +11,10 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from adapterhub.errors import IncompatibleBase, UsageError
+from adapterhub.weights import embeds, unlike, widths
+from adapterhub.weights import matrix as matrix
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from adapterhub.modification import Tap
@@ -55,7 +56,7 @@ class Site:
     outputs: int
     """Width of what comes out."""
     linear: bool
-    """Whether the module is one weight (and perhaps a bias) that multiplies hidden states."""
+    """Whether the module is one weight (and perhaps a bias) that multiplies hidden states, however it keeps the weight."""
     part: str = ""
     """"encoder", "decoder" or "cross" in a model that has both halves."""
     columns: Columns | None = None
@@ -68,6 +69,8 @@ class Site:
     """Whether the module adds a bias of its own to what comes out."""
     causal: bool = False
     """Whether a token sees only itself and those before it here, so that what looks ahead would be wrong."""
+    packed: str = ""
+    """Of a linear layer or embedding whose weight is not plain (`weights.unlike`): how it is kept. It cannot be changed."""
 
     @property
     def module(self) -> str:
@@ -128,9 +131,6 @@ def _first(table: tuple[tuple[re.Pattern, Any], ...], path: str, default: Any = 
 def sites(model: PreTrainedModel) -> list[Site]:
     """The sites of a loaded model in its own order: every module with a role, every column range of a fused projection,
     and every other linear layer without a role. Modules of several names are listed once, under the first."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
     known = family(model.config.model_type)
     config = model.config.get_text_config()
     width, heads = config.hidden_size, _heads(config)
@@ -138,13 +138,12 @@ def sites(model: PreTrainedModel) -> list[Site]:
     for path, module in model.named_modules():
         role, part = _first(known.roles, path), _first(known.parts, path)
         here = heads if role in ("attention", "attention_output") else None
-        if isinstance(module, torch.nn.Linear | Conv1D):
-            outputs, inputs = matrix(module).shape
-            found.append(Site(path, role, inputs, outputs, True, part, heads=here))
-            found += _fused(_first(known.fused, path, None), found[-1], heads)
-        elif isinstance(module, torch.nn.Embedding) and role:
-            found.append(Site(path, role, module.num_embeddings, module.embedding_dim, False, part))
-        elif role:
+        own = widths(module)
+        if own is not None and (role or not embeds(module)):
+            linear = not embeds(module)
+            found.append(Site(path, role, own[1], own[0], linear, part, heads=here, packed=unlike(module)))
+            found += _fused(_first(known.fused, path, None), found[-1], heads) if linear else []
+        elif own is None and role:
             found.append(Site(path, role, width, width, False, part, heads=here))
     biased = {
         path.rpartition(".")[0] for path, _ in model.named_parameters(remove_duplicate=False) if path.endswith(".bias")
@@ -204,19 +203,9 @@ def _fused(table: Mapping[str, Any] | None, site: Site, heads: Heads | None) -> 
             columns = Columns(start, heads.width * count[role], 0, 1)
             start += columns.length
         outputs = columns.length * columns.count
-        made.append(Site(f"{site.path}.{role}", role, site.inputs, outputs, True, site.part, columns))
+        path = f"{site.path}.{role}"
+        made.append(Site(path, role, site.inputs, outputs, True, site.part, columns, packed=site.packed))
     return made
-
-
-def matrix(module: nn.Module) -> Tensor | None:
-    """The module's weight as (outputs, inputs), a view: of a Conv1D and of an embedding the transpose of what is stored.
-    None for a module that is no matrix."""
-    import torch
-
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.ndim != 2:
-        return None
-    return weight if isinstance(module, torch.nn.Linear) else weight.mT
 
 
 def named_role(model_type: str, path: str) -> str | None:

@@ -14,7 +14,8 @@ from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, Plugin
 from adapterhub.lanes import remembers
 from adapterhub.manifest import Made, Manifest, Release
 from adapterhub.modification import Modification, Step, Tap
-from adapterhub.sites import Site, matrix, tapped
+from adapterhub.sites import Site, tapped
+from adapterhub.weights import compute_device, matrix, values
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
@@ -190,8 +191,17 @@ def random_states(
 
 
 def bind(modification: Modification, site: Site, model: nn.Module) -> None:
-    """Let it meet the base's weight at its site."""
-    weight = matrix(model.get_submodule(site.module))
+    """Let it meet the base's weight at its site. A form that reads a weight which is quantised or offloaded gets a copy of its
+    numbers, as large as the layer once was. Raises IncompatibleBase where they are not known."""
+    module = model.get_submodule(site.module)
+    weight = matrix(module)
+    away = weight is not None and weight.is_meta and compute_device(model) is not None  # a skeleton's are all meta
+    if (away or site.packed) and type(modification).bind is not Modification.bind:
+        try:
+            weight = values(module)
+        except IncompatibleBase as error:
+            needs = f"the form {modification.form!r} reads the base's own weight at {site.path}"
+            raise IncompatibleBase(f"{needs}, but {error}", error.hint) from None
     if weight is not None and site.columns is not None:
         weight = weight[torch.tensor(site.columns.index(), device=weight.device)]
     modification.bind(weight)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from adapterhub.adapter import Modifications
 from adapterhub.composers import Stack
 from adapterhub.errors import NotFoldable
-from adapterhub.sites import matrix
+from adapterhub.weights import compute_device, computes, matrix, stored, unlike, widths
 
 
 @torch.no_grad()
@@ -17,21 +17,22 @@ def fold(base: nn.Module, parts: Modifications) -> None:
 
     A linear layer without a bias gets one where the change has a shift (LoFiT's offsets): its file then has a tensor that
     plain transformers does not look for, so keep the adapter rather than the folded model. By module (`plan.placed`).
-    Raises NotFoldable before anything is changed: for a form that is no change of a weight, or a weight that another
-    module shares. Computed in float32 (float64 for a float64 weight), rounded once to
+    Raises NotFoldable before anything is changed: for a form that is no change of a weight, a weight that another module
+    shares, one that is not plain or not in memory, or a module that does more with it than multiply. Computed in float32 (float64 for a float64 weight), rounded once to
     the weight's dtype. Needs memory for a second copy of the weights it changes."""
     owners: dict[int, list[str]] = {}
-    for path, parameter in base.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(path)
+    for named in (base.named_parameters, base.named_buffers):
+        for path, tensor in named(remove_duplicate=False):
+            owners.setdefault(id(tensor), []).append(path)
     folded: list[tuple[Tensor, Tensor]] = []
     added: list[tuple[nn.Module, Tensor]] = []
     for path, here in parts.items():
         module = base.get_submodule(path)
-        own = matrix(module)
-        if own is None:
-            raise NotFoldable(f"{path} is not one weight", "run the adapter attached")
-        if len(owners[id(module.weight)]) > 1:
+        if problem := _problem(base, path, module):
+            raise NotFoldable(problem, "run the adapter attached")
+        if len(owners[id(stored(module))]) > 1:
             raise NotFoldable(f"{path} shares its weight with another module", "run the adapter attached")
+        own = matrix(module)
         wide = torch.promote_types(own.dtype, torch.float32)
         bias = getattr(module, "bias", None)
         weight, bias = own.to(wide), None if bias is None else bias.to(wide)
@@ -50,3 +51,19 @@ def fold(base: nn.Module, parts: Modifications) -> None:
         parameter.copy_(value)
     for module, value in added:
         module.bias = nn.Parameter(value, requires_grad=False)
+
+
+def _problem(base: nn.Module, path: str, module: nn.Module) -> str:
+    """Why nothing can be added into the module's weight; "" if it can."""
+    if widths(module) is None:
+        return f"{path} is not one weight"
+    if how := unlike(module):
+        return f"nothing can be folded into {path}: {how}"
+    if stored(module).is_meta and compute_device(base) is not None:  # a skeleton, all meta, only rehearses
+        return f"nothing can be folded into {path}: its weight is offloaded (on the meta device)"
+    kind = type(module).__name__
+    return (
+        ""
+        if computes(module)
+        else f"nothing can be folded into {path}: a {kind} does more with its weight than multiply"
+    )

@@ -25,7 +25,8 @@ from adapterhub.mergers import Merger
 from adapterhub.modification import Modification
 from adapterhub.publish import publish_tensors
 from adapterhub.residents import Residents, current
-from adapterhub.sites import matrix, sites
+from adapterhub.sites import sites
+from adapterhub.weights import values
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
@@ -111,7 +112,8 @@ def _on_base(hub: Hub, base: object, names: Sequence[str]) -> tuple[list[Modific
 
     def weight_at(path: str) -> tuple[Tensor | None, Tensor | None]:
         module, columns = model.get_submodule(at[path].module), at[path].columns
-        weight, bias = matrix(module), getattr(module, "bias", None)
+        known = at[path].linear or at[path].embedding
+        weight, bias = values(module) if known else None, getattr(module, "bias", None)
         here = slice(None) if columns is None else torch.tensor(columns.index())
         both = [None if t is None else t.detach().to("cpu", torch.float32)[here] for t in (weight, bias)]
         return both[0], both[1]

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from adapterhub.errors import UsageError
 from adapterhub.modification import Modification
-from adapterhub.sites import Site, matrix
+from adapterhub.sites import Site
+from adapterhub.weights import values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +36,9 @@ class Given:
     """What the stage's measurement found."""
 
     def weight(self, site: Site) -> Tensor:
-        """The base's weight at a linear site or an embedding, (outputs, inputs) float32 on the CPU, a copy."""
-        weight = matrix(self.base.get_submodule(site.module)).detach()
+        """The base's weight at a linear site or an embedding, (outputs, inputs) float32 on the CPU, a copy; dequantised where
+        it is not plain. Raises IncompatibleBase where its numbers are not known."""
+        weight = values(self.base.get_submodule(site.module))
         if site.columns:
             weight = weight[site.columns.index()]
         return weight.float().cpu().clone()
@@ -123,3 +126,12 @@ class Method:
         """The trainings that make an adapter, in order. Refuse here, or in the first one's build, what cannot be done:
         later stages begin after hours."""
         return [Stage("train", lambda given: self.build(given.sites, config), after_step=self.after_step)]
+
+
+def require_plain(sites: Sequence[Site], name: str) -> None:
+    """Raise UsageError unless every weight is plain at these sites, where the named method or form changes the weight itself."""
+    if (site := next((site for site in sites if site.packed), None)) is not None:
+        raise UsageError(
+            f"{name} trains through the base's own weights, and at {site.path} {site.packed}",
+            "load the base unquantised, or use a method that works beside the weight (lora, bottleneck, bitfit)",
+        )

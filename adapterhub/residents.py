@@ -14,6 +14,7 @@ from adapterhub.compose import expand, read, warn_missing_parents
 from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.expression import Node, references
 from adapterhub.sites import Site, current_path
+from adapterhub.weights import compute_device, compute_dtype
 
 if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint
@@ -53,11 +54,11 @@ class Residents:
     def get(self, key: str) -> Modifications:
         """One adapter in the base's dtype."""
         if key not in self._by_release:
-            parts = self.load(key)
+            parts, dtype = self.load(key), compute_dtype(self.base) or torch.float32
             self._by_release[key] = {
-                path: [part.to(self.device_at(path), self.base.dtype) for part in here] for path, here in parts.items()
+                path: [part.to(self.device_at(path), dtype) for part in here] for path, here in parts.items()
             }
-            check_range(self._by_release[key], key, self.base.dtype)
+            check_range(self._by_release[key], key, dtype)
             self.bind(self._by_release[key])
         return self._by_release[key]
 
@@ -98,7 +99,9 @@ class Residents:
                 bind(part, self._at[path], self.base)
 
     def device_at(self, path: str) -> torch.device:
-        return next(self.base.get_submodule(self._at[path].module).parameters()).device
+        """Where the module computes; of one whose tensors are all offloaded, where the rest of the base is."""
+        here = compute_device(self.base.get_submodule(self._at[path].module))
+        return here or compute_device(self.base) or torch.device("cpu")
 
 
 def current(parts: Modifications, architecture: str, name: str, known: Container[str] = ()) -> Modifications:

@@ -20,7 +20,7 @@ from adapterhub.errors import UsageError
 from adapterhub.ingredients import Ingredients
 from adapterhub.learner import Learner
 from adapterhub.manifest import canonical, digest_of
-from adapterhub.method import Given, Measurement, Parts, Stage
+from adapterhub.method import Given, Measurement, Parts, Stage, require_plain
 from adapterhub.modification import named_tensors
 from adapterhub.runtime import Model
 from adapterhub.setting import Setting
@@ -80,6 +80,8 @@ def attach(
     """Put what the stage trains on the model, in the order of its sites. begin: what a parameter schedule makes of it."""
     torch.manual_seed(seed)
     built = stage.build(start)
+    through = {path for path, part in built.items() if part.folds}
+    require_plain([site for site in start.sites if site.path in through], f"the stage {stage.name!r}")
     parts = begin(built, start) if begin else built
     model.attach_new({**{site.path: parts[site.path] for site in model.sites if site.path in parts}, **parts})
     if not model.trainable_parameters():

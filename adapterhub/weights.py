@@ -30,9 +30,9 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    weight = _own(module)
+    weight = stored(module)
     if _forward_is_torchs(module) and type(weight) in (torch.Tensor, nn.Parameter) and weight.ndim == 2:
-        outputs, inputs = weight.mT.shape if _transposed(module) else weight.shape  # whatever it was made with
+        outputs, inputs = weight.mT.shape if transposed(module) else weight.shape  # whatever it was made with
         return outputs, inputs
     if isinstance(module, Conv1D):
         return module.nf, module.nx
@@ -55,24 +55,24 @@ def matrix(module: nn.Module) -> Tensor | None:
     where the weight is not plain (`unlike`)."""
     if widths(module) is None or unlike(module):
         return None
-    weight = _own(module)
-    return weight.mT if _transposed(module) else weight
+    weight = stored(module)
+    return weight.mT if transposed(module) else weight
 
 
 def unlike(module: nn.Module) -> str:
     """How a linear layer or an embedding keeps its weight if that is not plain, in words; "" if it is plain."""
     import torch
 
-    weight, kind = _own(module), type(module).__name__
+    weight, kind = stored(module), type(module).__name__
     if weight is None:
         computed = isinstance(getattr(module, "weight", None), torch.Tensor)
-        return f"a {kind} computes its weight anew at each call" if computed else f"a {kind} keeps no plain weight"
+        return f"a {kind} computes its weight anew at each call" if computed else f"a {kind} has no tensor named weight"
     if type(weight) not in (torch.Tensor, torch.nn.Parameter):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if str(weight.dtype) not in FLOATS or weight.layout is not torch.strided:
         return f"its weight is kept in {weight.dtype}, {weight.layout}".replace("torch.", "").removesuffix(", strided")
     outputs, inputs = widths(module)
-    if weight.shape != ((inputs, outputs) if _transposed(module) else (outputs, inputs)):
+    if weight.shape != ((inputs, outputs) if transposed(module) else (outputs, inputs)):
         return f"its weight is packed into the shape {tuple(weight.shape)}"
     return ""
 
@@ -85,7 +85,7 @@ def values(module: nn.Module) -> Tensor:
     Raises IncompatibleBase where nobody says what the numbers are."""
     import torch
 
-    with _fetched(module), torch.no_grad():
+    with fetched(module), torch.no_grad():
         weight = matrix(module)
         weight = _dequantised(module) if weight is None else weight.detach()
         if weight.is_meta:
@@ -119,6 +119,11 @@ def computes(module: nn.Module) -> bool:
     return found.shape == wanted[None].shape and torch.allclose(found[0], wanted, rtol=rounding, atol=0)
 
 
+def odd(model: nn.Module) -> dict[str, nn.Module]:
+    """{path: linear layer or embedding} of those whose weight is not plain."""
+    return {path: module for path, module in model.named_modules() if widths(module) is not None and unlike(module)}
+
+
 def compute_dtype(module: nn.Module) -> torch.dtype | None:
     """The type that a module or a model computes in: that of its first tensor in one of FLOATS; None if it has none."""
     tensors = (*module.parameters(), *module.buffers())
@@ -131,10 +136,26 @@ def compute_device(module: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in tensors if not tensor.is_meta), None)
 
 
-def _own(module: nn.Module) -> Tensor | None:
-    """The registered weight: not what stands in its place for one call, and not what is computed at each."""
+def stored(module: nn.Module) -> Tensor | None:
+    """The weight that the module has registered: not what stands in its place for one call, and not what is computed at each."""
     found = module._parameters.get("weight")
     return module._buffers.get("weight") if found is None else found
+
+
+def transposed(module: nn.Module) -> bool:
+    """Whether its weight is stored as (inputs, outputs)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D) or embeds(module)
+
+
+def fetched(module: nn.Module) -> AbstractContextManager:
+    """Inside, a weight that accelerate has offloaded is where the module computes."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
 
 
 def _forward_is_torchs(module: nn.Module) -> bool:
@@ -143,21 +164,6 @@ def _forward_is_torchs(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return type(module).forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward)
-
-
-def _transposed(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D) or embeds(module)
-
-
-def _fetched(module: nn.Module) -> AbstractContextManager:
-    """Inside, a weight that accelerate has offloaded is where the module computes."""
-    if not hasattr(module, "_hf_hook"):
-        return nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(module)
 
 
 def _dequantised(module: nn.Module) -> Tensor:
@@ -170,11 +176,13 @@ def _dequantised(module: nn.Module) -> Tensor:
     except Exception as error:  # another library's, which may lack a kernel, a device or a state
         found, why = None, f"{why}, and reading it fails: {next(iter(str(error).splitlines()), type(error).__name__)}"
     outputs, inputs = widths(module)
-    stored = (inputs, outputs) if _transposed(module) else (outputs, inputs)
+    stored = (inputs, outputs) if transposed(module) else (outputs, inputs)
     plain = isinstance(found, torch.Tensor) and str(found.dtype) in FLOATS and found.shape == stored
     if not plain or type(found.detach()) is not torch.Tensor:
-        raise IncompatibleBase(f"the numbers of a {name} are not known: {why}", "load the base unquantised")
-    return found.detach().mT if _transposed(module) else found.detach()
+        raise IncompatibleBase(
+            f"what numbers a {name} multiplies with is not known: {why}", "load the base unquantised"
+        )
+    return found.detach().mT if transposed(module) else found.detach()
 
 
 def _asked(module: nn.Module) -> Tensor | None:
@@ -187,7 +195,7 @@ def _asked(module: nn.Module) -> Tensor | None:
         scales = getattr(weight, "SCB", None)  # which its module takes over at the first call
         scales = module.state.SCB if scales is None and hasattr(module, "state") else scales
         return dequantize_bnb_weight(weight, state=SimpleNamespace(SCB=scales))
-    if type(weight) in (torch.Tensor, torch.nn.Parameter) and _own(module) is None:
+    if type(weight) in (torch.Tensor, torch.nn.Parameter) and stored(module) is None:
         return weight.detach()  # computed from others, of this call
     for method in ("dequantize", "full_tensor"):
         if (own := getattr(type(weight), method, None)) is not None and own is not getattr(torch.Tensor, method, None):

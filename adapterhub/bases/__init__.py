@@ -116,6 +116,17 @@ def check_folder(folder: Path) -> None:
         raise NotFound(f"{folder} has no safetensors", "give the folder of a transformers model")
 
 
+def quantised(folder: Path) -> str:
+    """How the weights in a folder are quantised, as its config.json has it ("bitsandbytes", "gptq"); "" if they are not."""
+    import json
+
+    try:
+        said = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
+    except (OSError, ValueError, AttributeError):  # whoever loads it says what is wrong
+        return ""
+    return str(said.get("quant_method") or "an unnamed method") if isinstance(said, dict) else ""
+
+
 def _download(repo: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors

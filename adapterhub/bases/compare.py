@@ -29,6 +29,11 @@ GROUPS = (32, 64, 128, 0)
 """Values that share one scale in the usual quantised formats; 0 is a whole row."""
 PASS = 0.75
 """Of the rows of a tensor, how many must look quantised."""
+NESTED = 0.04
+"""How far, relatively, a scale moves at most that is itself kept in 8 bits (QLoRA's double quantisation)."""
+Grid = tuple[bool, int, Callable | None]
+"""Which side is on it (False: the current one), values that share a scale (0: a whole row), zero point and step (None: the points
+need not be evenly spaced)."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,15 @@ def one_thread() -> Iterator[None]:
 @one_thread()
 def compare_sketches(recorded: bytes, current: bytes) -> Verdict:
     """What the model sketched as `current` is to the one sketched as `recorded`."""
-    if recorded == current:
-        return Verdict("same", 0.0, "equal")
     structure, rows = unpack(recorded)
     other_structure, other_rows = unpack(current)
+    both = {**rows, **other_rows}
+    if unknown := min(
+        (name for name in both if not (rows.get(name, both[name]).numel() and both[name].numel())), default=""
+    ):
+        return Verdict("another", math.inf, f"the numbers of its {unknown} are not known, so they cannot be compared")
+    if recorded == current:
+        return Verdict("same", 0.0, "equal")
     if structure != other_structure:
         return Verdict("another", math.inf, _first_difference(json.loads(structure), json.loads(other_structure)))
     shapes = json.loads(structure)
@@ -91,11 +101,17 @@ def _first_difference(recorded: dict, current: dict) -> str:
         if recorded[name] != current[name]:
             return f"{name} has the shape {tuple(current[name])}, the recorded base had {tuple(recorded[name])}"
     if missing := sorted(recorded.keys() - current.keys()):
+        layer = missing[0].rpartition(".")[0]
+        if kept := sorted(name.removeprefix(f"{layer}.") for name in current if name.startswith(f"{layer}.")):
+            return f"in place of {missing[0]} it keeps {', '.join(kept)}, whose numbers are not known"
         return f"it has no {missing[0]}, which the recorded base had"
+    layer, _, extra = min(current.keys() - recorded.keys()).rpartition(".")
+    if f"{layer}.weight" in recorded:
+        return f"beside {layer}.weight it keeps {extra}, so its weight may be quantised, and its numbers are not known"
     return f"it has {min(current.keys() - recorded.keys())}, which the recorded base had not"
 
 
-def _judge(a: Tensor, b: Tensor, grids: list[tuple[bool, int, Callable]]) -> str | None:
+def _judge(a: Tensor, b: Tensor, grids: list[Grid]) -> str | None:
     """How the rows of one tensor differ: "equal", "rounded" or "quantised"; None if in no such way.
 
     grids are tried in order; the one that fits comes first the next time."""
@@ -114,7 +130,7 @@ def _judge(a: Tensor, b: Tensor, grids: list[tuple[bool, int, Callable]]) -> str
         if a.shape[1] % size or size < 8:
             continue
         q, f = q.reshape(len(q), -1, size), f.reshape(len(f), -1, size)
-        passed = passed | _quantised(q, f, *grid(q), unit, unit_free)
+        passed = passed | (_quantised(q, f, *grid(q), unit, unit_free) if grid else _coded(q, f))
         if passed.float().mean() >= PASS:
             grids.insert(0, grids.pop(i))  # most tensors of a model are alike
             return "quantised"
@@ -147,15 +163,16 @@ def _least_gap(q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(step), step
 
 
-def _all_grids() -> list[tuple[bool, int, Callable]]:
-    """Which side is on it (False: the current one), values that share a scale (0: a whole row), zero point and step."""
+def _all_grids() -> list[Grid]:
+    """All that are tried, even ones first."""
     scales = [_from_least, _largest_is(127), _largest_is(8), _largest_is(7)]
-    return [
+    even = [
         (swap, group, grid)
         for swap in (False, True)
         for group in GROUPS
         for grid in (scales if group else [*scales, _least_gap])
     ]
+    return even + [(swap, group, None) for swap in (False, True) for group in GROUPS if group]
 
 
 def _quantised(q: Tensor, f: Tensor, zero: Tensor, step: Tensor, unit: float, unit_free: float) -> Tensor:
@@ -175,3 +192,22 @@ def _quantised(q: Tensor, f: Tensor, zero: Tensor, step: Tensor, unit: float, un
     over = error > torch.where(end, 1.02, 0.515) + HALF * code.abs() + (unit * q.abs() + unit_free * f.abs()) / step
     rms = error.square().mean((1, 2)).sqrt()
     return enough & fits & (over.float().mean((1, 2)) <= 0.004) & (rms >= 0.15) & (rms <= 0.4)
+
+
+def _coded(q: Tensor, f: Tensor) -> Tensor:
+    """Which rows (rows,) of q, all (rows, groups, n), hold at most 16 values in each group (NF4, FP4), and f at each place one that is
+    nearest to q's, spread evenly between the halfway points."""
+    least = 1e-5 * q.abs().amax(-1, keepdim=True)[..., None]
+    apart = q[..., None, :] - q[..., :, None]  # (rows, groups, n, n): from each value to the others of its group
+    above = apart.masked_fill(apart <= least, math.inf).amin(-1)
+    below = (-apart).masked_fill(-apart <= least, math.inf).amin(-1)
+    codes = 1 + (q.sort(-1).values.diff(dim=-1) > least[..., 0]).sum(-1)
+    above, below = (
+        torch.minimum(above, 2 * below),
+        torch.minimum(below, 2 * above),
+    )  # what lies beyond an end was cut to it
+    error, noise = f - q, NESTED * q.abs() + HALF * f.abs()
+    over = (error > above / 2 + noise) | (-error > below / 2 + noise)
+    rms = (error / ((above + below) / 2)).square().mean((1, 2)).sqrt()
+    few = ((codes >= 5) & (codes <= 16)).float().mean(1) >= 0.98
+    return few & (over.float().mean((1, 2)) <= 0.004) & (rms >= 0.15) & (rms <= 0.4)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adapterhub import plugins
-from adapterhub.bases import ResolvedBase, sketch
+from adapterhub import plugins, weights
+from adapterhub.bases import ResolvedBase, load_model, quantised, sketch
 from adapterhub.bases.compare import Verdict, compare_sketches
 from adapterhub.bases.tokenizer import tokenizer_digest
 from adapterhub.errors import IncompatibleBase, IntegrityError
@@ -41,6 +44,13 @@ class Fingerprint(NamedTuple):
     sketch: bytes
 
 
+class Quantised(Fingerprint):
+    """The fingerprint of a base in use whose weights are not all plain."""
+
+    numbers: Callable[[], bytes]
+    """The sketch of what its layers multiply with, taken at the first call."""
+
+
 def fingerprint(source: ResolvedBase | Path | PreTrainedModel, name: str = "", note: str = "") -> Fingerprint:
     """The fingerprint of a base's folder of safetensors (cached by its files' identity) or of a loaded model. Name and
     note go into the record; without them it is what the source says of itself.
@@ -48,6 +58,7 @@ def fingerprint(source: ResolvedBase | Path | PreTrainedModel, name: str = "", n
     Raises NotFound, IntegrityError or UnsafeFile for a folder that is no checkpoint."""
     if isinstance(source, ResolvedBase):
         source, name, note = source.folder, name or source.name, note or source.note
+    numbers = None
     if isinstance(source, Path):
         blob = sketch.of_folder(source)
         try:
@@ -55,6 +66,8 @@ def fingerprint(source: ResolvedBase | Path | PreTrainedModel, name: str = "", n
             architecture = config.get("model_type", "")
         except (OSError, ValueError, AttributeError):
             raise IntegrityError(f"{source} has no readable config.json", "get the base model again") from None
+        if quantised(source):
+            numbers = partial(_numbers_of, ResolvedBase(source.name, source))
         name = name or source.name
         tokens = tokenizer_digest(source)
     else:
@@ -62,6 +75,8 @@ def fingerprint(source: ResolvedBase | Path | PreTrainedModel, name: str = "", n
         path = source.config.name_or_path
         name = name or (Path(path).name if Path(path).is_dir() else path) or architecture
         tokens = tokenizer_digest(Path(path))
+        if weights.odd(source):
+            numbers = partial(sketch.of_model, source, numbers=True)
     structure, _ = sketch.unpack(blob)
     base = Base(
         name=name,
@@ -72,11 +87,21 @@ def fingerprint(source: ResolvedBase | Path | PreTrainedModel, name: str = "", n
         computes=_computes(config),
         note=note,
     )
-    return Fingerprint(base, blob)
+    if numbers is None:
+        return Fingerprint(base, blob)
+    made = Quantised(base, blob)
+    made.numbers = cache(numbers)
+    return made
+
+
+def _numbers_of(resolved: ResolvedBase) -> bytes:
+    return sketch.of_model(load_model(resolved, "auto"), numbers=True)
 
 
 def compare(recorded: Fingerprint, current: Fingerprint) -> Verdict:
-    """What the current base is to the recorded one. Raises IntegrityError for a record that contradicts itself."""
+    """What the current base is to the recorded one: by its tensors as it keeps them, else (quantised) by their numbers.
+
+    Raises IntegrityError for a record that contradicts itself."""
     if recorded.base.architecture != current.base.architecture:
         reason = f"its architecture is {current.base.architecture}, the recorded base's {recorded.base.architecture}"
         return Verdict("another", inf, reason)
@@ -88,7 +113,13 @@ def compare(recorded: Fingerprint, current: Fingerprint) -> Verdict:
         for base, blob in (recorded, current):
             if digest_of(sketch.unpack(blob)[0]) != base.structure:
                 raise IntegrityError(f"the record of the base model {base.name} is damaged", "get the adapter again")
-    return compare_sketches(recorded.sketch, current.sketch)
+    verdict = compare_sketches(recorded.sketch, current.sketch)
+    if verdict.kind != "another" or not isinstance(current, Quantised):
+        return verdict
+    try:
+        return compare_sketches(recorded.sketch, current.numbers())
+    except IncompatibleBase as error:  # the library that it was quantised with is not here
+        return replace(verdict, reason=f"{verdict.reason} ({error})")
 
 
 def check_base(

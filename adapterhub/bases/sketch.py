@@ -2,7 +2,7 @@
 
 Rows are read by header and pread, so the cost does not grow with the model. A sketch is a safetensors blob: the rows
 of each tensor under its name, in the narrowest of bfloat16, float16 and float32 that holds them exactly (that is the
-tensor's precision), and `__structure__`, the JSON of {name: shape} as bytes.
+tensor's precision; no rows at all where the numbers are not known), and `__structure__`, the JSON of {name: shape} as bytes.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adapterhub import durable, tensors
+from adapterhub import durable, tensors, weights
 from adapterhub.bases import cache_folder, weight_files
-from adapterhub.errors import HubError, IntegrityError, UnsafeFile
+from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, UnsafeFile
 from adapterhub.formats.safetensors_header import DTYPES, read_layout
 from adapterhub.manifest import canonical
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 RECIPE = 1
@@ -54,9 +56,19 @@ class Rows(NamedTuple):
     """Indices, values of each -> (indices, values) float32."""
 
 
-def of_model(model: PreTrainedModel) -> bytes:
-    """The sketch of a loaded model."""
-    return take({name: _rows_of(tensor) for name, tensor in model.state_dict().items()})
+def of_model(model: PreTrainedModel, numbers: bool = False) -> bytes:
+    """The sketch of a loaded model: of the tensors as it keeps them. numbers: where a layer's weight is not plain and its numbers are
+    known, those in place of all that it keeps, as if it had never been quantised.
+
+    Raises IncompatibleBase for a model on the meta device."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    rows = {name: _rows_of(model, name, tensor) for name, tensor in state.items()}
+    for path, module in weights.odd(model).items() if numbers else ():
+        with suppress(IncompatibleBase):
+            shape = tuple(_numbers(module).shape)
+            kept = {name: rows[name] for name in rows if not name.startswith(f"{path}.") or name == f"{path}.bias"}
+            rows = {**kept, f"{path}.weight": Rows(shape, partial(_read, partial(_numbers, module)))}
+    return take(rows)
 
 
 def of_folder(folder: Path) -> bytes:
@@ -150,12 +162,47 @@ def _narrowest(rows: Tensor) -> Tensor:
     return rows
 
 
-def _rows_of(tensor: Tensor) -> Rows:
+def _rows_of(model: PreTrainedModel, name: str, tensor: Tensor) -> Rows:
+    """Rows of one of a model's tensors; none of one of a kind of its own, whose numbers are not known."""
+
     def read(indices: list[int], width: int) -> Tensor:
-        rows = tensor.detach().reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
-        return rows[indices, :width].cpu().float()
+        if type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta:
+            return _read(tensor.detach, indices, width)
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        if tensor.is_meta:
+            return _read(partial(_fetched, module, key, name), indices, width)
+        try:
+            return _read(partial(_numbers, module), indices, width)
+        except IncompatibleBase:
+            return torch.zeros(0, 0)
 
     return Rows(tuple(tensor.shape), read)
+
+
+def _read(tensor: Callable[[], Tensor], indices: list[int], width: int) -> Tensor:
+    whole = tensor()
+    rows = whole.reshape(whole.shape[0] if whole.dim() > 1 else 1, -1)
+    return rows[indices, :width].cpu().float()
+
+
+def _numbers(module: nn.Module) -> Tensor:
+    """What a layer multiplies with, as it would be stored."""
+    if weights.widths(module) is None:
+        raise IncompatibleBase(f"the numbers of a {type(module).__name__} are not known", "load the base unquantised")
+    found = weights.values(module)
+    return found.mT if weights.transposed(module) else found
+
+
+def _fetched(module: nn.Module, key: str, name: str) -> Tensor:
+    with weights.fetched(module):
+        found = getattr(module, key).detach()
+    if found.is_meta:
+        raise IncompatibleBase(
+            f"the base has no numbers: its {name} is on the meta device",
+            "load the base with its weights (from_pretrained)",
+        )
+    return found
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from adapterhub.forms.low_rank import LowRank
 from adapterhub.look.touched import alike, by_layer, require_tensors
 from adapterhub.manifest import Release
 from adapterhub.modification import Modification
-from adapterhub.sites import Site, matrix
+from adapterhub.sites import Site
+from adapterhub.weights import values
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
@@ -90,9 +91,9 @@ def _own(site: Site | None, model: torch.nn.Module | None) -> tuple[Tensor | Non
     if site is None or model is None:
         return None, None
     module = model.get_submodule(site.module)
-    weight, bias = matrix(module), getattr(module, "bias", None)
-    if weight is None:
+    if not (site.linear or site.embedding):
         return None, None
+    weight, bias = values(module), getattr(module, "bias", None)
     if site.columns is not None:
         columns = torch.tensor(site.columns.index())
         weight, bias = weight[columns], None if bias is None else bias[columns]

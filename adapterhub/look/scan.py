@@ -58,7 +58,7 @@ def _own(path: str, shapes: dict[str, list[int]], rows: dict[str, Any]) -> float
     name = f"{path}.weight"
     while name not in rows and "." in name:
         name = name.partition(".")[2]
-    if name not in rows or name == "weight":
+    if name not in rows or name == "weight" or not rows[name].numel():
         return None
     count = 1
     for n in shapes[name]:

@@ -11,7 +11,7 @@ import torch
 from adapterhub.errors import UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
-from adapterhub.method import Method
+from adapterhub.method import Method, require_plain
 from adapterhub.modification import Modification
 from adapterhub.sites import Site, select
 
@@ -34,6 +34,7 @@ class Full(Method):
             raise UsageError(
                 f"full changes whole weights, and target_modules selects {wrong}", "use all-linear or module names"
             )
+        require_plain(chosen, "full")
         made: dict[str, Modification] = {site.path: self.fresh(site) for site in chosen}
         for site in select(sites, "norm") if config.norms else ():
             shift = torch.zeros(site.outputs) if site.bias else None

@@ -15,7 +15,7 @@ from adapterhub import Given, ParameterSchedule, Site
 from adapterhub.errors import UsageError
 from adapterhub.forms.dense import Dense
 from adapterhub.method import Parts
-from adapterhub.sites import matrix
+from adapterhub.weights import matrix
 
 
 class LayerPolicy(ParameterSchedule):
@@ -93,10 +93,10 @@ def afresh(part: Dense, site: Site, given: Given) -> Dense:
 
     Random numbers from torch's global generator. Raises UsageError where the weight is not there to be replaced."""
     module, config = given.base.get_submodule(site.module), given.base.config.get_text_config()
-    std, weight = getattr(config, "initializer_range", None), matrix(module)
+    std = getattr(config, "initializer_range", None)
     if std is None:
         raise UsageError("this base does not say how it was initialised (initializer_range)", "leave reinit_top out")
-    if weight is None or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if matrix(module) is None:
         raise UsageError(
             f"the weight at {site.path} is quantised: what it is now cannot be taken away exactly",
             "train on the base in float32, or leave reinit_top out",

@@ -15,6 +15,7 @@ from adapterhub.errors import UsageError
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.sparse import Sparse
 from adapterhub.magnitude import largest
+from adapterhub.method import require_plain
 from adapterhub.sites import select
 
 
@@ -96,6 +97,7 @@ def _changeable(sites: Sequence[Site], config: LTSFT.Config) -> list[Site]:
         raise UsageError(
             f"LT-SFT changes weights, and target_modules selects {wrong}", "use all-linear or module names"
         )
+    require_plain(chosen, "lt_sft")
     return chosen
 
 

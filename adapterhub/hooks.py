@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from adapterhub.errors import BatchError, NotFoldable
 from adapterhub.forward import Forward, current, plan_at
 from adapterhub.modification import Modification
-from adapterhub.sites import matrix
+from adapterhub.weights import compute_dtype, matrix
 
 _BEFORE = "_adapterhub_before"
 """Where a module keeps the forward of its own that something else had given it before."""
@@ -73,6 +73,9 @@ def forward(module: nn.Module, *args, **kwargs):
     return output
 
 
+forward.passes_on = True  # for `weights`: the module computes as its class says
+
+
 def _run(module: nn.Module, args: tuple, kwargs: dict):
     before = module.__dict__.get(_BEFORE)
     return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
@@ -108,7 +111,7 @@ def _changed(
             f"{path} sees {x.shape[0]} rows where there are {now.plan.width} by the adapters given",
             "give one adapter expression (or None) for each row; beams are not supported",
         )
-    modification = modification.to(x.device, x.dtype if x.is_floating_point() else module.weight.dtype)
+    modification = modification.to(x.device, x.dtype if x.is_floating_point() else compute_dtype(module))
     if modification.folds and torch.is_grad_enabled():
         y = _through_weight(module, modification, x)
         if y is not None:

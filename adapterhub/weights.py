@@ -104,7 +104,7 @@ def computes(module: nn.Module) -> bool:
     weight, bias = matrix(module), getattr(module, "bias", None)
     if weight is None:
         return False
-    if weight.is_meta or (_forward_is_torchs(module) and "forward" not in module.__dict__):
+    if weight.is_meta or (_forward_is_torchs(module) and not _forward_is_given(module)):
         return True
     inputs = weight.shape[1]
     places = torch.arange(0, inputs, max(1, inputs // 8), device=weight.device)
@@ -164,6 +164,12 @@ def _forward_is_torchs(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return type(module).forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward)
+
+
+def _forward_is_given(module: nn.Module) -> bool:
+    """Whether something has put another forward on it. That of `hooks` passes on to the module's own."""
+    given = module.__dict__.get("forward")
+    return given is not None and (not getattr(given, "passes_on", False) or "_adapterhub_before" in module.__dict__)
 
 
 def _dequantised(module: nn.Module) -> Tensor:

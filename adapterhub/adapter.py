@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import plugins
+from adapterhub.boundary import author_line, guard
+from adapterhub.contracts import make
 from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError, UnsafeFile
 from adapterhub.lanes import remembers
 from adapterhub.manifest import Made, Manifest, Release
@@ -41,7 +43,7 @@ class Adapter:
         with hub.store.shared():
             tensors = load_tensors(hub.store.read(manifest.files["tensors"]))
         for codec in reversed(manifest.codecs):
-            tensors = part("codecs", codec.name, manifest, codec)().decode(tensors)
+            tensors = make(part("codecs", codec.name, manifest, codec)).decode(tensors)
         return cls(manifest, tensors)
 
     def modifications(self) -> Modifications:
@@ -133,7 +135,8 @@ def check_fit(modifications: Mapping[str, Sequence[Modification]], sites: Sequen
             except IncompatibleBase as error:
                 faults.append(f"{path}: {error}")
             except Exception as error:  # tensors of a shape that the form's check did not think of
-                faults.append(f"{path}: its tensors make no {modification.form}: {error}")
+                line = author_line(modification, error)
+                faults.append(f"{path}: its tensors make no {modification.form}: {error} ({line})")
     if faults:
         raise IncompatibleBase(
             f"{name} does not fit this base ({len(faults)} of {len(modifications)} sites):\n  " + "\n  ".join(faults),
@@ -204,7 +207,8 @@ def bind(modification: Modification, site: Site, model: nn.Module) -> None:
             raise IncompatibleBase(f"{needs}, but {error}", error.hint) from None
     if weight is not None and site.columns is not None:
         weight = weight[torch.tensor(site.columns.index(), device=weight.device)]
-    modification.bind(weight)
+    with guard(modification, "bind", site.path):
+        modification.bind(weight)
 
 
 def as_parameters(parts: Modifications, device_at: Callable[[str], torch.device]) -> Modifications:

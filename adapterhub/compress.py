@@ -15,6 +15,7 @@ from torch import Tensor
 from adapterhub import plugins
 from adapterhub.adapter import Adapter, Modifications, forms_of, modifications_of
 from adapterhub.changes import WHOLE, change_of
+from adapterhub.contracts import make
 from adapterhub.errors import CodecError, NoEffect, UsageError
 from adapterhub.factors import product_norm
 from adapterhub.forms.affine import Affine
@@ -41,7 +42,7 @@ def compress(
     A release that is compressed already is decoded first, so the new one has this codec alone. Metrics: bytes before and
     after, as stored and as bf16; the median and the worst relative error of a site (see `site_errors`).
     Raises UsageError, PluginError (no such codec), CodecError (not smaller, or the codec cannot carry it), NoEffect."""
-    coder = plugins.load("codecs", codec)
+    coder = make(plugins.load("codecs", codec))
     config = plugins.options(coder.Config, dict(options or {}))
     release = hub.resolve(ref)
     parent = release.manifest
@@ -52,14 +53,14 @@ def compress(
         )
     adapter = Adapter.load(hub, release)
     original = adapter.modifications()
-    encoded = dump(coder().encode(adapter.tensors, config))
+    encoded = dump(coder.encode(adapter.tensors, config))
     before = parent.files["tensors"].size
     if len(encoded) >= before:
         raise CodecError(
             f"{codec} would not make {release} smaller: {len(encoded)} bytes, now {before}",
             "keep it as it is, or give options that drop more (adapterhub plugins list)",
         )
-    decoded = coder().decode(load(encoded))
+    decoded = coder.decode(load(encoded))
     modifications = _in_order(decoded, parent, original, codec)
     errors = site_errors(original, modifications)
     if not any(left for _, left in errors.values()):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from adapterhub.bases import default_device
+from adapterhub.boundary import out_of_memory
 from adapterhub.errors import HubError
 
 
@@ -26,6 +27,6 @@ def memory_told(hint: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if out_of_memory(error):
             raise HubError(f"out of memory: {str(error).splitlines()[0]}", f"try {hint}") from None
         raise

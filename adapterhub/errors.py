@@ -1,5 +1,23 @@
 """Every error a user can cause. One line what is wrong, one line what to do; the CLI prints both, exit status `code`."""
 
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adapterhub.boundary import Fault
+
+REFUSALS = {
+    errno.ENOSPC: "make room on the disk; nothing half-written is left behind",
+    errno.EDQUOT: "make room in your quota; nothing half-written is left behind",
+    errno.EROFS: "use a folder that can be written to",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+"""What the machine refuses, not what code does wrong, and what to do about it."""
+
 
 class HubError(Exception):
     """What is wrong (`str(error)`, one line; lists may follow on further lines) and what to do about it (`hint`)."""
@@ -62,9 +80,11 @@ class NoEffect(HubError):
 
 
 class PluginError(HubError):
-    """A form, method, merger or codec that is not installed, or that does not load."""
+    """A part that is not installed, that does not load, or whose code raises or returns what it must not."""
 
     code = 3
+    fault: Fault | None = None
+    """What its code did wrong and where, if it ran."""
 
 
 class NotFoldable(HubError):

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from adapterhub import plugins
+from adapterhub.contracts import make, number
 from adapterhub.errors import UsageError
 from adapterhub.manifest import Release
 from adapterhub.objective import Objective
@@ -34,7 +35,7 @@ class Ingredient:
 
     def make(self) -> Any:
         """A fresh one: each stage of a training has its own."""
-        return plugins.load(self.group, self.name)(self.config)
+        return make(plugins.load(self.group, self.name), self.config)
 
     @property
     def told(self) -> dict[str, Any]:
@@ -66,6 +67,11 @@ class Ingredients:
             if self.chosen_schedule is None
             else self.chosen_schedule.make()
         )
+
+    @property
+    def rounds(self) -> int:
+        """Into how many parts the schedule cuts the steps of a stage."""
+        return number(self.schedule(), "rounds")
 
     @property
     def told(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points, requires
@@ -15,11 +16,23 @@ from typing import Any
 
 import msgspec
 
+from adapterhub.boundary import Wrong, guard, introduce
 from adapterhub.errors import HubError, PluginError, UsageError
 
-GROUPS = (
-    "forms", "composers", "methods", "objectives", "recipes", "schedules", "verifiers", "mergers", "codecs", "bases"
-)  # fmt: skip
+KINDS = {
+    "forms": "adapterhub.modification.Modification",
+    "composers": "adapterhub.modification.Modification",
+    "methods": "adapterhub.method.Method",
+    "objectives": "adapterhub.objective.Objective",
+    "recipes": "adapterhub.recipe.Recipe",
+    "schedules": "adapterhub.parameter_schedule.ParameterSchedule",
+    "verifiers": "adapterhub.verifier.Verifier",
+    "mergers": "adapterhub.mergers.Merger",
+    "codecs": "adapterhub.codecs.Codec",
+    "bases": "builtins.object",
+}
+"""Group -> the class that its parts are subclasses of, by name: to import it would cost every command torch."""
+GROUPS = tuple(KINDS)
 
 
 @cache
@@ -143,7 +156,8 @@ def _point(group: str, name: str) -> EntryPoint:
 
 @cache
 def load(group: str, name: str) -> Any:
-    """The part itself, imported. Raises PluginError if it is not installed, not enabled, or does not import."""
+    """The part itself, imported: a class of its kind. Raises PluginError if it is not installed, not enabled, does not import, or
+    is something else."""
     point = _point(group, name)
     owner = point.dist.name if point.dist else ""
     if owner != "adapterhub" and not is_enabled(owner):
@@ -152,18 +166,53 @@ def load(group: str, name: str) -> Any:
             f"if you trust it: adapterhub plugins enable {owner}",
         )
     try:
-        return point.load()
+        part = point.load()
     except Exception as error:  # a plugin is anybody's code: whatever it raises is told as its own fault
         raise PluginError(
             f"{group[:-1]} {name!r} of {_owner(point)} does not load: {type(error).__name__}: {error}",
             f"update or uninstall {_owner(point).split(' ')[0]}",
         ) from error
+    label = f"{_owner(point) or point.value}: {group[:-1]} {name}"
+    if not isinstance(part, type):
+        raise PluginError(
+            f"{label}: its entry point {point.value} is not a class, but a {type(part).__name__}",
+            f"update or uninstall {_owner(point).split(' ')[0]}",
+        )
+    introduce(part, label)
+    if "Config" in vars(part) and isinstance(part.Config, type):
+        introduce(part.Config, label)
+    with guard(part, f"entry point {point.value}"):
+        _check_class(group, name, part)
+    return part
+
+
+def is_kind(part: type, group: str) -> bool:
+    """Whether a class is of the kind that the group's parts are."""
+    return any(f"{cls.__module__}.{cls.__qualname__}" == KINDS[group] for cls in part.__mro__)
+
+
+def _check_class(group: str, name: str, part: type) -> None:
+    """Raise Wrong unless the class is of its group's kind, and declares what it must."""
+    if not is_kind(part, group):
+        raise Wrong(f"a subclass of {KINDS[group]} was expected, this is {part.__module__}.{part.__qualname__}")
+    if group == "bases" and not callable(getattr(part, "folder", None)):
+        raise Wrong("a base has a method folder(), and this class has none")
+    if KINDS[group].endswith("Modification") and getattr(part, "form", None) != name:
+        raise Wrong(
+            f"its `form` is {getattr(part, 'form', None)!r}, and its entry point {name!r}: they must be one name"
+        )
+    if hasattr(part, "Config") and not (isinstance(part.Config, type) and is_dataclass(part.Config)):
+        raise Wrong("its Config is not a dataclass: write @dataclass(frozen=True) above it")
+    for names in ("stores", "optional", "constants", "kinds", "extras"):
+        if isinstance(getattr(part, names, ()), str):
+            raise Wrong(f"`{names}` is a text, where names in a tuple are expected: ({getattr(part, names)!r},)")
 
 
 def options(config: type, given: dict[str, Any], parse: bool = True) -> Any:
     """A part's Config from options; text (`--set r=8`) is converted to the field's type. parse: text may be a list or a
     table (not where it was read out of one already). Raises UsageError."""
-    fields = {field.name: field for field in msgspec.inspect.type_info(config).fields}
+    with guard(config, "Config"):
+        fields = {field.name: field for field in msgspec.inspect.type_info(config).fields}
     unknown = [name for name in given if name not in fields]
     if unknown:
         near = get_close_matches(unknown[0], fields, 1)
@@ -175,12 +224,13 @@ def options(config: type, given: dict[str, Any], parse: bool = True) -> Any:
         name: _parsed(value, fields[name].type) if parse and isinstance(value, str) else value
         for name, value in given.items()
     }
-    try:
-        return msgspec.convert(values, config, strict=False)
-    except (msgspec.ValidationError, ValueError) as error:
-        raise UsageError(
-            f"an option has a wrong value: {error}", "adapterhub plugins show NAME lists the options"
-        ) from None
+    with guard(config, "Config"):
+        try:
+            return msgspec.convert(values, config, strict=False)
+        except (msgspec.ValidationError, ValueError) as error:
+            raise UsageError(
+                f"an option has a wrong value: {error}", "adapterhub plugins show NAME lists the options"
+            ) from None
 
 
 def _parsed(text: str, wanted: msgspec.inspect.Type) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from adapterhub import plugins
 from adapterhub.adapter import Adapter, Modifications, as_parameters, bind, check_fit, check_range
 from adapterhub.compose import expand, read, warn_missing_parents
+from adapterhub.contracts import make
 from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.expression import Node, references
 from adapterhub.sites import Site, current_path
@@ -91,7 +92,7 @@ class Residents:
         """The method that made an adapter, if it is installed."""
         made = self.hub.resolve(key).manifest.method
         installed = made is not None and made.name in plugins.names("methods")
-        return plugins.load("methods", made.name)() if installed else None
+        return make(plugins.load("methods", made.name)) if installed else None
 
     def bind(self, parts: Modifications) -> None:
         for path, here in parts.items():

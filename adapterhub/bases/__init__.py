@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub import durable, plugins
 from adapterhub import project as projects
+from adapterhub.boundary import Wrong, guard
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
 from adapterhub.formats.safetensors_header import read_header
 
@@ -69,8 +70,7 @@ def resolve(base: str | Path) -> ResolvedBase:
         text = projects.read(folder).bases.get(text, text)
         base = folder / text if text.startswith((".", "/")) else text
     if text in plugins.names("bases"):
-        known = plugins.load("bases", text)()
-        return ResolvedBase(text, known.folder(), known.note)
+        return _known(text)
     folder = durable.user_path(base)
     if folder.is_dir():
         check_folder(folder)
@@ -82,6 +82,19 @@ def resolve(base: str | Path) -> ResolvedBase:
     folder = _download(text)
     check_folder(folder)
     return ResolvedBase(text, folder)
+
+
+def _known(name: str) -> ResolvedBase:
+    part = plugins.load("bases", name)
+    with guard(part, "__init__"):
+        known = part()
+    with guard(known, "folder"):
+        folder, note = known.folder(), getattr(known, "note", "")
+        if not isinstance(folder, str | Path) or not Path(folder).is_dir():
+            raise Wrong(f"a folder that is there was expected, this is {folder!r}")
+        if not isinstance(note, str):
+            raise Wrong(f"its note is {note!r}, not a text")
+    return ResolvedBase(name, Path(folder), note)
 
 
 def weight_files(folder: Path) -> list[Path]:

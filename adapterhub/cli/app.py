@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import typer
 
 from adapterhub.cli import care, doctor, locked, look, make, packages, plugins, project, run, share, trust, versions
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
-from adapterhub.errors import HubError
+from adapterhub.errors import REFUSALS, HubError
 
 EPILOG = """\b
 Exit status:
@@ -97,16 +96,6 @@ app.add_typer(trust.keys, name="key", rich_help_panel="Trust")
 app.add_typer(trust.trust, name="trust", rich_help_panel="Trust")
 app.add_typer(plugins.app, name="plugins", rich_help_panel="Look after the hub")
 
-# What the machine refuses, not what the code does wrong.
-_REFUSALS = {
-    errno.ENOSPC: "make room on the disk; nothing half-written is left behind",
-    errno.EDQUOT: "make room in your quota; nothing half-written is left behind",
-    errno.EROFS: "use a folder that can be written to",
-    errno.EACCES: "check the permissions",
-    errno.EPERM: "check the permissions",
-    errno.ENAMETOOLONG: "give a shorter name",
-}
-
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -180,11 +169,11 @@ def execute(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno not in _REFUSALS:
+        if error.errno not in REFUSALS:
             raise
         _drop_output()
         where = f": {error.filename}" if error.filename else ""
-        return failed("OSError", f"{error.strerror}{where}", _REFUSALS[error.errno], 1)
+        return failed("OSError", f"{error.strerror}{where}", REFUSALS[error.errno], 1)
     except Exception as error:
         error.add_note("This is a bug in adapterhub, not a mistake of yours: please report it with the lines above.")
         raise

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import Moment, Objective, Setting, plugins
+from adapterhub.contracts import make
 from adapterhub.encoding import IGNORE, pad_left
 from adapterhub.errors import UsageError
 from adapterhub.runtime import Model
@@ -177,7 +178,7 @@ class RFTPPO(Objective):
                     "set rft_ppo.max_new_tokens or --max-length lower, or leave the row out",
                 )
         verifier = plugins.load("verifiers", config.verifier)
-        self.verifier = verifier(plugins.options(verifier.Config, dict(config.verifier_options), parse=False))
+        self.verifier = make(verifier, plugins.options(verifier.Config, dict(config.verifier_options), parse=False))
         own = ((e.prompt, e.completion, e.completion) for e in setting.examples)
         if not any(self.verdict(*texts).reward == 1 for texts in own):
             first = setting.examples[0]

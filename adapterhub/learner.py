@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from adapterhub import contracts
 from adapterhub.errors import IntegrityError, UsageError
 from adapterhub.ingredients import Ingredients
 from adapterhub.method import Given, Parts, Stage
@@ -56,7 +57,7 @@ class Learner(nn.Module):
         sites = {site.path: site for site in self.setting.model.sites}
         tensors = {name: sites[name.rsplit(".", 3)[0]] for name in trained}
         self.rates: list[Mapping[str, float]] = []
-        for number in range(self.schedule.rounds):
+        for number in range(contracts.number(self.schedule, "rounds")):
             draw = random.Random(seeded(self.setting.seed, "round", number))
             self.rates.append(self.schedule.rates(tensors, number, draw))
             if not any(self.rates[-1].values()):
@@ -119,7 +120,7 @@ class Learner(nn.Module):
             batch = recipe.batch(batch, moment)
         with ExitStack() as around:
             for recipe, moment in zip(self.recipes, moments, strict=True):
-                around.enter_context(recipe.around(moment))
+                around.enter_context(contracts.around(recipe, moment))
             loss = self.objective.loss(batch, self.moment("objective"))
         for recipe, moment in zip(self.recipes, moments, strict=True):
             if (term := recipe.term(batch, moment)) is not None:

@@ -11,6 +11,7 @@ import msgspec
 from adapterhub import plugins
 from adapterhub.adapter import Adapter, Modifications, forms_of
 from adapterhub.compose import expand
+from adapterhub.contracts import make
 from adapterhub.errors import UsageError
 from adapterhub.expression import parse, references
 from adapterhub.manifest import Made, Parent, Release
@@ -138,7 +139,7 @@ def start(
     instance = config = None
     if made is not None:
         cls = plugins.load("methods", made.name)
-        instance, config = cls(), plugins.options(cls.Config, dict(made.options))
+        instance, config = make(cls), plugins.options(cls.Config, dict(made.options))
         distribution = plugins.distribution("methods", made.name)
         made = Made(name=made.name, options=msgspec.to_builtins(asdict(config)), distribution=distribution)
     return Start(made, instance, config, parents, beneath, goes_on)

@@ -167,7 +167,7 @@ def train(
             recipe["beneath"] = begin.beneath
         made = {"base": model.fingerprint.base, "method": begin.made, "parents": begin.parents}
         plan = _plan(stages, pace, warmup, made, recipe)
-        if (shortest := min(part.schedule.steps for part in plan)) < (rounds := made_of.schedule().rounds):
+        if (shortest := min(part.schedule.steps for part in plan)) < (rounds := made_of.rounds):
             raise UsageError(f"{shortest} steps are fewer than the schedule's {rounds} rounds", "give more steps")
         if len(plan) > 1:
             recipe["stages"] = [part.told for part in plan]

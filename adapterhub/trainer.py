@@ -22,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging
 
 from adapterhub import durable
+from adapterhub.contracts import number
 from adapterhub.encoding import collate
 from adapterhub.errors import HubError, UsageError
 from adapterhub.learner import Learner
@@ -65,7 +66,7 @@ def fit(learner: Learner, schedule: Schedule, folder: Path, save_every: int, tit
     with _progress(title, schedule.steps) as shown:
         trainer = Trainer(
             model=learner,
-            args=_arguments(schedule, folder, _whole(save_every, learner.objective.period), model.device),
+            args=_arguments(schedule, folder, _whole(save_every, number(learner.objective, "period")), model.device),
             train_dataset=setting.examples,
             data_collator=lambda rows: collate(rows, setting.pad),
             callbacks=[_Watch(learner, shown)],

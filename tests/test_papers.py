@@ -1,13 +1,17 @@
 """The experiments in examples/papers run, and say what their numbers say."""
 
 import itertools
+import re
 import runpy
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 PAPERS = Path(__file__).parents[1] / "examples" / "papers"
+PAGE = (Path(__file__).parents[1] / "docs" / "papers.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +30,7 @@ SAYS = {
 
 
 def test_every_script_is_tried():
-    assert {path.stem for path in PAPERS.glob("*.py")} - {"tiny"} == set(SAYS)
+    assert {path.stem for path in PAPERS.glob("*.py")} - {"bed", "tiny"} == set(SAYS)
 
 
 @pytest.mark.slow
@@ -35,6 +39,66 @@ def test_quick(name, says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--quick"])
     runpy.run_path(str(PAPERS / f"{name}.py"), run_name="__main__")
     assert says in capsys.readouterr().out
+
+
+def tables(page):
+    """[{heading: cell} of each row] of each table."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", page, re.M):
+        heads, _, *rows = [line.strip().strip("|").split(" | ") for line in block.splitlines()]
+        heads = [head.strip() for head in heads]
+        found.append([dict(zip(heads, (cell.strip().strip("`") for cell in row), strict=True)) for row in rows])
+    return found
+
+
+def on_another_bed(page, recipe):
+    """What is wrong with the beds of the page's rows: of models that it does not list, or made by another recipe."""
+    beds, rows = tables(page)
+    current = {row["bed"] for row in beds if recipe.startswith(row["recipe"])}
+    known = {"none", "earlier"} | current
+    return [
+        f"{row['paper']}: {row['claim']}: {row['bed']}" for row in rows if not known.issuperset(row["bed"].split(", "))
+    ]
+
+
+def test_every_row_names_the_bed_it_was_made_on():
+    """Fails where bed.py has changed: then these rows are to be made anew, and the page's recipe and weights with them."""
+    import bed
+
+    assert on_another_bed(PAGE, bed.recipe()) == []
+    assert len(on_another_bed(PAGE, "another")) > 2
+    row = next(line for line in PAGE.splitlines() if line.startswith("| LoFiT"))
+    other = PAGE.replace(row, re.sub("`[0-9a-f]{8}`", "`12345678`", row))
+    assert [text.partition(" ")[0] for text in on_another_bed(other, bed.recipe())] == ["LoFiT"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", tables(PAGE)[0], ids=lambda row: row["model"])
+def test_the_recipe_makes_the_weights_that_the_page_names(row):
+    """A minute or two for each model, on the kind of machine that the page names; elsewhere the weights are others."""
+    import bed
+
+    here = f"torch {version('torch').partition('+')[0]}, transformers {version('transformers')}, "
+    if (here := here + torch.backends.cpu.get_cpu_capability()) != row["made with"]:
+        pytest.skip(f"the rows' bed was made with {row['made with']}; here is {here}")
+    assert bed.weights(getattr(bed, row["model"])())[:8] == row["bed"]
+
+
+def test_the_bed_comes_out_the_same_twice_and_leaves_no_trace(tmp_path, monkeypatch, capsys):
+    import bed
+
+    threads, made = torch.get_num_threads(), []
+    for count in (1, 2):
+        monkeypatch.setenv("ADAPTERHUB_CACHE", str(tmp_path / str(count)))
+        torch.set_num_threads(count)
+        try:
+            before = torch.random.get_rng_state()
+            made.append(bed.weights(bed.base(2)))
+            assert torch.get_num_threads() == count and torch.equal(before, torch.random.get_rng_state())
+        finally:
+            torch.set_num_threads(threads)
+    assert made[0] == made[1]
+    assert f"recipe {bed.recipe()[:8]}, weights {made[0][:8]}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -63,14 +127,14 @@ def test_the_interval_is_students():
 def test_the_corpus_walks_as_it_says():
     import random
 
-    import tiny
+    import bed
 
     draw = random.Random(0)
     for tag, steps in (("forward", {1, 2, 3}), ("backward", {5, 6, 7})):
-        tag_there, *words = tiny.sentence(draw, "abc", tag, 200).split()
+        tag_there, *words = bed.sentence(draw, "abc", tag, 200).split()
         meanings = [int(word[1]) for word in words]
         assert tag_there == tag and {word[0] for word in words} == set("abc")
         assert {(b - a) % 8 for a, b in itertools.pairwise(meanings)} == steps
-    ways = [tiny.sentence(draw, "a", "any", 2).split()[1:] for _ in range(2000)]
+    ways = [bed.sentence(draw, "a", "any", 2).split()[1:] for _ in range(2000)]
     back = sum((int(b[1]) - int(a[1])) % 8 > 4 for a, b in ways) / len(ways)
     assert 0.17 < back < 0.23

@@ -23,6 +23,7 @@ import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import bed
 import tiny
 import torch
 from adapterhub_canonical import Carried, within
@@ -30,54 +31,19 @@ from adapterhub_canonical import Carried, within
 import adapterhub
 
 SEEDS, EXAMPLES, QUESTIONS, BUDGET = (1, 2, 3, 4, 5), 8, 200, 1e-2
-STEPS = 2000
-"""Of the large model's pretraining."""
 OPTIONS = {"r": 8, "target_modules": ["ffn_gate", "ffn_up", "ffn_down"], "canonical.budget": BUDGET}
-
-
-def larger(steps: int) -> Path:
-    """The folder of a model with four times the parameters of `tiny.base`, on the same corpus and tokenizer; from the user's cache, or
-    made now."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from adapterhub import durable
-    from adapterhub.bases import cache_folder
-
-    folder = cache_folder() / f"tiny-papers-larger-{steps}"
-    if folder.is_dir():
-        return folder
-    words = tiny.tokenizer()
-    small = LlamaConfig.from_pretrained(tiny.base(20))
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(**small.to_dict() | {"hidden_size": 128, "intermediate_size": 384, "head_dim": 16})
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    draw = random.Random(1)
-    for _ in range(steps):
-        rows = words([f"{tiny.corpus(draw)} </s>" for _ in range(tiny.ROWS)], return_tensors="pt")["input_ids"]
-        model(input_ids=rows, labels=rows).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
-        optimizer.zero_grad()
-    with durable.new_folder(folder) as made:
-        model.save_pretrained(made)
-        words.save_pretrained(made)
-    return folder
 
 
 def sentences(seed: int, count: int) -> str:
     draw = random.Random(seed)
-    return "\n".join(json.dumps({"text": tiny.corpus(draw)}) for _ in range(count))
+    return "\n".join(json.dumps({"text": bed.corpus(draw)}) for _ in range(count))
 
 
 def examples(seed: int) -> list[dict[str, str]]:
     """Each a word of language a or b, and what may follow it, said in c."""
     draw, made = random.Random(seed), []
-    for lang, meaning in draw.sample([(lang, m) for lang in "ab" for m in range(tiny.MEANINGS)], EXAMPLES):
-        first, second = tiny.word(lang, meaning, draw), tiny.word("c", (meaning + 1) % tiny.MEANINGS, draw)
+    for lang, meaning in draw.sample([(lang, m) for lang in "ab" for m in range(bed.MEANINGS)], EXAMPLES):
+        first, second = bed.word(lang, meaning, draw), bed.word("c", (meaning + 1) % bed.MEANINGS, draw)
         made.append({"prompt": f"is {first}", "completion": f" {second}"})
     return made
 
@@ -86,8 +52,8 @@ def asked(seed: int) -> list[dict[str, str]]:
     """Longer ones, of five words."""
     draw, made = random.Random(seed), []
     for _ in range(QUESTIONS):
-        *words, last = tiny.sentence(draw, draw.choice("ab"), "is").split()[:6]
-        following = tiny.word("c", (int(last[1]) + 1) % tiny.MEANINGS, draw)
+        *words, last = bed.sentence(draw, draw.choice("ab"), "is").split()[:6]
+        following = bed.word("c", (int(last[1]) + 1) % bed.MEANINGS, draw)
         made.append({"prompt": " ".join((*words, last)), "completion": f" {following}"})
     return made
 
@@ -95,10 +61,10 @@ def asked(seed: int) -> list[dict[str, str]]:
 @torch.no_grad()
 def right(model: adapterhub.Model | Carried, rows: list[dict[str, str]], adapters: str | None = None) -> float:
     """The share of rows after which language c has at least half of the probability."""
-    words = tiny.tokenizer()
+    words = bed.tokenizer()
     ids = words([row["prompt"] for row in rows], return_tensors="pt")["input_ids"]
     chances = model(input_ids=ids, attention_mask=torch.ones_like(ids), adapters=adapters).logits[:, -1].softmax(-1)
-    those = [f"c{m}{s}" for m in range(tiny.MEANINGS) for s in range(tiny.SYNONYMS)]
+    those = [f"c{m}{s}" for m in range(bed.MEANINGS) for s in range(bed.SYNONYMS)]
     return (chances[:, words.convert_tokens_to_ids(those)].sum(1) >= 0.5).double().mean().item()
 
 
@@ -154,7 +120,7 @@ def main() -> None:
     )
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    small, large = tiny.base(20 if quick else tiny.STEPS), larger(5 if quick else STEPS)
+    small, large = bed.base(20 if quick else bed.STEPS), bed.larger(5 if quick else bed.LARGER_STEPS)
     with TemporaryDirectory() as folder:
         if quick:
             measure(small, large, Path(folder), SEEDS[0], 2, 20)

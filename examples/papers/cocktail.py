@@ -21,6 +21,7 @@ import json
 import random
 from pathlib import Path
 
+import bed
 import tiny
 
 import adapterhub
@@ -30,14 +31,14 @@ TASKS = {
     "reverse": ("half", lambda meanings: meanings[::-1]),
     "copy": ("is", lambda meanings: meanings),
     "sort": ("low", sorted),
-    "further": ("high", lambda meanings: [(meaning + 1) % tiny.MEANINGS for meaning in meanings]),
+    "further": ("high", lambda meanings: [(meaning + 1) % bed.MEANINGS for meaning in meanings]),
 }
 TARGET = "reverse"
 
 
 def row(draw: random.Random, task: str) -> tuple[str, str]:
     tag, answer = TASKS[task]
-    meanings = [draw.randrange(tiny.MEANINGS) for _ in range(4)]
+    meanings = [draw.randrange(bed.MEANINGS) for _ in range(4)]
     return " ".join([*(f"a{m}0" for m in meanings), tag]), " " + " ".join(f"a{m}0" for m in answer(meanings))
 
 
@@ -52,7 +53,7 @@ def general(path: Path, seed: int, count: int, kind: str) -> Path:
     """Sentences of the base's corpus, whole or begun by their first two words."""
     draw, made = random.Random(f"general {seed}"), []
     for _ in range(count):
-        words = tiny.corpus(draw).split()
+        words = bed.corpus(draw).split()
         begun = {"prompt": " ".join(words[:2]), "completion": " " + " ".join(words[2:])}
         made.append(json.dumps(begun if kind == "prompt" else {"text": " ".join(words)}))
     path.write_text("\n".join(made))

@@ -24,6 +24,7 @@ import json
 import random
 from pathlib import Path
 
+import bed
 import tiny
 
 import adapterhub
@@ -41,13 +42,13 @@ WAYS = {
 
 def rows(lag: int, seed: int, draw: random.Random, count: int) -> str:
     """Sentences of three words given and the others asked for, by the permutation of the seed."""
-    rule = random.Random(f"rule {seed}").sample(range(tiny.MEANINGS), tiny.MEANINGS)
+    rule = random.Random(f"rule {seed}").sample(range(bed.MEANINGS), bed.MEANINGS)
     made = []
     for _ in range(count):
-        language, meanings = draw.choice("abc"), [draw.randrange(tiny.MEANINGS) for _ in range(lag)]
-        while len(meanings) < tiny.LENGTH:
+        language, meanings = draw.choice("abc"), [draw.randrange(bed.MEANINGS) for _ in range(lag)]
+        while len(meanings) < bed.LENGTH:
             meanings.append(rule[meanings[-lag]])
-        words = [tiny.word(language, meaning, draw) for meaning in meanings]
+        words = [bed.word(language, meaning, draw) for meaning in meanings]
         given, asked = " ".join(["any", *words[:FAR]]), " ".join(words[FAR:])
         made.append(json.dumps({"prompt": given, "completion": f" {asked}"}))
     return "\n".join(made)

@@ -26,6 +26,7 @@ import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import bed
 import tiny
 import torch
 from adapterhub_copg import pair_loss
@@ -88,7 +89,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 def prompts(seed: int, count: int) -> list[str]:
     draw = random.Random(seed)
-    return [" ".join(tiny.sentence(draw, "abc", "any").split()[:TOLD]) for _ in range(count)]
+    return [" ".join(bed.sentence(draw, "abc", "any").split()[:TOLD]) for _ in range(count)]
 
 
 def score(text: str) -> float:
@@ -111,7 +112,7 @@ def answers(
         do_sample=True,
         top_k=0,
         min_new_tokens=1,
-        max_new_tokens=tiny.LENGTH + 2 - TOLD,
+        max_new_tokens=bed.LENGTH + 2 - TOLD,
     )
     texts = model.tokenizer.batch_decode(ids[:, TOLD:])
     return ids, [text.partition("</s>")[0].strip() for text in texts]
@@ -192,7 +193,7 @@ def main() -> None:
     )
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    base = tiny.base(20 if quick else tiny.STEPS)
+    base = bed.base(20 if quick else bed.STEPS)
     with TemporaryDirectory() as folder:
         if quick:
             bandit(SEEDS[0], 20)

@@ -24,6 +24,7 @@ import json
 import random
 from pathlib import Path
 
+import bed
 import tiny
 import torch
 from adapterhub_corda import CorDA
@@ -51,16 +52,16 @@ WAYS = {
 
 def old(seed: int, count: int) -> str:
     draw = random.Random(f"old {seed}")
-    rows = [tiny.sentence(draw, draw.choice("bc"), draw.choice(tiny.TAGS[:3])) for _ in range(count)]
+    rows = [bed.sentence(draw, draw.choice("bc"), draw.choice(bed.TAGS[:3])) for _ in range(count)]
     return "\n".join(json.dumps({"text": row}) for row in rows)
 
 
 def task(seed: int, count: int) -> str:
     draw, made = random.Random(f"task {seed}"), []
     for _ in range(count):
-        first = draw.randrange(tiny.MEANINGS)
-        meanings = [(first + 5 * (n // 2) + 4 * (n % 2)) % tiny.MEANINGS for n in range(tiny.LENGTH)]
-        words = [tiny.word("a", meaning, draw) for meaning in meanings]
+        first = draw.randrange(bed.MEANINGS)
+        meanings = [(first + 5 * (n // 2) + 4 * (n % 2)) % bed.MEANINGS for n in range(bed.LENGTH)]
+        words = [bed.word("a", meaning, draw) for meaning in meanings]
         made.append(json.dumps({"prompt": f"any {words[0]}", "completion": f" {' '.join(words[1:])}"}))
     return "\n".join(made)
 

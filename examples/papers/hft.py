@@ -23,6 +23,7 @@ import random
 import time
 from pathlib import Path
 
+import bed
 import tiny
 
 import adapterhub
@@ -42,17 +43,17 @@ WAYS = {
 def task(which: str, draw: random.Random, count: int) -> list[dict[str, str]]:
     made = []
     for _ in range(count):
-        text = tiny.sentence(draw, "a", draw.choice(tiny.TAGS[:3]), 5)
+        text = bed.sentence(draw, "a", draw.choice(bed.TAGS[:3]), 5)
         words = text.split()
         meaning = int((words[1] if which == "A" else words[-1])[1])
-        answer = "low" if meaning < tiny.MEANINGS // 2 else "high"
+        answer = "low" if meaning < bed.MEANINGS // 2 else "high"
         made.append({"prompt": f"{text} {'half' if which == 'A' else 'is'}", "completion": f" {answer}"})
     return made
 
 
 def old(draw: random.Random, count: int) -> list[dict[str, str]]:
     """Sentences of the corpus; the tag is given."""
-    texts = [tiny.corpus(draw).partition(" ") for _ in range(count)]
+    texts = [bed.corpus(draw).partition(" ") for _ in range(count)]
     return [{"prompt": tag, "completion": f" {words}"} for tag, _, words in texts]
 
 

@@ -24,6 +24,7 @@ import random
 from pathlib import Path
 from statistics import correlation, mean, stdev, variance
 
+import bed
 import tiny
 
 import adapterhub
@@ -45,8 +46,8 @@ WAYS = {
 def rows(draw: random.Random, count: int) -> str:
     made = []
     for _ in range(count):
-        text = tiny.sentence(draw, "a", draw.choice(tiny.TAGS[:3]), 5)
-        answer = "b00" if int(text.split()[-1][1]) < tiny.MEANINGS // 2 else "b40"
+        text = bed.sentence(draw, "a", draw.choice(bed.TAGS[:3]), 5)
+        answer = "b00" if int(text.split()[-1][1]) < bed.MEANINGS // 2 else "b40"
         made.append(json.dumps({"prompt": f"{text} is", "completion": f" {answer}"}))
     return "\n".join(made)
 

@@ -26,6 +26,7 @@ import json
 import random
 from pathlib import Path
 
+import bed
 import tiny
 import torch
 
@@ -53,8 +54,8 @@ def row(draw: random.Random, a: float, b: float, c: float) -> tuple[str, str]:
     tags = [pair[high == (draw.random() < p)] for pair, p in ((("low", "high"), b), (("forward", "backward"), c))]
     last = high == (draw.random() < a)
     while True:
-        words = tiny.sentence(draw, "a", "any", WORDS).split()[1:]
-        if (int(words[-1][1]) >= tiny.MEANINGS // 2) == last:
+        words = bed.sentence(draw, "a", "any", WORDS).split()[1:]
+        if (int(words[-1][1]) >= bed.MEANINGS // 2) == last:
             return f"{' '.join([*tags, *words])} is", LABELS[high]
 
 
@@ -70,37 +71,33 @@ def rows(name: str, seed: int, count: int) -> str:
     return "\n".join(made)
 
 
-def planted(steps: int, plant: int) -> Path:
-    """The folder of the base, trained on so that it expects the answer that B names; from the cache, or made now."""
+def planted(base: Path, folder: Path, steps: int) -> Path:
+    """The base trained on so that it expects the answer that B names, in `folder`; as it stands there, or made now."""
     from transformers import AutoModelForCausalLM
 
-    from adapterhub import durable
-    from adapterhub.bases import cache_folder
-
-    folder = cache_folder() / f"tiny-papers-levi-1-{steps}-{plant}"
     if folder.is_dir():
         return folder
-    words, model = tiny.tokenizer(), AutoModelForCausalLM.from_pretrained(tiny.base(steps))
+    words, model = bed.tokenizer(), AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     draw = random.Random(0)
-    for _ in range(plant):
-        tasks = ["".join(row(draw, 0.5, 0.95, 0.5)) for _ in range(tiny.ROWS // 2)]
-        texts = [*tasks, *(tiny.corpus(draw) for _ in range(tiny.ROWS // 2))]
+    for _ in range(steps):
+        tasks = ["".join(row(draw, 0.5, 0.95, 0.5)) for _ in range(bed.ROWS // 2)]
+        texts = [*tasks, *(bed.corpus(draw) for _ in range(bed.ROWS // 2))]
         batch = words([f"{text} </s>" for text in texts], return_tensors="pt", padding=True)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         model(input_ids=ids, attention_mask=mask, labels=ids.where(mask.bool(), -100)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    with durable.new_folder(folder) as made:
-        model.save_pretrained(made)
-        words.save_pretrained(made)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
     return folder
 
 
-def measure(base: Path, folder: Path, seed: int, steps: int, count: int) -> dict[str, dict[str, float]]:
+def measure(base: Path, folder: Path, seed: int, plant: int, steps: int, count: int) -> dict[str, dict[str, float]]:
     """The share of right answers, "id" and "ood", of each way in each condition ("always levi"), the control and the base."""
+    base = planted(base, folder / "planted", plant)
     hub = adapterhub.open(folder / f"hub{seed}", create=True)
     files = {name: folder / f"{name}{seed}.jsonl" for name in (*CONDITIONS, "free", "id", "ood")}
     for name, path in files.items():
@@ -129,7 +126,7 @@ def measure(base: Path, folder: Path, seed: int, steps: int, count: int) -> dict
 
 
 def main() -> None:
-    found = tiny.each_seed(__doc__, measure, SEEDS, quick=(2, 40), full=(200, 1000))
+    found = tiny.each_seed(__doc__, measure, SEEDS, quick=(3, 2, 40), full=(PLANT, 200, 1000))
     if not found:
         return
     for test in ("id", "ood"):

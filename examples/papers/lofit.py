@@ -17,6 +17,7 @@ import json
 import random
 from pathlib import Path
 
+import bed
 import tiny
 import torch
 
@@ -29,7 +30,7 @@ HEADS = [f"{layer}.{head}" for layer in range(4) for head in range(8)]
 def rows(seed: int, count: int) -> str:
     draw, made = random.Random(seed), []
     for _ in range(count):
-        _, first, *others = tiny.sentence(draw, "a", "backward").split()
+        _, first, *others = bed.sentence(draw, "a", "backward").split()
         made.append(json.dumps({"prompt": f"any {first}", "completion": f" {' '.join(others)}"}))
     return "\n".join(made)
 
@@ -37,12 +38,12 @@ def rows(seed: int, count: int) -> str:
 @torch.no_grad()
 def backward(model: adapterhub.Model, name: str | None) -> float:
     """The probability, after `any` and a word, of a word one, two or three meanings back; the mean over all first words."""
-    firsts = [(m, s) for m in range(tiny.MEANINGS) for s in range(tiny.SYNONYMS)]
+    firsts = [(m, s) for m in range(bed.MEANINGS) for s in range(bed.SYNONYMS)]
     ids = model.tokenizer([f"any a{m}{s}" for m, s in firsts], return_tensors="pt")["input_ids"]
     chances = model(input_ids=ids, adapters=name).logits[:, -1].softmax(-1)
     total = 0.0
     for row, (meaning, _) in enumerate(firsts):
-        right = [f"a{(meaning - back) % tiny.MEANINGS}{s}" for back in (1, 2, 3) for s in range(tiny.SYNONYMS)]
+        right = [f"a{(meaning - back) % bed.MEANINGS}{s}" for back in (1, 2, 3) for s in range(bed.SYNONYMS)]
         total += chances[row, model.tokenizer.convert_tokens_to_ids(right)].sum().item()
     return total / len(firsts)
 

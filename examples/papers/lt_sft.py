@@ -21,6 +21,7 @@ import json
 import random
 from pathlib import Path
 
+import bed
 import tiny
 
 import adapterhub
@@ -35,16 +36,16 @@ OPTIONS = {
 def task(language: str, seed: int, count: int) -> str:
     draw, made = random.Random(f"{language} {seed}"), []
     for _ in range(count):
-        text = tiny.sentence(draw, language, draw.choice(tiny.TAGS[:3]), 5)
-        answer = "b00" if int(text.split()[-1][1]) < tiny.MEANINGS // 2 else "b40"
+        text = bed.sentence(draw, language, draw.choice(bed.TAGS[:3]), 5)
+        answer = "b00" if int(text.split()[-1][1]) < bed.MEANINGS // 2 else "b40"
         made.append(json.dumps({"prompt": f"{text} is", "completion": f" {answer}"}))
     return "\n".join(made)
 
 
 def raw(language: str, seed: int, count: int) -> str:
     draw = random.Random(f"{language} {seed}")
-    tags = [draw.choice(tiny.TAGS[:3]) for _ in range(count)]
-    return "\n".join(json.dumps({"text": tiny.sentence(draw, language, tag)}) for tag in tags)
+    tags = [draw.choice(bed.TAGS[:3]) for _ in range(count)]
+    return "\n".join(json.dumps({"text": bed.sentence(draw, language, tag)}) for tag in tags)
 
 
 def measure(base: Path, folder: Path, seed: int, steps: int, rows: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ import json
 import random
 from pathlib import Path
 
+import bed
 import tiny
 
 import adapterhub
@@ -29,11 +30,11 @@ SEEDS, STEPS, FEW, MANY, TRIED = (1, 2, 3, 4, 5), 300, 100, 1000, 400
 
 def chain(draw: random.Random) -> tuple[str, str]:
     """What is asked and its answer: words of language a are numbers, those of b steps."""
-    value, steps = draw.randrange(tiny.MEANINGS), [draw.randrange(5) for _ in range(4)]
+    value, steps = draw.randrange(bed.MEANINGS), [draw.randrange(5) for _ in range(4)]
     asked = " ".join(["is", *(f"b{step}0" for step in steps), f"a{value}0"])
     sums = []
     for step in steps:
-        value = (value + step) % tiny.MEANINGS
+        value = (value + step) % bed.MEANINGS
         sums.append(f"a{value}0")
     return asked, " " + " ".join(sums)
 

@@ -20,6 +20,7 @@ import json
 import random
 from pathlib import Path
 
+import bed
 import tiny
 import torch
 
@@ -33,7 +34,7 @@ def rows(path: Path, seed: int, ways: tuple[str, ...]) -> Path:
     draw, made = random.Random(seed), []
     for _ in range(ROWS):
         way = draw.choice(ways)
-        _, first, *others = tiny.sentence(draw, "a", way).split()
+        _, first, *others = bed.sentence(draw, "a", way).split()
         answer = " ".join(f"b{word[1:]}" for word in others)
         made.append(json.dumps({"prompt": f"{way} {first}", "completion": f" {answer}"}))
     path.write_text("\n".join(made))
@@ -45,11 +46,11 @@ def followed(model: adapterhub.Model, name: str | None) -> float:
     """The probability of a next word that goes the right way in the format; the mean over instructions and first words."""
     total, count = 0.0, 0
     for way, steps in WAYS.items():
-        firsts = [(m, s) for m in range(tiny.MEANINGS) for s in range(tiny.SYNONYMS)]
+        firsts = [(m, s) for m in range(bed.MEANINGS) for s in range(bed.SYNONYMS)]
         ids = model.tokenizer([f"{way} a{m}{s}" for m, s in firsts], return_tensors="pt")["input_ids"]
         chances = model(input_ids=ids, adapters=name).logits[:, -1].softmax(-1)
         for row, (meaning, _) in enumerate(firsts):
-            right = [f"b{(meaning + step) % tiny.MEANINGS}{s}" for step in steps for s in range(tiny.SYNONYMS)]
+            right = [f"b{(meaning + step) % bed.MEANINGS}{s}" for step in steps for s in range(bed.SYNONYMS)]
             total += chances[row, model.tokenizer.convert_tokens_to_ids(right)].sum().item()
             count += 1
     return total / count

@@ -28,6 +28,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import bed
 import tiny
 from adapterhub_answer_match import AnswerMatch
 
@@ -43,11 +44,11 @@ COST = {"more": 3.0, "self-training": 6.5, "ppo": 4.5}
 def rows(seed: int, count: int) -> list[dict[str, str]]:
     draw, made = random.Random(seed), []
     for _ in range(count):
-        meaning, moves, words = draw.randrange(tiny.MEANINGS), draw.choices(list(MOVES), k=3), []
-        prompt = " ".join([tiny.word("a", meaning, draw), *moves, "is"])
+        meaning, moves, words = draw.randrange(bed.MEANINGS), draw.choices(list(MOVES), k=3), []
+        prompt = " ".join([bed.word("a", meaning, draw), *moves, "is"])
         for move in moves:
-            meaning = (meaning + MOVES[move]) % tiny.MEANINGS
-            words.append(tiny.word(draw.choice("abc"), meaning, draw))
+            meaning = (meaning + MOVES[move]) % bed.MEANINGS
+            words.append(bed.word(draw.choice("abc"), meaning, draw))
         made.append({"prompt": prompt, "completion": " " + " ".join([*words, f"c{meaning}0"])})
     return made
 

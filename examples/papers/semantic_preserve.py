@@ -21,19 +21,20 @@ import json
 import random
 from pathlib import Path
 
+import bed
 import tiny
 import torch
 
 import adapterhub
 
 SEEDS, STEPS, FEW, MANY = (1, 2, 3, 4, 5), 60, 8, 300
-FIRSTS = [f"a{m}{s}" for m in range(tiny.MEANINGS) for s in range(tiny.SYNONYMS)]
+FIRSTS = [f"a{m}{s}" for m in range(bed.MEANINGS) for s in range(bed.SYNONYMS)]
 
 
 def sentences(seed: int, count: int) -> list[list[str]]:
     draw, made = random.Random(seed), []
     for _ in range(count):
-        _, first, *others = tiny.sentence(draw, "a", "forward").split()
+        _, first, *others = bed.sentence(draw, "a", "forward").split()
         made.append(["half", first, *(f"{word[:2]}2" for word in others)])
     return made
 
@@ -49,7 +50,7 @@ def steps_after(model: adapterhub.Model, name: str | None, tag: str, firsts: lis
     """How far the next word of language a goes, (firsts, 8) probabilities, and how probable its third words are."""
     ids = model.tokenizer([f"{tag} {first}" for first in firsts], return_tensors="pt")["input_ids"]
     chances = model(input_ids=ids, adapters=name).logits[:, -1].softmax(-1)
-    words = [[f"a{m}{s}" for s in range(tiny.SYNONYMS)] for m in range(tiny.MEANINGS)]
+    words = [[f"a{m}{s}" for s in range(bed.SYNONYMS)] for m in range(bed.MEANINGS)]
     index = torch.tensor([model.tokenizer.convert_tokens_to_ids(here) for here in words])
     by_word = chances[:, index]  # (firsts, meanings, synonyms)
     by_word = by_word / by_word.sum((1, 2), keepdim=True)

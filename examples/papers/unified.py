@@ -22,6 +22,7 @@ import json
 import random
 from pathlib import Path
 
+import bed
 import tiny
 
 import adapterhub
@@ -42,18 +43,18 @@ WAYS = {
 
 def text(seed: int, count: int) -> str:
     draw = random.Random(f"text {seed}")
-    tags = [draw.choice(tiny.TAGS[:3]) for _ in range(count)]
-    return "\n".join(json.dumps({"text": tiny.sentence(draw, "d", tag)}) for tag in tags)
+    tags = [draw.choice(bed.TAGS[:3]) for _ in range(count)]
+    return "\n".join(json.dumps({"text": bed.sentence(draw, "d", tag)}) for tag in tags)
 
 
 def rule(seed: int, count: int) -> str:
     draw, made = random.Random(f"rule {seed}"), []
     for _ in range(count):
-        language, meaning, synonym = draw.choice("ab"), draw.randrange(tiny.MEANINGS), draw.randrange(tiny.SYNONYMS)
+        language, meaning, synonym = draw.choice("ab"), draw.randrange(bed.MEANINGS), draw.randrange(bed.SYNONYMS)
         words = []
-        for _ in range(tiny.LENGTH):
+        for _ in range(bed.LENGTH):
             words.append(f"{language}{meaning}{synonym}")
-            language, meaning = "b" if language == "a" else "a", (meaning + 3) % tiny.MEANINGS
+            language, meaning = "b" if language == "a" else "a", (meaning + 3) % bed.MEANINGS
         made.append(json.dumps({"prompt": f"low {words[0]}", "completion": f" {' '.join(words[1:])}"}))
     return "\n".join(made)
 

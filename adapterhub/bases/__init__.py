@@ -18,7 +18,7 @@ from adapterhub import durable, plugins
 from adapterhub import project as projects
 from adapterhub.boundary import Wrong, guard
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
-from adapterhub.formats.safetensors_header import read_header
+from adapterhub.formats.safetensors_header import read_layout
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ TASKS = {
     "": "AutoModel",
 }
 """transformers' MODEL_..._MAPPING, by which a class name is found -> the auto class that loads it."""
+INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -221,8 +222,24 @@ def load_model(
     if isinstance(dtype, str) and dtype not in ("float32", "bfloat16", "float16", "auto"):
         raise UsageError(f"unknown dtype {dtype!r}", "use float32, bfloat16, float16, auto or stored")
     device = default_device(device)
+    how = quantised(resolved.folder)
     for file in weight_files(resolved.folder):
-        read_header(file)
+        layout = read_layout(file).items()
+        codes = [
+            name
+            for name, (kind, shape, _) in layout
+            if kind in INTEGERS and len(shape) > 1 and name.endswith(".weight")
+        ]
+        if codes and not how:  # transformers would compute with them
+            raise IntegrityError(
+                f"{resolved.name} holds {codes[0]} as integers, and its config.json does not say how it is quantised",
+                "give the unquantised base",
+            )
+    get = (
+        f"install what it is quantised with ({how}), or give the unquantised base"
+        if how
+        else "get the base model again"
+    )
     with _quiet():
         try:
             _, auto = _class(resolved)
@@ -237,20 +254,20 @@ def load_model(
         except Exception as error:  # a damaged config.json makes transformers raise anything, AssertionError included
             raise IncompatibleBase(
                 f"{resolved.name} does not load as a model that transformers knows: {first_line(error)}",
-                "give another base model; models that bring their own code are not run",
+                get if how else "give another base model; models that bring their own code are not run",
             ) from error
     if info["missing_keys"]:
         # transformers would fill them with random numbers.
         raise IntegrityError(
             f"{resolved.name} lacks weights of its own architecture: {', '.join(sorted(info['missing_keys'])[:3])}",
-            "get the base model again",
+            get,
         )
     if info["unexpected_keys"]:
         # transformers has taken out what the architecture declares as needless; without the rest it is another model.
         raise IntegrityError(
             f"{resolved.name} has weights that its config.json does not use: "
             f"{', '.join(sorted(info['unexpected_keys'])[:3])} ({len(info['unexpected_keys'])} in all)",
-            "get the base model again, config.json and weights from one place",
+            f"{get}, config.json and weights from one place",
         )
     return model.to(device).eval().requires_grad_(False)
 

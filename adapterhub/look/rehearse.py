@@ -215,6 +215,9 @@ def _on_base(program: Program, loaded: Loaded, base: object) -> Iterator[Step]:
         folding = Step("folding", "note", ENSEMBLE)
         if not isinstance(program.node, Ensemble):
             folding = _folded(model, bare(program.node))
+        if folding.state == "ok" and (how := bases.quantised(resolved.folder)):
+            told = f"it folds where layers keep plain weights, and {resolved.name} is quantised ({how})"
+            folding = Step("folding", "note", told, hint="fold it into the unquantised base")
     except HubError as error:
         yield problem("rehearsal", error)
         return

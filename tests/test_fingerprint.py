@@ -1,5 +1,6 @@
 """The three verdicts on copies, fine-tunes and other models. The quantisers here are written from the formats' own
-definitions (GGML's Q8_0, Q4_0 and Q4_1 with float16 scales; int8 with a float32 scale per row), not from our code."""
+definitions (GGML's Q8_0, Q4_0 and Q4_1 with float16 scales; int8 with a float32 scale per row; NF4 by the table in QLoRA's
+appendix E, Dettmers et al., 2023), not from our code."""
 
 import json
 import shutil
@@ -53,6 +54,19 @@ def int4(blocks):
     return (blocks / scale.clamp(min=1e-30)).round() * scale
 
 
+NF4 = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+)  # fmt: skip
+
+
+def nf4(blocks):
+    """With scales that are a little off, as those are that are kept in 8 bits themselves."""
+    scale = blocks.abs().amax(-1, keepdim=True)
+    return NF4[(blocks[..., None] / scale[..., None] - NF4).abs().argmin(-1)] * scale * 1.01
+
+
 def quantised(format, group=None):
     def change(name, t):
         size = group or t.shape[-1]
@@ -85,6 +99,7 @@ COPIES = {
     "Q4_1": quantised(q4_1, 32),
     "int4 groups of 64": quantised(int4, 64),
     "Q4_1 file": gguf,
+    "NF4": quantised(nf4, 64),
 }
 ROUNDED = {"fp16": "rounded"}
 
@@ -195,9 +210,10 @@ def test_a_light_fine_tune_is_another_model(base, folder, steps, stored, record)
         assert verdict.kind == "another" and ".weight differs" in verdict.reason
 
 
-def test_a_fine_tune_of_a_quantised_base_is_another_model(base, folder):
+@pytest.mark.parametrize("format", ["Q4_1 file", "NF4"])
+def test_a_fine_tune_of_a_quantised_base_is_another_model(base, folder, format):
     """Its own change is a small part of a quantisation step: only the spread of the errors tells."""
-    quantised_base = changed(base[0], gguf)
+    quantised_base = changed(base[0], COPIES[format])
     tuned = {n: t + base[1][n] - base[0][n] for n, t in quantised_base.items()}
     recorded, there = fingerprint(folder(quantised_base)), fingerprint(folder(tuned, "tuned"))
     assert compare(recorded, there).kind == compare(there, recorded).kind == "another"

@@ -64,10 +64,7 @@ def test_half_of_an_adapter_is_half_of_what_its_parts_do_together(tmp_path, orde
         assert (got - by_hand("llama", path, one_by_one)).abs().max() > 1e-6
 
 
-WHOLE = pytest.mark.xfail(strict=True, reason="a factor reaches a module's columns apart from its parts at the whole")
-
-
-@pytest.mark.parametrize("weight", [1.0, pytest.param(0.5, marks=WHOLE)])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
 def test_at_a_fused_projection_columns_see_what_the_same_adapter_did_to_the_whole_and_both_are_halved_together(
     tmp_path, weight
 ):

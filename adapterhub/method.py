@@ -3,7 +3,7 @@ true while it trains. Most have one stage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,8 +55,8 @@ class Measurement:
     global generator is seeded with 0."""
     extra: str | None = None
     """Which of the run's extra data files it reads (`--extra NAME=FILE`); None: the training data."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """The method's options that decide what comes out."""
+    options: Collection[str] | None = None
+    """The names of the method's options that decide what comes out; None: all. It can read no others."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,13 @@ class Stage:
     """Added to the loss at every step, () float: an L1 norm, for example."""
     after_step: Callable[[Parts], None] | None = None
     """Called after each optimiser step, without gradients: put tensors back where they must lie, in place."""
-    options: Mapping[str, Any] | None = None
-    """The options that decide what comes out of it; None: all. Runs that share these, and all else that decides,
-    share the stage: it is trained once."""
+    options: Collection[str] | None = None
+    """The names of the options that decide what comes out of it; None: all. Runs that share these, and all else that
+    decides, share the stage: it is trained once. It can read no others, wherever it reads them; what `stages` itself reads
+    decides too."""
+    check: Callable[[Given], object] | None = None
+    """Raise UsageError for what this stage cannot do with these sites and this base. Called before the first stage trains,
+    and free to read all options; not for an adapter that goes on."""
     note: Callable[[Parts], Mapping[str, Any]] | None = None
     """What the recipe shall say of it once it is trained: what was selected, for example. As JSON has it."""
     measurement: Measurement | None = None
@@ -123,8 +127,8 @@ class Method:
         """Called after each optimiser step, without gradients: put tensors back where they must lie, in place."""
 
     def stages(self, config: Config) -> Sequence[Stage]:
-        """The trainings that make an adapter, in order. Refuse here, or in the first one's build, what cannot be done:
-        later stages begin after hours."""
+        """The trainings that make an adapter, in order. Refuse here, in the first one's build or in a `check` what cannot be
+        done: later stages begin after hours."""
         return [Stage("train", lambda given: self.build(given.sites, config), after_step=self.after_step)]
 
 

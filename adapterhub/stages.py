@@ -49,8 +49,8 @@ def planned(
 ) -> list[Planned]:
     """Each stage with its steps, its rate and its key.
 
-    whole: the run's steps and highest rate; warmup: steps of each stage, None for a tenth of it; options: of the method;
-    shared: what else decides the result, as JSON has it. Raises UsageError where a stage would get no step."""
+    stages: as `staged` gives them; whole: the run's steps and highest rate; warmup: steps of each stage, None for a tenth of
+    it; options: of the method, which decide a stage that says nothing else; shared: what else decides the result, as JSON has it. Raises UsageError where a stage would get no step."""
     total, shares, plan, key = sum(stage.share for stage in stages), 0.0, [], ""
     for stage in stages:
         begin = round(whole.steps * shares / total)
@@ -86,6 +86,19 @@ def attach(
     model.attach_new({**{site.path: parts[site.path] for site in model.sites if site.path in parts}, **parts})
     if not model.trainable_parameters():
         raise UsageError(f"there is nothing to train: the stage {stage.name!r} made no tensors", "check its options")
+
+
+def check(
+    model: Model, stages: Sequence[Stage], seed: int, begin: Callable[[Parts, Given], Parts] | None = None
+) -> None:
+    """Refuse before anything is written: what a stage's `check` refuses, and what the first cannot build, unless it builds
+    from a measurement. The rest as of `attach`."""
+    start = given(model, {})
+    for stage in stages:
+        if stage.check is not None:
+            stage.check(start)
+    if stages[0].measurement is None:
+        attach(model, stages[0], start, seed, begin)
 
 
 def run(
@@ -188,7 +201,7 @@ def measure(
     if measurement is None:
         return {}, ""
     data = shared.get("data", {})
-    decides = {"name": measurement.name, "options": dict(measurement.options), **shared}
+    decides = {"name": measurement.name, "options": dict(measurement.options or {}), **shared}
     decides["data"] = data.get(measurement.extra or "", "")
     path = folder / digest_of(canonical(decides)).removeprefix("sha256:")
     if (known := _kept_tensors(path)) is None:

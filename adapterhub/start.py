@@ -18,6 +18,7 @@ from adapterhub.manifest import Made, Parent, Release
 from adapterhub.method import Given, Method, Parts, Stage
 from adapterhub.plan import gated
 from adapterhub.runtime import Model
+from adapterhub.watched import staged
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
@@ -43,7 +44,7 @@ class Start:
 
     def _stages(self, hub: Hub, model: Model, force: bool) -> Sequence[Stage]:
         if self.goes_on is None:
-            return self.method.stages(self.config)
+            return staged(self.method, self.config)
         from adapterhub.bases.fingerprint import check_base
 
         record = self.goes_on.manifest.base
@@ -57,7 +58,7 @@ class Start:
         def build(given: Given) -> Parts:
             return self._continued(last.build(replace(given, before=single)), stored)
 
-        return [replace(last, build=build, measurement=None)]
+        return [replace(last, build=build, measurement=None, options=None, check=None)]
 
     def stored(self, hub: Hub) -> Modifications | None:
         """What the adapter that goes on has so far; None of a new one."""
@@ -81,14 +82,19 @@ def gating(stages: Sequence[Stage], children: Callable[[], Sequence[Modification
     """The stages of a method that `weighs`, over what it weighs."""
 
     def wrapped(stage: Stage) -> Stage:
+        def where(given: Given, acting: Sequence[Modifications]) -> Given:
+            return replace(given, sites=[site for site in given.sites if any(site.path in child for child in acting)])
+
         def build(given: Given) -> Parts:
             acting = children()
-            here = [site for site in given.sites if any(site.path in child for child in acting)]
-            fresh = stage.build(replace(given, sites=here))
+            fresh = stage.build(where(given, acting))
             gates = gated({path: [gate] for path, gate in fresh.items()}, acting, "the new gate")
             return {path: gate for path, [gate] in gates.items()}
 
-        return replace(stage, build=build)
+        def check(given: Given) -> None:
+            stage.check(where(given, children()))
+
+        return replace(stage, build=build, check=stage.check and check)
 
     return [wrapped(stage) for stage in stages]
 

@@ -30,7 +30,7 @@ from adapterhub.recipe import Recipe
 from adapterhub.record import measured_on, metrics_of, recipe_of, told
 from adapterhub.runtime import Model, load
 from adapterhub.setting import Setting
-from adapterhub.stages import Planned, attach, forget, given, planned
+from adapterhub.stages import Planned, check, forget, planned
 from adapterhub.stages import run as run_stages
 from adapterhub.start import Start, start
 from adapterhub.tensors import check_finite
@@ -143,8 +143,7 @@ def train(
         read_others = {key: _examples(one, model, max_length) for key, one in others.items()}
         setting = Setting(model, examples, pad, batch_size, seed, extras=read_others)
         begins = made_of.schedule().start if begin.goes_on is None else None
-        if stages[0].measurement is None:  # what it refuses is refused before anything is written
-            attach(model, stages[0], given(model, {}), seed, begins)
+        check(model, stages, seed, begins)
         for one in filter(None, (stage.measurement for stage in stages)):
             if one.extra is not None:
                 setting.extra(one.extra, f"the method measures its {one.name} on it")

@@ -123,7 +123,7 @@ class Mean(Method):
                 for path, part in parts.items()
             }
 
-        measurement = Measurement("mean", take, config.extra)
+        measurement = Measurement("mean", take, config.extra, options=("extra",))
         return [Stage("train", build, measurement=measurement, finish=finish)]
 
 
@@ -368,15 +368,15 @@ def test_a_measurement_is_taken_once_for_base_and_data(hub, train, tmp_path):
     train("me/c", "mean", data=other)
     assert len(SEEN) == 2
     train("me/d", "mean", options={"extra": "calibration"}, extras={"calibration": other})
-    assert len(SEEN) == 2  # the same rows, whichever way they came
+    assert len(SEEN) == 3  # the same rows, but another value of an option that it reads
     train("me/e", "mean", options={"extra": "calibration"}, extras={"calibration": other}, data=other, lr=2e-2)
-    assert len(SEEN) == 2
+    assert len(SEEN) == 3
     train("me/r", "mean", recipes=["twice"], lr=4e-2)
-    assert len(SEEN) == 3  # other rows are read
+    assert len(SEEN) == 4  # other rows are read
     for path in kept.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-3])
     train("me/f", "mean", lr=3e-2)
-    assert len(SEEN) == 4  # what was kept is broken: it is measured again
+    assert len(SEEN) == 5  # what was kept is broken: it is measured again
 
 
 def test_what_a_stage_finishes_is_what_is_stored_and_measured(hub, train, tiny_folder, data):

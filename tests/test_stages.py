@@ -1,8 +1,9 @@
 """Stages: each with its own trainable set, objective, optimiser and schedule; finished ones are kept, and shared."""
 
+import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 import adapterhub
 from adapterhub import plugins
 from adapterhub.adapter import Adapter
-from adapterhub.errors import UsageError
+from adapterhub.errors import PluginError, UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.method import Method, Stage
+from adapterhub.method import Measurement, Method, Stage
 from adapterhub.methods.lora import LoRA
 from adapterhub.sites import select
 from adapterhub.stages import planned
@@ -52,7 +53,7 @@ class Lean(Method):
         def norm(parts: Mapping[str, Affine]):
             return config.l1 * sum(part.gain.abs().sum() for part in parts.values())
 
-        options = {"l1": config.l1}
+        options = ("l1",)
         return [
             Stage("gains", gains, config.share, lr=0.5, penalty=norm if config.l1 else None, options=options),
             Stage("factors", low_rank, 1 - config.share, note=lambda parts: {"sites": sorted(parts)}),
@@ -71,17 +72,21 @@ def path(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def installed(monkeypatch):
-    """The methods `lean` and `narrow`, as if a package had brought them."""
+def provide(monkeypatch):
+    """provide(name, method): as if a package had brought it. The methods `lean` and `narrow` are there."""
     points = dict(plugins._points("methods"))
-    for name, made in {"lean": Lean, "narrow": Narrow}.items():
+
+    def provide(name, made):
         dist = SimpleNamespace(name="lean", version="1")
-        points[name] = SimpleNamespace(name=name, value=name, dist=dist, load=lambda made=made: made)
+        points[name] = SimpleNamespace(name=name, value=name, dist=dist, load=lambda: made)
+
+    provide("lean", Lean)
+    provide("narrow", Narrow)
     plugins.load.cache_clear()
     monkeypatch.setattr(
         plugins, "_points", lambda group, real=plugins._points: points if group == "methods" else real(group)
     )
-    yield
+    yield provide
     plugins.load.cache_clear()
 
 
@@ -260,6 +265,140 @@ def test_a_key_hangs_on_the_stages_before():
         return [p.key for p in planned(stages, Schedule(10, 4, 1e-2, 1, 0, False), None, {}, {})]
 
     assert keys(1) == keys(1) and not set(keys(1)) & set(keys(2))
+
+
+@dataclass(frozen=True)
+class Options:
+    gain: float = 0.0
+    other: float = 0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "both", self.gain + self.other)
+
+    @property
+    def twice(self):
+        return 2 * self.other
+
+
+def reading(read, early=None):
+    """A method whose first stage names one of its two options, and whose `build` reads its config in this way."""
+
+    class Reading(Lean):
+        Config = Options
+
+        def stages(self, config):
+            self.config, shared = config, early and early(config)
+
+            def first(given):
+                start = float(read(self.config) if early is None else shared)
+                return {
+                    site.path: Affine.of(gain=torch.full((site.outputs,), start))
+                    for site in select(given.sites, "ffn_down")
+                }
+
+            def last(given):
+                assert self.config.other is not None  # it may
+                return {site.path: LoRA().fresh(site, LoRA.Config(r=2)) for site in select(given.sites, "query")}
+
+            return [Stage("first", first, options=("gain",)), Stage("last", last)]
+
+    return Reading
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda config: config.other,
+        lambda config: config.twice,
+        lambda config: config.both,
+        lambda config: asdict(config)["other"],
+        lambda config: vars(config)["other"],
+        lambda config: replace(config, gain=1.0).other,
+        lambda config: copy.copy(config).other,
+        lambda config: config == Options(),
+        lambda config: getattr(config, "other"),  # noqa: B009
+    ],
+    ids=["read", "property", "derived", "asdict", "vars", "replace", "copy", "equal", "getattr"],
+)
+def test_a_stage_reads_no_option_that_it_does_not_name(train, provide, steps, read):
+    """It would be kept for runs that differ in it."""
+    provide("reading", reading(read))
+    with pytest.raises(PluginError, match="Reading, stage 'first': the option 'other' is read") as caught:
+        train(method="reading")
+    assert "author" in caught.value.hint and not steps
+
+
+def test_what_stages_itself_reads_decides_every_stage(train, provide, steps):
+    """What it hands on, nobody sees: another value trains the stage again."""
+    provide("reading", reading(None, early=lambda config: config.other))
+    first = train(method="reading")
+    for options, trains in (({"gain": 1.0}, True), ({"other": 0.5}, True), ({"other": 0.5, "gain": 0.0}, False)):
+        steps.clear()
+        train("me/b", "reading", options=options, licence=str(len(options)))
+        assert (("first", 1) in steps) is trains, options
+    assert first.manifest.recipe["found"]["first"]["tensors"]
+
+
+def test_an_option_that_a_modification_reads_later_is_seen_too(train, provide, steps):
+    class Late(Affine):
+        def _change(self, h):
+            return super()._change(h) * self.config.other
+
+    class Method(Lean):
+        Config = Options
+
+        def stages(self, config):
+            def first(given):
+                made = {site.path: Late.of(gain=torch.zeros(site.outputs)) for site in select(given.sites, "ffn_down")}
+                for part in made.values():
+                    part.config = config
+                return made
+
+            return [Stage("first", first, options=("gain",)), Stage("last", first)]
+
+    provide("late", Method)
+    with pytest.raises(PluginError, match="Method, stage 'first': the option 'other' is read"):
+        train(method="late")
+    assert not steps
+
+
+def test_a_stage_that_names_what_is_no_option_is_refused(train, provide):
+    class Typo(Lean):
+        def stages(self, config):
+            return [replace(stage, options=("l2",)) for stage in super().stages(config)]
+
+    provide("typo", Typo)
+    with pytest.raises(PluginError, match="Typo, stage 'gains' names the option 'l2'"):
+        train(method="typo")
+
+
+def test_a_measurement_reads_no_option_that_it_does_not_name(train, provide, steps):
+    class Measured(Lean):
+        def stages(self, config):
+            measurement = Measurement("sum", lambda setting: {"x": torch.tensor(float(config.sites))}, options=("l1",))
+            return [replace(stage, measurement=measurement) for stage in super().stages(config)[-1:]]
+
+    provide("measured", Measured)
+    with pytest.raises(PluginError, match="stage 'factors', measurement 'sum': the option 'sites' is read"):
+        train(method="measured")
+    assert not steps
+
+
+def test_what_a_later_stage_cannot_do_is_refused_first(hub, train, provide, steps):
+    class Checking(Lean):
+        def stages(self, config):
+            def check(given):
+                if config.sites > len(given.sites):
+                    raise UsageError("too many", "fewer")
+
+            first, last = super().stages(config)
+            return [first, replace(last, check=check)]
+
+    provide("checking", Checking)
+    with pytest.raises(UsageError, match="too many"):
+        train(method="checking", options={"sites": 1000})
+    assert not steps and not (hub.root / "training").exists()
+    assert train(method="checking").version == "0.1.0"
 
 
 def test_steps_add_up():

@@ -29,6 +29,7 @@ from adapterhub.start import gating
 from adapterhub.testing.bed import distance, random_adapter, tiny_for, tiny_llama
 from adapterhub.testing.forms import Declined
 from adapterhub.trainer import Schedule
+from adapterhub.watched import staged
 
 STEPS = 24
 """Of each stage."""
@@ -40,7 +41,7 @@ at the second, and what is a few numbers (offsets of a head) at the third."""
 def _plan(method: type[Method], lr: float = RATES[0]) -> list[Planned]:
     """Its stages with default options, of STEPS steps each."""
     config = method.Config()
-    stages = method().stages(config)
+    stages = staged(method(), config)
     if method.weighs:
         stages = gating(stages, _children)
     whole = Schedule(STEPS * len(stages), batch_size=4, lr=lr, warmup=0, seed=0, gradient_checkpointing=False)

@@ -86,6 +86,13 @@ class CorDA(Method):
             chosen = _chosen(given.sites, config)
             return {site.path: _begun(given.weight(site), given.measured[site.module], config) for site in chosen}
 
+        def fits(given: Given) -> None:
+            most = min(min(site.inputs, site.outputs) for site in _chosen(given.sites, config))
+            if config.r > most:
+                raise UsageError(
+                    f"r is {config.r}, and the smallest of the chosen weights has {most} components", "give a smaller r"
+                )
+
         def take(setting: Setting) -> dict[str, Tensor]:
             chosen = _chosen(setting.model.sites, config)
             if config.mode == "ipm":
@@ -93,9 +100,9 @@ class CorDA(Method):
             return covariances(setting, setting.extra("calibration", "CorDA's mode kpm keeps what it holds"), chosen)
 
         extra = "calibration" if config.mode == "kpm" else None
-        options = {"target_modules": config.target_modules}  # no others: another rank, damping or mode shares it
+        options = ("target_modules", "mode")  # another rank or damping shares it
         measurement = Measurement("covariance", take, extra, options)
-        return [Stage("train", build, after_step=self.after_step, measurement=measurement)]
+        return [Stage("train", build, after_step=self.after_step, measurement=measurement, check=fits)]
 
     def take_up(self, modifications: Mapping[str, Modification]) -> None:
         def together(gradient: Tensor) -> Tensor:
@@ -124,11 +131,6 @@ def _chosen(sites: Sequence[Site], config: CorDA.Config) -> list[Site]:
         raise UsageError(
             f"CorDA changes linear layers but not the head, and target_modules selects {wrong}",
             "use all-linear or names such as q_proj",
-        )
-    most = min(min(site.inputs, site.outputs) for site in chosen)
-    if config.r > most:
-        raise UsageError(
-            f"r is {config.r}, and the smallest of the chosen weights has {most} components", "give a smaller r"
         )
     return chosen
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,9 +55,7 @@ class LoFiT(Method):
 
     def stages(self, config: Config) -> Sequence[Stage]:
         def gains(given: Given) -> dict[str, Affine]:
-            chosen = _sites(given.sites)
-            _count(chosen, config)
-            return {site.path: Affine.of(gain=1e-3 * torch.randn(site.inputs), into=True) for site in chosen}
+            return {s.path: Affine.of(gain=1e-3 * torch.randn(s.inputs), into=True) for s in _sites(given.sites)}
 
         def offsets(given: Given) -> dict[str, Offsets]:
             names = config.heads or _strongest(_sites(given.sites), given.before, config)
@@ -66,13 +64,16 @@ class LoFiT(Method):
         def norm(parts: Mapping[str, Modification]) -> Tensor:
             return config.l1 * sum(part.gain.abs().sum() for part in parts.values())
 
+        def fits(given: Given) -> None:
+            _count(_sites(given.sites), config)
+
         tune = Stage("offsets", offsets, 1 - config.select_share, note=_named)
         if config.heads:
             return [tune]
-        options = {"l1": config.l1}  # how many heads are taken decides nothing of the gains: another k shares them
+        options = ("l1",)  # how many heads are taken decides nothing of the gains: another k shares them
         return [
             Stage("select", gains, config.select_share, lr=config.select_lr, penalty=norm, options=options),
-            tune,
+            replace(tune, check=fits),
         ]
 
     def take_up(self, modifications: Mapping[str, Modification]) -> None:

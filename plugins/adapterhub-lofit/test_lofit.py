@@ -113,5 +113,7 @@ def test_a_wrong_head_is_told_the_first_and_the_last_in_the_order_of_layers():
 )
 def test_wrong_options_are_refused(options):
     with pytest.raises(UsageError) as caught:
-        LoFiT().stages(config(**options))[0].build(Given(sites(tiny_llama()), None))
+        stages, given = LoFiT().stages(config(**options)), Given(sites(tiny_llama()), None)
+        stages[0].build(given)
+        stages[-1].check(given)
     assert caught.value.hint

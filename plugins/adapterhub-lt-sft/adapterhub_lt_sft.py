@@ -53,7 +53,6 @@ class LTSFT(Method):
     def stages(self, config: Config) -> Sequence[Stage]:
         def everything(given: Given) -> dict[str, Dense]:
             chosen = _changeable(given.sites, config)
-            _count(chosen, config)
             return {site.path: Dense(weight=torch.zeros(site.outputs, site.inputs)) for site in chosen}
 
         def places(given: Given) -> dict[str, Sparse]:
@@ -82,11 +81,14 @@ class LTSFT(Method):
         def sparse_norm(parts: Mapping[str, Modification]) -> Tensor:
             return sum(config.l1 / part.among * part.values.abs().sum() for part in parts.values())
 
+        def fits(given: Given) -> None:
+            _count(_changeable(given.sites, config), config)
+
         penalty = sparse_norm if config.l1 else None
-        train = Stage("train", places, 1 - config.probe_share, penalty=penalty, note=_told)
+        train = Stage("train", places, 1 - config.probe_share, penalty=penalty, note=_told, check=fits)
         if config.mask == "random":
             return [train]
-        options = {"target_modules": config.target_modules, "l1": config.l1}  # K decides nothing of the probe
+        options = ("target_modules", "l1")  # K decides nothing of the probe
         penalty = dense_norm if config.l1 else None
         return [Stage("probe", everything, config.probe_share, penalty=penalty, options=options), train]
 

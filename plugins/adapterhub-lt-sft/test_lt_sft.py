@@ -123,5 +123,7 @@ def test_a_random_mask_has_k_places_by_the_seed_and_needs_no_probe():
 )  # fmt: skip
 def test_wrong_options_are_refused(options):
     with pytest.raises(UsageError) as caught:
-        LTSFT().stages(config(**options))[0].build(Given(sites(tiny_llama()), None))
+        stages, given = LTSFT().stages(config(**options)), Given(sites(tiny_llama()), None)
+        stages[0].build(given)
+        stages[-1].check(given)
     assert caught.value.hint

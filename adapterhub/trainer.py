@@ -51,7 +51,8 @@ def fit(learner: Learner, schedule: Schedule, folder: Path, save_every: int, tit
     each step.
 
     Checkpoints lie in folder; the newest whole one there is where it goes on, so that a run killed anywhere ends with the
-    bits of one that was not. Raises HubError when loss or gradient is no number, or a checkpoint cannot be written."""
+    bits of one that was not. Raises HubError when loss or gradient is no number, or a checkpoint cannot be written, and
+    IntegrityError for a checkpoint of other tensors than the learner's, by name and shape."""
     learner.prepare()
     setting, model = learner.setting, learner.setting.model
     checkpoint = last_checkpoint(folder)

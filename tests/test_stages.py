@@ -17,8 +17,9 @@ from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.method import Measurement, Method, Stage
 from adapterhub.methods.lora import LoRA
+from adapterhub.runtime import Model
 from adapterhub.sites import select
-from adapterhub.stages import planned
+from adapterhub.stages import attach, given, planned
 from adapterhub.trainer import Schedule, _Watch
 
 ROWS = [(f"Is {i} even? ", "no" if i % 2 else "yes") for i in range(16)]
@@ -399,6 +400,20 @@ def test_what_a_later_stage_cannot_do_is_refused_first(hub, train, provide, step
         train(method="checking", options={"sites": 1000})
     assert not steps and not (hub.root / "training").exists()
     assert train(method="checking").version == "0.1.0"
+
+
+def test_what_trains_lies_in_the_order_of_the_sites_however_it_was_built(tiny_model):
+    """An optimiser counts parameters by their order, and a set has another one in each process."""
+    model = Model(tiny_model().requires_grad_(False))
+
+    def build(given):
+        return {
+            site.path: Affine.of(gain=torch.zeros(site.outputs)) for site in reversed(select(given.sites, "all-linear"))
+        }
+
+    attach(model, Stage("train", build), given(model, {}), seed=0)
+    wanted = [site.path for site in model.sites if site.linear and site.role != "head"]
+    assert [name.removesuffix(".affine.0.gain") for name in model.trainable_tensors()] == wanted
 
 
 def test_steps_add_up():

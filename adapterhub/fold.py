@@ -65,5 +65,5 @@ def _problem(base: nn.Module, path: str, module: nn.Module) -> str:
     return (
         ""
         if computes(module)
-        else f"nothing can be folded into {path}: a {kind} does more with its weight than multiply"
+        else f"nothing can be folded into {path}: this {kind} does more with its weight than multiply"
     )

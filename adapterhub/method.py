@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterhub.errors import UsageError
+from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.modification import Modification
 from adapterhub.sites import Site
 from adapterhub.weights import values
@@ -38,7 +38,12 @@ class Given:
     def weight(self, site: Site) -> Tensor:
         """The base's weight at a linear site or an embedding, (outputs, inputs) float32 on the CPU, a copy; dequantised where
         it is not plain. Raises IncompatibleBase where its numbers are not known."""
-        weight = values(self.base.get_submodule(site.module))
+        try:
+            weight = values(self.base.get_submodule(site.module))
+        except IncompatibleBase as error:
+            raise IncompatibleBase(
+                f"the method reads the base's weight at {site.path}, but {error}", error.hint
+            ) from None
         if site.columns:
             weight = weight[site.columns.index()]
         return weight.float().cpu().clone()

@@ -80,10 +80,10 @@ def attach(
     """Put what the stage trains on the model, in the order of its sites. begin: what a parameter schedule makes of it."""
     torch.manual_seed(seed)
     built = stage.build(start)
-    through = {path for path, part in built.items() if part.folds}
-    require_plain([site for site in start.sites if site.path in through], f"the stage {stage.name!r}")
     parts = begin(built, start) if begin else built
     model.attach_new({**{site.path: parts[site.path] for site in model.sites if site.path in parts}, **parts})
+    through = {path for path, here in model.new_modifications().items() if any(part.folds for part in here)}
+    require_plain([site for site in start.sites if site.path in through], f"the stage {stage.name!r}")
     if not model.trainable_parameters():
         raise UsageError(f"there is nothing to train: the stage {stage.name!r} made no tensors", "check its options")
 

@@ -66,7 +66,11 @@ def unlike(module: nn.Module) -> str:
     weight, kind = stored(module), type(module).__name__
     if weight is None:
         computed = isinstance(getattr(module, "weight", None), torch.Tensor)
-        return f"a {kind} computes its weight anew at each call" if computed else f"a {kind} has no tensor named weight"
+        return (
+            f"this {kind} computes its weight anew at each call"
+            if computed
+            else f"this {kind} has no tensor named weight"
+        )
     if type(weight) not in (torch.Tensor, torch.nn.Parameter):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if str(weight.dtype) not in FLOATS or weight.layout is not torch.strided:
@@ -90,7 +94,7 @@ def values(module: nn.Module) -> Tensor:
         weight = _dequantised(module) if weight is None else weight.detach()
         if weight.is_meta:
             raise IncompatibleBase(
-                f"the weight of a {type(module).__name__} is on the meta device: it has no numbers",
+                f"the weight of this {type(module).__name__} is on the meta device: it has no numbers",
                 "load the base with its weights",
             )
     return weight
@@ -186,7 +190,7 @@ def _dequantised(module: nn.Module) -> Tensor:
     plain = isinstance(found, torch.Tensor) and str(found.dtype) in FLOATS and found.shape == stored
     if not plain or type(found.detach()) is not torch.Tensor:
         raise IncompatibleBase(
-            f"what numbers a {name} multiplies with is not known: {why}", "load the base unquantised"
+            f"what numbers this {name} multiplies with is not known: {why}", "load the base unquantised"
         )
     return found.detach().mT if transposed(module) else found.detach()
 

@@ -233,6 +233,16 @@ def test_full_trains_the_layers_that_are_plain(train, base):
     assert release.manifest.forms.keys() == {f"model.layers.{n}.self_attn.q_proj" for n in range(2)}
 
 
+def test_a_dense_change_that_goes_on_is_refused_too(hub, base, tiny_folder, tmp_path):
+    """No method is recorded: what tells is that the form trains through the weight."""
+    odd = made(base, "tensor")
+    odd.config._name_or_path = str(tiny_folder)
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "ab", "completion": "cd"}) + "\n")
+    with pytest.raises(UsageError, match=f"the stage 'train' trains through the base's own weights, and at {QUERY}"):
+        hub.train(odd, data=data, continue_from="me/dense", steps=2)
+
+
 @pytest.mark.parametrize("kind", ["tensor", "packed", "integer"])
 def test_lora_trains_beside_them(train, base, kind):
     assert train(made(base, kind), "lora").manifest.forms

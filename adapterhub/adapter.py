@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import plugins
-from adapterhub.boundary import author_line, guard
+from adapterhub.boundary import author_line
 from adapterhub.contracts import make
 from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError, UnsafeFile
+from adapterhub.form_contracts import call
 from adapterhub.lanes import remembers
 from adapterhub.manifest import Made, Manifest, Release
 from adapterhub.modification import Modification, Step, Tap
@@ -171,10 +172,14 @@ def require_effect(modifications: Modifications, sites: Sequence[Site], model: t
             bind(modification, site, model)
             local = modification.to("cpu", torch.float32)
             step = Step(tapped=lambda tap: random_states(tap, sites, (1, 4), random))
-            changes = [c for c in (local.delta_in(x, step), local.delta_out(x, y, step)) if c is not None]
+            changes = [
+                c
+                for c in (call(local, "delta_in", x, step, site=path), call(local, "delta_out", x, y, step, site=path))
+                if c is not None
+            ]
             if not all(change.isfinite().all() for change in changes):
                 raise UnsafeFile(f"{name} is too large: at {path} it overflows float32", "train or scale it again")
-            effect |= remembers(local.lanes()) or any(change.count_nonzero() for change in changes)
+            effect |= remembers(call(local, "lanes", site=path)) or any(change.count_nonzero() for change in changes)
     if effect:
         return
     raise NoEffect(
@@ -207,8 +212,7 @@ def bind(modification: Modification, site: Site, model: nn.Module) -> None:
             raise IncompatibleBase(f"{needs}, but {error}", error.hint) from None
     if weight is not None and site.columns is not None:
         weight = weight[torch.tensor(site.columns.index(), device=weight.device)]
-    with guard(modification, "bind", site.path):
-        modification.bind(weight)
+    call(modification, "bind", weight, site=site.path)
 
 
 def as_parameters(parts: Modifications, device_at: Callable[[str], torch.device]) -> Modifications:

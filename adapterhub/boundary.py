@@ -145,8 +145,10 @@ def _place(module: str, code: CodeType, line: int) -> str:
 
 
 def _passes(error: BaseException) -> bool:
+    if not isinstance(error, Exception) or isinstance(error, HubError | Warning) or out_of_memory(error):
+        return True
     refused = isinstance(error, OSError) and error.errno in REFUSALS
-    return not isinstance(error, Exception) or isinstance(error, HubError | Warning) or refused or out_of_memory(error)
+    return refused or type(error).__module__ == "torch.utils.checkpoint"  # how a recomputation in backward ends early
 
 
 def _kind(part: object) -> type:

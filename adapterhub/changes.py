@@ -24,6 +24,7 @@ from torch import Tensor
 from adapterhub.composers import Stack
 from adapterhub.errors import NotFoldable
 from adapterhub.factors import balanced, product_norm, product_svd
+from adapterhub.form_contracts import call
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.low_rank import LowRank
@@ -61,7 +62,7 @@ def change_of(
     base: weight and bias there; without it NotFoldable is raised for a form whose change depends on them."""
     weight, bias = (_Unknown(), _Unknown()) if base is None else base
     if all(part.additive for part in parts):  # none sees what the others did, so none needs the weight for that
-        changes = [part.delta_weight(weight, bias) for part in parts]
+        changes = [call(part, "delta_weight", weight, bias) for part in parts]
         return _plus([w for w, _ in changes]), _plus([b for _, b in changes])
     return Stack(parts).delta_weight(weight, bias)
 
@@ -122,7 +123,7 @@ def cheapest(weight: Tensor | None, bias: Tensor | None = None) -> list[Modifica
 
 
 def _times(part: Modification, weight: float) -> Modification:
-    return part if weight == 1 else part.scaled(weight)
+    return part if weight == 1 else call(part, "scaled", weight)
 
 
 def _plus(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -204,7 +205,7 @@ def _low_rank_sum(group: Sequence[tuple[float, LowRank]]) -> Result:
 
 def _dense_sum(group: Sequence[tuple[float, Modification]]) -> Result:
     """One dense change of all, shifts in its bias."""
-    changes = [(w, m.to(dtype=torch.float64).delta_weight(_Unknown(), _Unknown())) for w, m in group]
+    changes = [(w, call(m.to(dtype=torch.float64), "delta_weight", _Unknown(), _Unknown())) for w, m in group]
     exact = _plus([w * weight for w, (weight, _) in changes if weight is not None])
     bias = _plus([w * shift for w, (_, shift) in changes if shift is not None])
     terms = sum(abs(w) * _norm(*change) for w, change in changes)

@@ -19,6 +19,7 @@ from adapterhub.changes import CANCELLED, WHOLE, Result, change_of, cheapest, si
 from adapterhub.compose import common_base, joined_licences, warn_missing_parents
 from adapterhub.contracts import make
 from adapterhub.errors import NoEffect, NotFoldable, NotMergeable, UsageError
+from adapterhub.form_contracts import call
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.manifest import Parent, Release
@@ -238,7 +239,7 @@ def _bound(part: Modification, weight: Tensor | None) -> Modification:
     if weight is None:
         return part
     part = copy(part)
-    part.bind(weight)
+    call(part, "bind", weight)
     return part
 
 

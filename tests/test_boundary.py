@@ -11,9 +11,10 @@ from adapterhub import plugins
 from adapterhub.boundary import guard
 from adapterhub.contracts import make
 from adapterhub.errors import HubError, PluginError, UsageError
+from adapterhub.form_contracts import call
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.methods.lora import LoRA
-from adapterhub.modification import Modification
+from adapterhub.modification import Modification, Step
 from tests.support import acme
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -404,3 +405,41 @@ def test_a_recipe_around_a_step_hides_no_error_and_is_left(installed):
     with pytest.raises(ZeroDivisionError), contracts.around(make(Quiet, Quiet.Config()), None):
         1 / 0  # noqa: B018
     assert left == [ZeroDivisionError]
+
+
+def test_what_a_form_gives_is_checked_where_it_is_called():
+    x, y, step = torch.randn(2, 3, 4), torch.randn(2, 3, 5), Step()
+
+    class Form(Modification):
+        form = "odd"
+        gives = None
+
+        def delta_out(self, x, y, step):
+            return self.gives
+
+        delta_weight = scaled = lambda self, *given: self.gives
+        join = rows = classmethod(lambda cls, parts: cls.gives)
+
+    def says(gives, hook, *given):
+        part = Form()
+        Form.gives = gives
+        with pytest.raises(PluginError) as caught:
+            call(part if hook not in ("join", "rows") else Form, hook, *given, site=Q)
+        assert caught.value.hint.endswith("tests/test_boundary.py:" + caught.value.hint.rpartition(":")[2])
+        return str(caught.value).partition(f"{hook}, {Q}: ")[2]
+
+    number = "a Tensor of floating-point numbers, or None, was expected, this is "
+    assert says(1.0, "delta_out", x, y, step) == number + "of the type float"
+    assert says(y.long(), "delta_out", x, y, step) == number + "a Tensor of int64 and shape (2, 3, 5)"
+    assert says(x, "delta_out", x, y, step) == "a change of shape (2, 3, 5) was expected, this one is (2, 3, 4)"
+    weight, bias = torch.randn(5, 4), torch.randn(5)
+    assert says(weight, "delta_weight", weight, bias).startswith("a pair (ΔW, Δb) was expected, this is a Tensor")
+    assert says((weight.mT, None), "delta_weight", weight, bias).startswith("a change of shape (5, 4) was expected")
+    assert says((None, weight), "delta_weight", weight, bias).startswith("a change of shape (5,) was expected")
+    for hook in ("scaled", "rows"):
+        assert says(None, hook, []) == "a Modification was expected, this is None"
+    assert says(weight, "join", []) == "a Modification was expected, this is a Tensor of float32 and shape (5, 4)"
+    Form.gives = torch.randn(5)  # the same for every token: it spreads, as it always has
+    assert torch.equal(call(Form(), "delta_out", x, y, step), Form.gives.expand(2, 3, 5))
+    Form.gives = None
+    assert call(Form(), "delta_out", x, y, step) is None and call(Form, "join", []) is None

@@ -55,6 +55,7 @@ MAY = {
     "durable": "errors",
     "boundary": "errors",
     "plugins": "boundary errors lock project settings",
+    "form_contracts": "boundary modification",
     "index": "errors manifest",
     "parts": "errors manifest formats",
     "store": "errors manifest durable parts formats",

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -227,20 +227,11 @@ def _stages(method: Any) -> Callable[[Any], list[Stage]]:
 
 def _stage(method: Any, stage: Stage, which: str) -> Stage:
     """The stage, its hooks behind the boundary."""
-
-    def hook(name: str, check: Callable | None = None) -> Callable | None:
-        function = getattr(stage, name)
-        return None if function is None else guarded(method, name + which, function, check)
-
-    return replace(
-        stage,
-        build=guarded(method, "build" + which, stage.build, _built),
-        penalty=hook("penalty", scalar),
-        after_step=stage.after_step and _in_place(method, "after_step" + which, stage.after_step),
-        note=hook("note", told),
-        measurement=stage.measurement and _measurement(method, stage.measurement),
-        finish=hook("finish", lambda result, parts, given: _built(result, given, lists=True)),
-    )
+    hooks = {field.name: value for field in fields(stage) if callable(value := getattr(stage, field.name))}
+    behind = {name: guarded(method, name + which, value, STAGE.get(name)) for name, value in hooks.items()}
+    if "after_step" in hooks:
+        behind["after_step"] = _in_place(method, "after_step" + which, stage.after_step)
+    return replace(stage, **behind, measurement=stage.measurement and _measurement(method, stage.measurement))
 
 
 def _built(result: object, given: Given, lists: bool = False) -> dict[str, Modification]:
@@ -283,6 +274,11 @@ def around(recipe: Any, moment: Any) -> Iterator[None]:
         inner.__exit__(None, None, None)
 
 
+STAGE: Mapping[str, Callable[..., Any]] = {
+    "build": _built, "penalty": scalar, "note": told,
+    "finish": lambda result, parts, given: _built(result, given, lists=True),
+}  # fmt: skip
+"""Of a stage: hook -> the check of what it returns."""
 HOOKS: Mapping[str, Mapping[str, Callable[..., Any] | None]] = {
     "methods": {"take_up": None},
     "objectives": {"prepare": None, "parameters": parameters, "loss": loss, "found": told},

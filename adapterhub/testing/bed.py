@@ -11,6 +11,7 @@ from torch import Tensor
 from adapterhub.adapter import Modifications, bind
 from adapterhub.attach import Attachment, Plan
 from adapterhub.errors import IncompatibleBase
+from adapterhub.form_contracts import call
 from adapterhub.method import Method
 from adapterhub.modification import Modification
 from adapterhub.plan import build, placed
@@ -67,15 +68,15 @@ def random_adapter(
         return random_adapter(form, model, seed, others) or random_adapter(form, model, seed, heads)
     torch.manual_seed(seed)
     at = {site.path: site for site in among}
-    made = {path: form.random(site) for path, site in at.items()}
-    suits = {path: m for path, m in made.items() if m is not None and _reads(m, model)}
+    made = {path: call(form, "random", site, site=path) for path, site in at.items()}
+    suits = {path: m for path, m in made.items() if m is not None and reads(m, model)}
     adapter = {path: [m.to(model.device, model.dtype)] for path, m in suits.items()}
     for path, (modification,) in adapter.items():
         bind(modification, at[path], model)
     return adapter
 
 
-def _reads(modification: Modification, model: torch.nn.Module) -> bool:
+def reads(modification: Modification, model: torch.nn.Module) -> bool:
     """Whether this base has the sites that it reads."""
     try:
         return all(tapped(sites(model), tap) for tap in modification.taps)
@@ -115,22 +116,27 @@ def alone(attachment: Attachment, adapter: Modifications, sequence: Tensor) -> T
 
 @torch.no_grad()
 def decoded(
-    attachment: Attachment, rows: Sequence[Modifications], sequences: Sequence[Tensor], side: str, steps: int
+    attachment: Attachment,
+    rows: Sequence[Modifications],
+    sequences: Sequence[Tensor],
+    side: str,
+    steps: int,
+    chunks: Sequence[int] = (),
 ) -> list[Tensor]:
-    """The same logits, by a padded prefill of all but the last `steps` tokens and then one cached step for each. In an
-    encoder-decoder the encoder runs first, by itself, as in generate."""
+    """The same logits, by a padded prefill of all but the last `steps` tokens and then one cached step for each, or for each
+    of these chunks of several tokens. In an encoder-decoder the encoder runs first, by itself, as in generate."""
     base = attachment.base
     if base.config.is_encoder_decoder:
         return _decoded_beside(attachment, rows, sequences, side, steps)
     ids, mask = padded([s[:-steps] for s in sequences], side)
-    last = torch.stack([s[-steps:] for s in sequences])
+    last = torch.stack([s[-steps:] for s in sequences]).split(list(chunks) or 1, dim=1)
     with attachment.running(plan(attachment, rows, len(rows))):
         out = base(input_ids=ids, attention_mask=mask, use_cache=True)
         pieces = [[out.logits[row][mask[row].bool()]] for row in range(len(rows))]
-        for k in range(steps):
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        for chunk in last:
+            mask = torch.cat([mask, torch.ones_like(chunk)], dim=1)
             cache = out.past_key_values
-            out = base(input_ids=last[:, k : k + 1], attention_mask=mask, past_key_values=cache, use_cache=True)
+            out = base(input_ids=chunk, attention_mask=mask, past_key_values=cache, use_cache=True)
             for row, piece in enumerate(pieces):
                 piece.append(out.logits[row])
     return [torch.cat(piece) for piece in pieces]

@@ -11,10 +11,12 @@ from adapterhub.attach import Attachment
 from adapterhub.composers import Mix, Route, Scaled, Stack
 from adapterhub.errors import NotFoldable
 from adapterhub.fold import fold as fold_into
+from adapterhub.form_contracts import call
 from adapterhub.modification import Modification, Step, Tap, named_tensors
 from adapterhub.plan import placed, stacked
 from adapterhub.sites import sites
 from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_for
+from adapterhub.testing.widths import widths
 
 EXACT = 1e-9
 """Of the largest logit, in float64."""
@@ -79,6 +81,19 @@ def decode(form: type[Modification], device: str) -> None:
             assert distance(got, want) <= EXACT, f"row {row}, padded {side}: off by {distance(got, want):.1e}"
 
 
+def chunks(form: type[Modification], device: str) -> None:
+    """A padded prefill and then chunks of several tokens, as speculative decoding and long prompts come, give what one full
+    forward gives."""
+    if form.bidirectional:
+        raise Declined("it reads later tokens, so nothing is decoded in chunks")
+    bed = _bed(form, device)
+    programs, sequences = _rows(form, bed.base), _sequences(device, (12, 15, 10, 17, 13, 11))
+    for side in ("left", "right"):
+        for row, got in enumerate(decoded(bed, programs, sequences, side, steps=8, chunks=(3, 1, 4))):
+            want = alone(bed, programs[row], sequences[row])
+            assert distance(got, want) <= EXACT, f"row {row}, padded {side}: off by {distance(got, want):.1e}"
+
+
 def fold(form: type[Modification], device: str) -> None:
     """Hooked equals folded into the weights, stacked and scaled too, wherever the site is one weight."""
     bed = _bed(form, device)
@@ -108,7 +123,8 @@ def save(form: type[Modification], device: str) -> None:
     for site in sites(bed.base):
         for part in read.get(site.path, []):
             bind(part, site, bed.base)
-    assert torch.equal(alone(bed, read, sequence), alone(bed, adapter, sequence))
+    apart = distance(alone(bed, read, sequence), alone(bed, adapter, sequence))
+    assert apart == 0, f"read again it gives other logits, off by {apart:.1e}: something of it is not in its tensors"
 
 
 def dtype_and_device(form: type[Modification], device: str) -> None:
@@ -120,7 +136,8 @@ def dtype_and_device(form: type[Modification], device: str) -> None:
         _sequences(device, (9,))[0],
     )
     got = alone(bed, random_adapter(form, tiny_for(form).to(device), 1), _sequences(device, (9,))[0])
-    assert got.dtype == torch.bfloat16 and got.device.type == device
+    assert got.dtype == torch.bfloat16, f"on a bfloat16 base the logits are {got.dtype}"
+    assert got.device.type == device, f"on {device} the logits are on {got.device}"
     assert distance(got.float(), exact) < 0.15, f"off by {distance(got.float(), exact):.2f} in bfloat16"
 
 
@@ -138,27 +155,31 @@ def algebra(form: type[Modification], device: str) -> None:
         states = {tap: state.double() if state.is_floating_point() else state for tap, state in read.items()}
         change = _change(one, x, y, states)
         if one.additive:
-            assert not one.changes_input, "additive, yet it changes the input"
-            assert torch.equal(change, _change(one, x, torch.zeros_like(y), states)), (
-                "additive, yet it reads the output"
-            )
-        assert torch.allclose(_change(one.scaled(-0.3), x, y, states), -0.3 * change, rtol=1e-9, atol=1e-12), "scaled"
-        joined = form.join([one, two])
+            assert not one.changes_input, f"{path}: additive, yet it changes the input"
+            _same(change, _change(one, x, torch.zeros_like(y), states), f"{path}: additive, yet it reads the output")
+        _same(_change(call(one, "scaled", -0.3, site=path), x, y, states), -0.3 * change, f"{path}: scaled by -0.3")
+        joined = call(form, "join", [one, two], site=path)
         if joined is not None:
             stack = _change(Stack([one, two]), x, y, states)
-            assert torch.allclose(_change(joined, x, y, states), stack, rtol=1e-9, atol=1e-12), "join is not the stack"
+            _same(_change(joined, x, y, states), stack, f"{path}: join is not the stack")
         for members in ([one, None], [two, one]):
-            got, want = _change(form.rows(members), x, y, states), _change(Route(members), x, y, states)
-            assert torch.allclose(got, want, rtol=1e-9, atol=1e-12), "rows"
+            got, want = call(form, "rows", members, site=path), Route(members)
+            _same(_change(got, x, y, states), _change(want, x, y, states), f"{path}: rows are not each row's own")
+
+
+def _same(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
+    close = torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+    apart = "" if close else f"{what}: off by {(got - want).abs().max():.1e}, in a change of shape {tuple(want.shape)}"
+    assert close, apart
 
 
 def _change(
     modification: Modification, x: torch.Tensor, y: torch.Tensor, states: dict[Tap, torch.Tensor]
 ) -> torch.Tensor:
     step = Step(tapped=states.__getitem__)
-    into = modification.delta_in(x, step)
+    into = call(modification, "delta_in", x, step)
     x = x if into is None else x + into
-    out = modification.delta_out(x, y, step)
+    out = call(modification, "delta_out", x, y, step)
     return torch.zeros_like(y) if out is None else out
 
 
@@ -171,15 +192,18 @@ def composers(form: type[Modification], device: str) -> None:
     def as_(make: Callable[[Modification], Modification]) -> torch.Tensor:
         return alone(bed, {path: [make(parts[0])] for path, parts in adapter.items()}, sequence)
 
-    assert torch.equal(as_(lambda m: Stack([])), base)
-    assert distance(as_(lambda m: Mix([Scaled(m, 0.0)])), base) <= EXACT
-    for same in (
-        lambda m: Stack([m]),
-        lambda m: Mix([m]),
-        lambda m: Scaled(m, 1.0),
-        lambda m: Stack([Stack([m]), Mix([])]),
-    ):
-        assert distance(as_(same), own) <= EXACT
+    apart = distance(as_(lambda m: Stack([])), base)
+    assert apart == 0, f"an empty stack is not the base: off by {apart:.1e}"
+    apart = distance(as_(lambda m: Mix([Scaled(m, 0.0)])), base)
+    assert apart <= EXACT, f"a mix of 0*m is not the base: off by {apart:.1e}"
+    for words, same in {
+        "a stack of m alone": lambda m: Stack([m]),
+        "a mix of m alone": lambda m: Mix([m]),
+        "1*m": lambda m: Scaled(m, 1.0),
+        "a stack of m and nothing": lambda m: Stack([Stack([m]), Mix([])]),
+    }.items():
+        apart = distance(as_(same), own)
+        assert apart <= EXACT, f"{words} is not m: off by {apart:.1e}"
 
 
 def gradients(form: type[Modification], device: str) -> None:
@@ -209,4 +233,4 @@ def gradients(form: type[Modification], device: str) -> None:
         assert torch.allclose(gradient, checkpointed[name], rtol=1e-6, atol=1e-9), f"{name}: checkpointing changes it"
 
 
-LAWS = (stores, rows, decode, fold, save, dtype_and_device, algebra, composers, gradients)
+LAWS = (stores, widths, rows, decode, chunks, fold, save, dtype_and_device, algebra, composers, gradients)

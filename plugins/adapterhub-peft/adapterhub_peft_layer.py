@@ -151,6 +151,13 @@ class PeftLayer(Modification):
         if not (site.linear or site.embedding) or self.embedding != site.embedding:
             raise IncompatibleBase(f"this layer of type {self.type} is for another kind of site", "use its own base")
         self._make(site.outputs, site.inputs)
+        base = self.layer.base_layer
+        made_for = (
+            (base.embedding_dim, base.num_embeddings) if site.embedding else (base.out_features, base.in_features)
+        )
+        if made_for != (site.outputs, site.inputs):
+            wrong = f"a layer of type {self.type} of {made_for[1]} to {made_for[0]} at a site of {site.inputs} to {site.outputs}"
+            raise IncompatibleBase(wrong, "use its own base")
         whole, state = self.whole(), layer_state(self.layer)
         for key, name in self.names.items():  # VeRA's projections fit its largest layer, and each cuts out its own
             here, own = whole[key].shape, state[name].shape
@@ -160,7 +167,12 @@ class PeftLayer(Modification):
         tried = self.over(whole).to("cpu", torch.float32)
         tried._weight = torch.ones(site.outputs, site.inputs)  # zeros have no direction, which DoRA asks for
         with torch.no_grad():
-            if not tried.delta_out(some(site), some(site), Step()).isfinite().all():
+            try:
+                change = tried.delta_out(some(site), some(site), Step())
+            except RuntimeError as error:  # a projection that cannot be cut so
+                wrong = f"tensors of this layer of type {self.type} do not go together: {error}"
+                raise IncompatibleBase(wrong, "get the adapter again from its source") from None
+            if not change.isfinite().all():
                 raise IncompatibleBase(f"this layer of type {self.type} overflows", "train it again: other options")
 
     def bind(self, weight: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from adapterhub.contracts import make
 from adapterhub.errors import PluginError
 from adapterhub.method import Method, Stage
 
@@ -27,7 +28,7 @@ def staged(method: Method, config: Any) -> list[Stage]:
         if unknown := sorted(set(wanted) - values.keys()):
             raise PluginError(f"{what} names the option {unknown[0]!r}, which its method does not have", HINT)
         watch = _Watch(values.keys(), what)
-        stage = type(method)().stages(watched(config, watch.see))[n]
+        stage = make(type(method)).stages(watched(config, watch.see))[n]
         return stage, {name: values[name] for name in sorted(watch.close(wanted))}
 
     result = []

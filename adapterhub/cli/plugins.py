@@ -135,18 +135,25 @@ def _option(field: Field) -> tuple[str, str, str]:
 
 
 @app.command()
-def check(name: Part, as_json: Json = False) -> None:
+def check(
+    name: Part,
+    law: Annotated[str | None, typer.Option(metavar="NAME", help="Run this law alone, for example rows.")] = None,
+    site: Annotated[
+        str | None, typer.Option(metavar="ROLE", help="At sites of this role alone (query, ffn): forms and methods.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Run the laws over a part: what every part of its kind must keep.
 
-    Exit status 1 if it breaks one.
+    Exit status 1 if it breaks one; each failure is one line with the cause and the author's line.
 
     \b
     Example:
-      adapterhub plugins check loreft
+      adapterhub plugins check loreft --law rows --site block
     """
     from adapterhub.testing import check as run_laws
 
-    results = run_laws(name)
+    results = run_laws(name, law=law, role=site)
     if as_json:
         json_out({"name": name, "results": [asdict(result) for result in results]})
     else:

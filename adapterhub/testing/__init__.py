@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from traceback import walk_tb
 
 from adapterhub import plugins
-from adapterhub.errors import PluginError
+from adapterhub.boundary import author_line
+from adapterhub.errors import PluginError, UsageError
 
 
 @dataclass(frozen=True)
@@ -28,20 +30,33 @@ TRIED = ("forms", "methods", "objectives", "recipes", "schedules", "verifiers", 
 """The groups that have laws."""
 
 
-def check(name: str, device: str = "cpu") -> list[Result]:
-    """Every law over every installed part of that name (a package may bring a form and a method of one name).
+def check(name: str, device: str = "cpu", law: str | None = None, role: str | None = None) -> list[Result]:
+    """Try the laws over every installed part of that name (a package may bring a form and a method of one name).
 
-    Raises PluginError if nothing is installed under the name."""
+    law: this one alone; role: at sites of this role alone ("query"), for forms and methods.
+    Raises PluginError if nothing is installed under the name, UsageError for a law that none of them has and a role that the
+    tiny model has not, or where the part makes nothing."""
     groups = [group for group in TRIED if name in plugins.names(group)]
     if not groups:
         raise PluginError(f"no part with laws is named {name!r}", "see: adapterhub plugins list")
-    return [result for group in groups for result in check_part(group, name, device)]
+    if role is not None and not (groups := [group for group in groups if group in ("forms", "methods")]):
+        raise UsageError("a site's role is for forms and methods, whose laws run at sites", "leave --site out")
+    known = {one.__name__: None for group in groups for one in laws(group)}
+    if law is not None and law not in known:
+        raise UsageError(f"{name!r} has no law {law!r}", f"its laws: {', '.join(known)}")
+    return [result for group in groups for result in check_part(group, name, device, law, role)]
 
 
-def check_part(group: str, name: str, device: str = "cpu") -> list[Result]:
-    """Every law of its group over one installed part."""
+def check_part(
+    group: str, name: str, device: str = "cpu", law: str | None = None, role: str | None = None
+) -> list[Result]:
+    """Try the laws of its group over one installed part; law and role as of `check`."""
     part = plugins.load(group, name)
-    return [_tried(group, name, law, part, device) for law in laws(group)]
+    if role is not None:
+        from adapterhub.testing.role import only_at
+
+        part = only_at(part, role)
+    return [_tried(group, name, one, part, device) for one in laws(group) if law in (None, one.__name__)]
 
 
 def laws(group: str) -> tuple[Callable, ...]:
@@ -69,5 +84,18 @@ def _tried(group: str, name: str, law: Callable, part: type, device: str) -> Res
     except Declined as reason:
         return Result(group, name, law.__name__, "declined", str(reason))
     except Exception as error:  # whatever a part raises under a law is that law's failure, told in its table
-        return Result(group, name, law.__name__, "failed", f"{type(error).__name__}: {error}")
+        return Result(group, name, law.__name__, "failed", _detail(part, error))
     return Result(group, name, law.__name__, "passed")
+
+
+def _detail(part: type, error: Exception) -> str:
+    """The cause in one line, and the author's."""
+    words = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or "it says nothing"
+    if not isinstance(error, AssertionError):
+        words = f"{type(error).__name__}: {words}"
+    *_, (last, _) = walk_tb(error.__traceback__)
+    ours = last.f_globals.get("__name__", "").startswith(
+        "adapterhub.testing"
+    )  # the law speaks, and no line of the part's
+    line = author_line(part, None if ours and not getattr(error, "fault", None) else error)
+    return f"{words} ({line})" if line else words

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
 from torch import Tensor
 
@@ -11,6 +17,7 @@ from adapterhub.compress import site_errors
 from adapterhub.errors import CodecError, HubError
 from adapterhub.tensors import dump, load
 from adapterhub.testing.forms import Declined
+from adapterhub.testing.generators import untouched
 
 
 def sample(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -175,4 +182,54 @@ def hostile(codec: type[Codec], device: str) -> None:
             raise AssertionError(f"a damaged file gave {type(error).__name__}: {error}") from error
 
 
-LAWS = (kept, tolerance, smaller, deterministic, odd, hostile)
+def generators(codec: type[Codec], device: str) -> None:
+    """It leaves the global generators of python, numpy and torch alone."""
+    tensors = sample()
+    with untouched("encode"):
+        encoded = _encoded(codec, tensors)
+    with untouched("decode"):
+        codec().decode(load(dump(encoded)))
+
+
+FRESH = """
+import sys
+from importlib import import_module
+from pathlib import Path
+from adapterhub.tensors import dump, load
+module, name, folder = sys.argv[1:]
+codec, folder = import_module(module), Path(folder)
+for part in name.split("."):
+    codec = getattr(codec, part)
+(folder / "decoded").write_bytes(dump(codec().decode(load(folder / "encoded"))))
+(folder / "again").write_bytes(dump(codec().encode(load(folder / "sample"), codec.Config())))
+"""
+
+
+def fresh_process(codec: type[Codec], device: str) -> None:
+    """Another process, of another hash seed, decodes what this one encoded to the same bytes, and encodes to the same."""
+    if "<locals>" in codec.__qualname__:
+        raise Declined("a class inside of a function cannot be imported by another process")
+    tensors = sample()
+    encoded = _encoded(codec, tensors)
+    seed = "1" if os.environ.get("PYTHONHASHSEED") == "2" else "2"
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with TemporaryDirectory() as folder:
+        for name, named in (("sample", tensors), ("encoded", encoded)):
+            (Path(folder) / name).write_bytes(dump(named))
+        command = [sys.executable, "-c", FRESH, codec.__module__, codec.__qualname__, folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"in a fresh process it fails: {(done.stderr.splitlines() or ['no words'])[-1]}"
+        decoded, again = load(Path(folder) / "decoded"), (Path(folder) / "again").read_bytes()
+    here = codec().decode(load(dump(encoded)))
+    unlike = [
+        n for n in here.keys() | decoded.keys() if n not in here or n not in decoded or not _equal(here[n], decoded[n])
+    ]
+    assert not unlike, f"a fresh process decodes {min(unlike)} to something else: what it needs is not in the tensors"
+    assert again == dump(encoded), "a fresh process encodes to other bytes"
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+LAWS = (kept, tolerance, smaller, deterministic, odd, hostile, generators, fresh_process)

@@ -9,6 +9,7 @@ import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,10 @@ import torch
 from torch import Tensor
 
 from adapterhub import plugins
+from adapterhub.contracts import make
+from adapterhub.data import Data, Row
 from adapterhub.encoding import Example, grouped
+from adapterhub.errors import HubError
 from adapterhub.ingredients import DEFAULT, Ingredient, Ingredients
 from adapterhub.learner import Learner, seeded
 from adapterhub.method import Method
@@ -33,6 +37,7 @@ from adapterhub.runtime import Model
 from adapterhub.setting import Setting
 from adapterhub.stages import attach, given, planned, run
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
+from adapterhub.testing.generators import untouched
 from adapterhub.trainer import Schedule
 from adapterhub.verifier import Verifier
 
@@ -46,7 +51,7 @@ class _Tried(Ingredient):
     part: type | None = None
 
     def make(self) -> Any:
-        return self.part(self.config)
+        return make(self.part, self.config)
 
 
 def _made_of(part: type) -> Ingredients:
@@ -175,7 +180,9 @@ def rates(part: type[ParameterSchedule], device: str) -> None:
             draws = (random.Random(seeded(0, "round", number)) for _ in range(2))
             first, second = (dict(_made_of(part).schedule().rates(names, number, draw)) for draw in draws)
             assert first == second, "two draws of one seed differ"
-            assert first.keys() == names.keys() and all(0 <= rate < float("inf") for rate in first.values())
+            assert first.keys() == names.keys(), f"round {number} gives no rate to {min(names.keys() ^ first.keys())}"
+            wrong = [f"{name}: {rate}" for name, rate in first.items() if not 0 <= rate < float("inf")]
+            assert not wrong, f"round {number} gives rates that are none: {wrong[0]}"
             drawn.append(first)
         for name in names:
             stays = name not in made or torch.equal(made[name].cpu(), fresh[name])
@@ -184,22 +191,97 @@ def rates(part: type[ParameterSchedule], device: str) -> None:
 
 
 def verdicts(part: type[Verifier], device: str) -> None:
-    """The reference itself is right, nonsense is worth less, an empty answer no error; the same verdict again."""
-    verifier = part(plugins.options(part.Config, dict(part.example)))
-    for reference in ("42", "a=1; ans=8", "the answer is 3.5", "yes", "ärger = 7"):
+    """The reference itself is right, nonsense is worth less, an empty answer no error."""
+    verifier = make(part, plugins.options(part.Config, dict(part.example)))
+    for reference in REFERENCES:
         right, wrong, empty = (verifier.verify("p", reference, answer) for answer in (reference, "\x00~", ""))
         assert right.reward == 1, f"{reference!r} against itself: {right}"
         assert wrong.reward < 1 and empty.reward < 1, f"{reference!r}: {wrong}, {empty}"
-        assert verifier.verify("p", reference, reference) == right
         assert "\n" not in right.message + wrong.message + empty.message, "a message of several lines"
+
+
+REFERENCES = ("42", "a=1; ans=8", "the answer is 3.5", "yes", "ärger = 7")
+
+
+def twice(part: type[Verifier], device: str) -> None:
+    """Asked again, in another order or of another object, it gives the same verdict."""
+    config = plugins.options(part.Config, dict(part.example))
+    asked = [(reference, answer) for reference in REFERENCES for answer in (reference, "\x00~", "", "yes", "42")]
+    one, other = make(part, config), make(part, config)
+    first = {texts: one.verify("p", *texts) for texts in asked}
+    for texts in reversed(asked):
+        for again in (one.verify("p", *texts), other.verify("p", *texts)):
+            assert again == first[texts], f"{texts[1]!r} for {texts[0]!r} was {first[texts]}, and asked again {again}"
+
+
+def rows(part: type[Recipe], device: str) -> None:
+    """Two of its objects make the same of a file's rows and of examples, something, and leave what they get as it was."""
+    config = plugins.options(part.Config, dict(part.example))
+    for data in _files():
+        before = deepcopy(data)
+        try:
+            first, again = part(config).rows(data), part(config).rows(data)
+        except HubError:  # it does not read such rows
+            continue
+        assert first.rows, f"of {len(data.rows)} {data.kind!r} rows it leaves none"
+        assert first.rows == again.rows, f"two of its objects make unlike rows of the same {data.kind!r} rows"
+        assert data == before, f"it changed the {data.kind!r} rows in place"
+    setting = _setting(LoRA, device)
+    before = deepcopy(setting.examples)
+    first, again = (list(part(config).examples(setting.examples, setting)) for _ in range(2))
+    assert first, f"of {len(before)} examples it leaves none"
+    assert first == again, "two of its objects make unlike examples of the same ones"
+    assert list(setting.examples) == list(before), "it changed the examples in place"
+
+
+def _files() -> list[Data]:
+    """Eight rows of each kind."""
+    texts = [(f"{n} + {n} =", f" {2 * n}") for n in range(8)]
+    made = {
+        "prompt": [Row(n, prompt=p, completion=c) for n, (p, c) in enumerate(texts, 1)],
+        "text": [Row(n, completion=p + c) for n, (p, c) in enumerate(texts, 1)],
+        "messages": [
+            Row(n, messages=({"role": "user", "content": p}, {"role": "assistant", "content": c}))
+            for n, (p, c) in enumerate(texts, 1)
+        ],
+        "scored": [Row(n, prompt=p, completions=(c, " 0"), rewards=(1.0, -1.0)) for n, (p, c) in enumerate(texts, 1)],
+    }
+    return [Data(Path("rows.jsonl"), "sha256:" + 64 * "0", kind, tuple(rows)) for kind, rows in made.items()]
+
+
+def generators(part: type, device: str) -> None:
+    """It leaves the global generators of python, numpy and torch alone; what a schedule starts from may draw from torch's."""
+    if issubclass(part, Verifier):
+        with untouched("verify"):
+            make(part, plugins.options(part.Config, dict(part.example))).verify("p", "42", "41")
+        return
+    learner = _learner(part, device)
+    setting, batch = learner.setting, learner.setting.batch(learner.setting.examples[:4])
+    for one in (learner.objective, *learner.recipes):
+        with untouched("prepare"):
+            one.prepare(setting)
+    for one in learner.recipes:
+        with untouched("rows"):
+            one.rows(_files()[0])
+        with untouched("examples"):
+            one.examples(_examples(), setting)
+    with untouched("a step"):
+        learner(**batch)
+    names = {
+        name: site for name, site in zip(learner.setting.model.trainable_tensors(), setting.model.sites, strict=False)
+    }
+    with untouched("rates"):
+        learner.schedule.rates(names, 0, random.Random(0))
+    with untouched("start", "torch"):
+        learner.schedule.start(learner.parts(), given(setting.model, {}))
 
 
 KINDS: Mapping[str, type] = {
     "objectives": Objective, "recipes": Recipe, "schedules": ParameterSchedule, "verifiers": Verifier
 }  # fmt: skip
 LAWS: Mapping[str, tuple[Callable, ...]] = {
-    "objectives": (loss, moves, resume, base),
-    "recipes": (loss, moves, resume, base),
-    "schedules": (rates, moves, resume, base),
-    "verifiers": (verdicts,),
+    "objectives": (loss, moves, resume, base, generators),
+    "recipes": (rows, loss, moves, resume, base, generators),
+    "schedules": (rates, moves, resume, base, generators),
+    "verifiers": (verdicts, twice, generators),
 }

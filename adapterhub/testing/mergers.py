@@ -17,6 +17,7 @@ from adapterhub.mergers import Merger
 from adapterhub.modification import Modification
 from adapterhub.sites import Site
 from adapterhub.testing.forms import Declined
+from adapterhub.testing.generators import untouched
 
 SITE = Site("model.layers.0.self_attn.q_proj", "query", 24, 40, True)
 ROUNDING = 1e-5
@@ -38,14 +39,15 @@ def _same(got: Tensor, wanted: Tensor, what: str) -> None:
 
 
 def _adapters(seed: int) -> list[Modification]:
-    """One of every form that suits the site, random, bound to the base's weight; two scaled as LoRA (alpha / r) and as rsLoRA
+    """One of every built-in form that suits the site, random, bound to the base's weight; two scaled as LoRA (alpha / r) and as rsLoRA
     (alpha / sqrt r) scale."""
     torch.manual_seed(seed)
     down, up = torch.randn(8, SITE.inputs), torch.randn(SITE.outputs, 8)
     found: list[Modification] = [
         LowRank(down=down, up=up, scale=torch.tensor(scale)) for scale in (16 / 8, 16 / 8**0.5)
     ]
-    found += [m for form in plugins.names("forms") if (m := plugins.load("forms", form).random(SITE)) is not None]
+    ours = [name for name in plugins.names("forms") if plugins.distribution("forms", name).startswith("adapterhub ")]
+    found += [m for form in ours if (m := plugins.load("forms", form).random(SITE)) is not None]
     for modification in found:
         modification.bind(_base(SITE.path)[0])
     return found
@@ -139,4 +141,11 @@ def weighted_sum(merger: type[Merger], device: str) -> None:
                 _same(total, a - 0.5 * b, f"the {kind} of {one.form} - 0.5*{other.form}")
 
 
-LAWS = (itself, inputs_kept, order, scaling, weighted_sum)
+def generators(merger: type[Merger], device: str) -> None:
+    """It leaves the global generators of python, numpy and torch alone."""
+    deltas = _deltas()
+    with untouched("combine"):
+        _combine(merger, deltas, [1.0, 0.5, 0.25])
+
+
+LAWS = (itself, inputs_kept, order, scaling, weighted_sum, generators)

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import msgspec
 import torch
 
+from adapterhub import plugins
 from adapterhub.adapter import Modifications, forms_of, modifications_of
+from adapterhub.contracts import make
 from adapterhub.encoding import Example
+from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.ingredients import ingredients
 from adapterhub.method import Method
@@ -28,6 +33,7 @@ from adapterhub.stages import Planned, attach, given, measure, planned, run, tra
 from adapterhub.start import gating
 from adapterhub.testing.bed import distance, random_adapter, tiny_for, tiny_llama
 from adapterhub.testing.forms import Declined
+from adapterhub.testing.generators import watched
 from adapterhub.trainer import Schedule
 from adapterhub.watched import staged
 
@@ -38,14 +44,15 @@ RATES = (1e-2, 1e-1, 1.0)
 at the second, and what is a few numbers (offsets of a head) at the third."""
 
 
-def _plan(method: type[Method], lr: float = RATES[0]) -> list[Planned]:
-    """Its stages with default options, of STEPS steps each."""
-    config = method.Config()
-    stages = staged(method(), config)
+def _plan(method: type[Method], lr: float = RATES[0], config: Any = None, steps: int = STEPS) -> list[Planned]:
+    """Its stages (with default options where no config is given), of so many steps each."""
+    config = method.Config() if config is None else config
+    stages = staged(make(method), config)
     if method.weighs:
         stages = gating(stages, _children)
-    whole = Schedule(STEPS * len(stages), batch_size=4, lr=lr, warmup=0, seed=0, gradient_checkpointing=False)
-    return planned([replace(stage, share=1.0) for stage in stages], whole, 0, {}, {})
+    told = msgspec.to_builtins(asdict(config))
+    whole = Schedule(steps * len(stages), batch_size=4, lr=lr, warmup=0, seed=0, gradient_checkpointing=False)
+    return planned([replace(stage, share=1.0) for stage in stages], whole, 0, told, {})
 
 
 def _children() -> list[Modifications]:
@@ -170,4 +177,66 @@ def save(method: type[Method], device: str) -> None:
     assert apart <= 1e-6, f"the stored adapter is {apart:.1e} of the largest logit away from the trained one"
 
 
-LAWS = (start, learn, gradients, resume, save)
+def kept(method: type[Method], device: str) -> None:
+    """A stage, or a measurement, that another run left behind is taken only by one that would make the same: each option
+    varied by itself, a run beside what the default options left ends as one in a fresh hub."""
+    usual = _plan(method, steps=2)
+    if len(usual) == 1 and usual[0].stage.measurement is None:
+        return  # it leaves nothing behind
+    with TemporaryDirectory() as shared:
+        _outcome(method, usual, Path(shared), device)
+        for name, value in _variations(method.Config()):
+            try:
+                varied = _plan(method, config=plugins.options(method.Config, {name: value}), steps=2)
+                with TemporaryDirectory() as folder:
+                    fresh = _outcome(method, varied, Path(folder), device)
+            except UsageError:  # it does not go with the others
+                continue
+            beside = _outcome(method, varied, Path(shared), device)
+            unlike = [
+                n for n in fresh.keys() | beside.keys() if n not in fresh or not torch.equal(fresh[n], beside.get(n))
+            ]
+            assert not unlike, (
+                f"with {name}={value!r} it takes what the default options left, and {min(unlike)} is another: "
+                "the options of a stage or a measurement must name all that it reads"
+            )
+
+
+def _outcome(method: type[Method], plan: Sequence[Planned], folder: Path, device: str) -> dict[str, torch.Tensor]:
+    """What training ends with, beside what is kept in the folder."""
+    model = _bare(method, device)
+    made_of, _ = ingredients(None, (), None, {})
+    with TemporaryDirectory() as checkpoints:
+        run(plan, setting_of(model), made_of, Path(checkpoints), folder / "stages", None, "law")
+    return {name: tensor.detach().cpu() for name, tensor in named_tensors(model.new_modifications()).items()}
+
+
+def _variations(config: Any) -> Iterator[tuple[str, Any]]:
+    """Another value of each option that is a number, a switch, one of some words, or left out."""
+    for field in msgspec.inspect.type_info(type(config)).fields:
+        usual = getattr(config, field.name)
+        match usual:
+            case bool():
+                yield field.name, not usual
+            case int():
+                yield field.name, usual + 1
+            case float():
+                yield field.name, usual / 2 or 0.5
+            case None:
+                yield field.name, 2
+            case str() if isinstance(field.type, msgspec.inspect.LiteralType):
+                yield from ((field.name, other) for other in field.type.values if other != usual)
+
+
+def generators(method: type[Method], device: str) -> None:
+    """Its hooks leave the global generators of python and numpy alone. torch's is theirs: it is seeded before `build`."""
+    plan = []
+    for part in _plan(method, steps=2):
+        hooks = {name: getattr(part.stage, name) for name in ("build", "penalty", "after_step", "note", "finish")}
+        behind = {name: watched(name, function, "torch") for name, function in hooks.items()}
+        plan.append(replace(part, stage=replace(part.stage, **behind)))
+    with TemporaryDirectory() as folder:
+        _train(plan, _bare(method, device), Path(folder))
+
+
+LAWS = (start, learn, gradients, resume, save, kept, generators)

@@ -25,6 +25,7 @@ SAYS = {
     "lofit": "selected", "lt_sft": "random both", "levi": "always levi", "conv_adapter": "local pattern", "unified": "mam",
     "hft": "half rate", "layer_policy": "fresh top", "copg": "optimum", "canonical": "carried", "masked_thought": "masked 0.4",
     "corda": "kpm", "rft_ppo": "ppo", "response_only": "one-way", "cocktail": "mixed-general", "semantic_preserve": "weight-10 recall",
+    "compeft": "paper at 1", "linear_merge": "random taken off",
 }  # fmt: skip
 """What the scripts say of a word each."""
 

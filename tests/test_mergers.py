@@ -115,6 +115,14 @@ def test_ties_is_pefts_where_both_say_the_same():
     assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_votes_that_cancel_but_for_rounding_elect_nobody():
+    """0.1 + 0.2 and 0.3, which are not equal as floats; where one side has more, by however little, it wins."""
+    delta = torch.full((1, 3), 0.7)
+    deltas = [delta, delta, delta * torch.tensor([-1.0, -0.999, -1.001])]
+    found = Ties().combine(deltas, [0.1, 0.2, 0.3], Ties.Config(density=1.0))
+    assert found[0, 0] == 0 and torch.allclose(found[0, 1:], torch.tensor([0.15 * 0.7, -0.3 * 0.7 * 1.001]))
+
+
 def test_ties_of_one_is_itself_and_a_density_of_nothing_is_refused():
     delta = torch.randn(5, 5)
     assert torch.equal(Ties().combine([delta], [1.0], Ties.Config()), delta)

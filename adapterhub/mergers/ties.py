@@ -12,6 +12,9 @@ from adapterhub.errors import UsageError
 from adapterhub.magnitude import largest
 from adapterhub.mergers import Merger
 
+ROUNDING = 1e-12
+"""Sums of votes that differ by less than this part of them are equal: 0.1 + 0.2 - 0.3 is 6e-17 in floats, and no majority."""
+
 
 class Ties(Merger):
     """Each change keeps its largest entries; place by place the sign with the larger sum wins, and the mean of the
@@ -39,7 +42,8 @@ class Ties(Merger):
         votes = [
             weight * trimmed(delta, config.density).double() for delta, weight in zip(deltas, weights, strict=True)
         ]
-        elected = sum(votes).sign()
+        total, strength = sum(votes), sum(vote.abs() for vote in votes)
+        elected = torch.where(total.abs() > ROUNDING * strength, total.sign(), 0.0)
         agreeing = [torch.where(vote.sign() == elected, vote, 0.0) for vote in votes]
         voters = sum((vote != 0).double() for vote in agreeing)
         return (sum(agreeing) / voters.clamp(min=1)).to(deltas[0].dtype)

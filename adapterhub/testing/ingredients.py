@@ -195,8 +195,8 @@ def verdicts(part: type[Verifier], device: str) -> None:
     verifier = make(part, plugins.options(part.Config, dict(part.example)))
     for reference in REFERENCES:
         right, wrong, empty = (verifier.verify("p", reference, answer) for answer in (reference, "\x00~", ""))
-        assert right.reward == 1, f"{reference!r} against itself: {right}"
-        assert wrong.reward < 1 and empty.reward < 1, f"{reference!r}: {wrong}, {empty}"
+        assert right.right, f"{reference!r} against itself: {right}"
+        assert not wrong.right and not empty.right, f"{reference!r}: {wrong}, {empty}"
         assert "\n" not in right.message + wrong.message + empty.message, "a message of several lines"
 
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, TypeVar
 
 from adapterhub import ParameterSchedule, Site
@@ -93,7 +94,8 @@ def grouped(sites: Iterable[Site], key: Callable[[Site], T]) -> dict[T, list[Sit
 def drawn(groups: Sequence[Sequence[T]], ratio: float, draw: random.Random) -> set[T]:
     """`ratio` of what is in all groups, and of each as near to it as whole ones come. At random: who, which groups give
     one more, and whether a fraction that is left over at the end counts as one."""
-    shares = [ratio * len(group) for group in groups]
+    exact = Fraction(repr(ratio))  # as it was written: in floats 0.28 of 25 is a little more than 7
+    shares = [exact * len(group) for group in groups]
     least = [math.floor(share) for share in shares]
     total = math.floor(sum(shares)) + (draw.random() < sum(shares) % 1)
     between = [place for place, share in enumerate(shares) if share % 1]

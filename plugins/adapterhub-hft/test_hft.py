@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from adapterhub_hft import HFT
+from adapterhub_hft import HFT, drawn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -39,6 +39,15 @@ def trained(part, here, seed=0):
 
 def deep(layers):
     return select(sites(tiny_llama(num_hidden_layers=layers)), [*ATTENTION, *FFN, "norm", "embedding", "head"])
+
+
+def test_a_group_whose_share_is_whole_gives_just_that():
+    """0.28 of 25 is 7, in floats a little more; the five groups of 5, whose share is 1.4, give 1 or 2 and 7 in all."""
+    groups = [range(25), *(range(25 + 5 * n, 30 + 5 * n) for n in range(5))]
+    for seed in range(30):
+        taken = drawn(groups, 0.28, random.Random(seed))
+        counts = [len(taken & set(group)) for group in groups]
+        assert counts[0] == 7 and sum(counts) == 14 and set(counts[1:]) == {1, 2}
 
 
 @pytest.fixture

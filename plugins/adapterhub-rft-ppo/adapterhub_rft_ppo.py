@@ -180,7 +180,7 @@ class RFTPPO(Objective):
         verifier = plugins.load("verifiers", config.verifier)
         self.verifier = make(verifier, plugins.options(verifier.Config, dict(config.verifier_options), parse=False))
         own = ((e.prompt, e.completion, e.completion) for e in setting.examples)
-        if not any(self.verdict(*texts).reward == 1 for texts in own):
+        if not any(self.verdict(*texts).right for texts in own):
             first = setting.examples[0]
             raise UsageError(
                 f"{config.verifier} calls none of the data's own completions right; of line {first.line} it says: "
@@ -227,13 +227,14 @@ class RFTPPO(Objective):
         answers = [row[row != IGNORE].tolist() for row in labels]
         verdicts = [self.verdict(*texts) for texts in zip(prompts, references, answers, strict=True)]
         judged = torch.tensor([verdict.reward for verdict in verdicts], device=model.device)
+        right = torch.tensor([verdict.right for verdict in verdicts], device=model.device)
         with torch.no_grad():
             old, values = self.seen(answered)
         with model.without_new():
             rewards = -self.config.kl_coef * (old + token_losses(model, answered))
         rewards[torch.arange(len(rewards)), real.sum(1) - 1] += judged
         advantages = gae(rewards, values, real)
-        return Rollout(answered, judged == 1, old, values, whitened(advantages, real), advantages + values)
+        return Rollout(answered, right, old, values, whitened(advantages, real), advantages + values)
 
     def verdict(self, prompt: Sequence[int], reference: Sequence[int], answer: Sequence[int]) -> Verdict:
         """Of token ids, the end token left off."""

@@ -190,7 +190,7 @@ def test_self_training_learns_the_right_answers_and_the_datas_own():
     model = objective.setting.model
     own = np.mean([-np.mean(alone(model, e.prompt, e.completion)) for e in examples])
     assert objective.loss(batch, moment()).item() == pytest.approx(own / 2, abs=1e-4)  # none is right
-    objective.verifier.reward = 1.0
+    objective.verifier.reward = sum([0.1] * 10)  # 1, but for rounding
     loss = objective.loss(batch, moment(2)).item()
     rollout = objective.rollout
     answers = [rollout.batch["labels"][row, real].tolist() for row, real in enumerate(rollout.real)]
@@ -266,6 +266,21 @@ def test_without_any_reward_nothing_is_published(hub, tiny_folder, path, monkeyp
     monkeypatch.setattr(AnswerMatch, "reward", 0.0, raising=False)
     with pytest.raises(NoEffect):
         train(hub, tiny_folder, path, "me/x", steps=2, options={"rft_ppo.max_new_tokens": 4})
+
+
+class Tenths(AnswerMatch):
+    """Ten checks of a tenth each, which add up to 0.9999999999999999."""
+
+    def verify(self, prompt, reference, answer):
+        return Verdict(sum([0.1] * 10) if answer == reference else 0.9)
+
+
+def test_a_reward_that_is_1_but_for_rounding_is_right(monkeypatch):
+    load = plugins.load
+    monkeypatch.setattr(plugins, "load", lambda group, name: Tenths if group == "verifiers" else load(group, name))
+    objective, _, _ = prepared()
+    ids = objective.setting.model.tokenizer(["1", "2"])["input_ids"]
+    assert [objective.verdict(ids[0], ids[1], answer).right for answer in (ids[1], ids[0])] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ class Trial:
         read = ("embedding", "block", "attention", "query")
         reads = {(s.role, s.layer, s.part): s.path for s in world.sites.values() if s.role in read}
         self.reference = ByHand(world.base, self.tensors, columns, reads)
-        world.hub.resolve = cache(world.hub.resolve)  # it holds all it will: half of the time would go into asking it for names
+        world.hub.resolve = cache(
+            world.hub.resolve
+        )  # it holds all it will: half of the time would go into asking it for names
         self.model = world.hub.load(world.base)
         self._known = "nothing yet", None
         self.trained = ""

@@ -9,16 +9,24 @@ of it. `delta_in` keeps that ("seen") for `delta_out`; `weight_in` and `weight_o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapterhub import lanes as of_lanes
 from adapterhub.errors import NotFoldable
+from adapterhub.form_contracts import call
 from adapterhub.lanes import BARE, Lane
 from adapterhub.modification import Modification, Step, Tap
 from adapterhub.sites import Columns
 from adapterhub.weight_change import Change, Entry, added, in_turn, multiplied, plus, summed, through
+
+
+def _any(name: str) -> property:
+    """Whether any of the parts says so of itself."""
+    return property(lambda self: any(getattr(part, name) for part in self.parts))
 
 
 class Composite(Modification):
@@ -28,25 +36,12 @@ class Composite(Modification):
         super().__init__()
         self.parts = list(parts)
 
+    stateful, bidirectional = _any("stateful"), _any("bidirectional")
+    changes_input, changes_output = _any("changes_input"), _any("changes_output")
+
     @property
     def additive(self) -> bool:
         return all(part.additive for part in self.parts)
-
-    @property
-    def stateful(self) -> bool:
-        return any(part.stateful for part in self.parts)
-
-    @property
-    def bidirectional(self) -> bool:
-        return any(part.bidirectional for part in self.parts)
-
-    @property
-    def changes_input(self) -> bool:
-        return any(part.changes_input for part in self.parts)
-
-    @property
-    def changes_output(self) -> bool:
-        return any(part.changes_output for part in self.parts)
 
     @property
     def folds(self) -> bool:
@@ -90,23 +85,27 @@ class Scaled(Weighed):
         self.weight = weight
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        change = self.parts[0].delta_in(x, step.child(0))
+        change = _ask(self.parts[0], "delta_in", x, step.child(0))
         step.kept["seen"] = plus(x, change)  # its own change, whole
         return _times(change, self.weight)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
         seen = step.kept.get("seen", x)
-        return _times(self.parts[0].delta_out(seen, y, step.child(0)), self.weight)
+        return _times(_ask(self.parts[0], "delta_out", seen, y, step.child(0)), self.weight)
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
         # At full weight it is its part, whatever that is: one that changes both ends, too.
-        return self.parts[0].delta_weight(weight, bias) if self.weight == 1 else super().delta_weight(weight, bias)
+        return (
+            _ask(self.parts[0], "delta_weight", weight, bias)
+            if self.weight == 1
+            else super().delta_weight(weight, bias)
+        )
 
     def weight_in(self, weight: Tensor) -> Change:
-        return multiplied(self.parts[0].weight_in(weight), self.weight)
+        return multiplied(_ask(self.parts[0], "weight_in", weight), self.weight)
 
     def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
-        return multiplied(self.parts[0].weight_out(enter, weight, bias), self.weight)
+        return multiplied(_ask(self.parts[0], "weight_out", enter, weight, bias), self.weight)
 
     @property
     def advance(self) -> int:
@@ -126,7 +125,7 @@ class Stack(Composite):
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
         total, seen = None, {}
         for i in reversed(range(len(self.parts))):
-            total = plus(total, self.parts[i].delta_in(plus(x, total), step.child(i)))
+            total = plus(total, _ask(self.parts[i], "delta_in", plus(x, total), step.child(i)))
             seen[i] = plus(x, total)  # what the parts inside of it add, it does not see
         step.kept["seen"] = seen
         return total
@@ -134,21 +133,21 @@ class Stack(Composite):
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
         seen, total = step.kept.get("seen", {}), None
         for i, part in enumerate(self.parts):
-            change = part.delta_out(seen.get(i, x), y, step.child(i))
+            change = _ask(part, "delta_out", seen.get(i, x), y, step.child(i))
             y, total = plus(y, change), plus(total, change)
         return total
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
-        return in_turn([part.delta_weight for part in self.parts], weight, bias)
+        return in_turn([partial(_ask, part, "delta_weight") for part in self.parts], weight, bias)
 
     def weight_in(self, weight: Tensor) -> Change:
-        return in_turn([lambda w, _, part=part: part.weight_in(w) for part in self.parts], weight, None)
+        return in_turn([lambda w, _, part=part: _ask(part, "weight_in", w) for part in self.parts], weight, None)
 
     def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
         def change(i: int):
             outer = Stack(self.parts[i + 1 :])  # what has changed the input before it comes to this part
             inner = through(outer.weight_in, enter) if outer.changes_input else enter
-            return lambda w, b: self.parts[i].weight_out(inner, w, b)
+            return lambda w, b: _ask(self.parts[i], "weight_out", inner, w, b)
 
         return in_turn(map(change, range(len(self.parts))), weight, bias)
 
@@ -166,24 +165,24 @@ class Mix(Weighed):
     Of parts that change the input this is the first-order sum: there is one y, that of the input with all their changes."""
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        changes = [part.delta_in(x, step.child(i)) for i, part in enumerate(self.parts)]
+        changes = [_ask(part, "delta_in", x, step.child(i)) for i, part in enumerate(self.parts)]
         step.kept["seen"] = {i: plus(x, change) for i, change in enumerate(changes)}
         return _sum(changes)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
         seen = step.kept.get("seen", {})
-        return _sum(part.delta_out(seen.get(i, x), y, step.child(i)) for i, part in enumerate(self.parts))
+        return _sum(_ask(part, "delta_out", seen.get(i, x), y, step.child(i)) for i, part in enumerate(self.parts))
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
         if len(self.parts) == 1:
-            return self.parts[0].delta_weight(weight, bias)
+            return _ask(self.parts[0], "delta_weight", weight, bias)
         return super().delta_weight(weight, bias)
 
     def weight_in(self, weight: Tensor) -> Change:
-        return summed(part.weight_in(weight) for part in self.parts)
+        return summed(_ask(part, "weight_in", weight) for part in self.parts)
 
     def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
-        return summed(part.weight_out(enter, weight, bias) for part in self.parts)
+        return summed(_ask(part, "weight_out", enter, weight, bias) for part in self.parts)
 
     @property
     def advance(self) -> int:
@@ -210,21 +209,21 @@ class Inside(Composite):
         self.parts[0].bind(None if weight is None else weight[self.columns.to(weight.device)])
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        return self.parts[0].delta_in(x, step)
+        return _ask(self.parts[0], "delta_in", x, step)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
         columns = self.columns = self.columns.to(y.device)
-        change = self.parts[0].delta_out(x, y[..., columns], step)
+        change = _ask(self.parts[0], "delta_out", x, y[..., columns], step)
         return None if change is None else torch.zeros_like(y).index_copy(-1, columns, change.to(y.dtype))
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
-        return self._spread(weight, bias, self.parts[0].delta_weight)
+        return self._spread(weight, bias, partial(_ask, self.parts[0], "delta_weight"))
 
     def weight_in(self, weight: Tensor) -> Change:
-        return self.parts[0].weight_in(weight)
+        return _ask(self.parts[0], "weight_in", weight)
 
     def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
-        return self._spread(weight, bias, lambda w, b: self.parts[0].weight_out(enter, w, b))
+        return self._spread(weight, bias, lambda w, b: _ask(self.parts[0], "weight_out", enter, w, b))
 
     def _spread(self, weight: Tensor, bias: Tensor | None, change) -> Change:
         columns = self.columns.to(weight.device)
@@ -262,10 +261,10 @@ class Route(Composite):
         return self.weight_in(weight)
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        return self._scatter(x, lambda part, rows, step: part.delta_in(x[rows], step), step)
+        return self._scatter(x, lambda part, rows, step: _ask(part, "delta_in", x[rows], step), step)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
-        return self._scatter(y, lambda part, rows, step: part.delta_out(x[rows], y[rows], step), step)
+        return self._scatter(y, lambda part, rows, step: _ask(part, "delta_out", x[rows], y[rows], step), step)
 
     def _scatter(self, like: Tensor, change, step: Step) -> Tensor | None:
         total = None
@@ -276,6 +275,11 @@ class Route(Composite):
                 total = torch.zeros_like(like) if total is None else total
                 total = total.index_add(0, rows, value.to(total.dtype))
         return total
+
+
+def _ask(part: Modification, hook: str, *given: Any) -> Any:
+    """What a part answers; a form's answer, anybody's, is checked, and compositions pass on what was."""
+    return getattr(part, hook)(*given) if isinstance(part, Composite) else call(part, hook, *given)
 
 
 def _a_weight(part: Modification) -> bool:

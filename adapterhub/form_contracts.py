@@ -70,6 +70,14 @@ def _delta_weight(result: Any, weight: Any, bias: Any) -> tuple[Tensor | None, T
     return of_weight, of_bias
 
 
+def _weight_in(result: Any, weight: Any) -> tuple[Tensor | None, Tensor | None]:
+    return _delta_weight(result, weight, None)
+
+
+def _weight_out(result: Any, enter: Any, weight: Any, bias: Any) -> tuple[Tensor | None, Tensor | None]:
+    return _delta_weight(result, weight, bias)
+
+
 def _modification(result: Any, *given: Any) -> Any:
     if not isinstance(result, Modification):
         raise Wrong(f"a Modification was expected, this is {_shown(result)}")
@@ -103,6 +111,8 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "delta_out": _delta_out,
     "lanes": _lanes,
     "delta_weight": _delta_weight,
+    "weight_in": _weight_in,
+    "weight_out": _weight_out,
     "scaled": _modification,
     "join": _modification_or_none,
     "rows": _modification,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from transformers.pytorch_utils import Conv1D
 
-from adapterhub.errors import BatchError, NotFoldable
+from adapterhub.boundary import guard
+from adapterhub.errors import BatchError, NotFoldable, PluginError
 from adapterhub.forward import Forward, current, plan_at
 from adapterhub.modification import Modification
 from adapterhub.weights import compute_dtype, matrix
@@ -113,19 +114,20 @@ def _changed(
         )
     modification = modification.to(x.device, x.dtype if x.is_floating_point() else compute_dtype(module))
     if modification.folds and torch.is_grad_enabled():
-        y = _through_weight(module, modification, x)
+        y = _through_weight(module, path, modification, x)
         if y is not None:
             _remember(now, path, y)
             return y
     step, scale = now.step(path, modification), getattr(module, "embed_scale", None)
-    if modification.changes_input and (change := modification.delta_in(rows, step)) is not None:
+    if modification.changes_input and (change := _asked(path, modification, "delta_in", rows, step)) is not None:
         rows = rows + change
         x = rows.flatten(0, 1) if flat else rows
         args, kwargs = (args, {**kwargs, key: x}) if key else ((x, *args[1:]), kwargs)
     output = _run(module, args, kwargs)
     y = output[0] if isinstance(output, tuple) else output
     seen = y if scale is None else y / scale  # Gemma's embedding multiplies what it looks up: ours is the look-up
-    change = modification.delta_out(rows, seen.unflatten(0, now.shape) if flat else seen, step)
+    seen = seen.unflatten(0, now.shape) if flat else seen
+    change = _asked(path, modification, "delta_out", rows, seen, step)
     if change is None:
         if modification.changes_input or path in now.memories:
             _remember(now, path, y)
@@ -134,6 +136,15 @@ def _changed(
     y = y + (change if scale is None else change * scale).to(y.dtype)
     _remember(now, path, y)
     return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def _asked(path: str, modification: Modification, hook: str, *given):
+    """What a modification answers. What a form in it does wrong is said with the site."""
+    try:
+        return getattr(modification, hook)(*given)
+    except PluginError:
+        with guard(modification, hook, path):
+            raise
 
 
 def _flattened(path: str, now: Forward, x: Tensor) -> bool:
@@ -150,7 +161,7 @@ def _remember(now: Forward, path: str, y: Tensor) -> None:
         now.largest[path] = y.detach().abs().amax() if y.numel() else y.new_zeros(())
 
 
-def _through_weight(module: nn.Module, modification: Modification, x: Tensor) -> Tensor | None:
+def _through_weight(module: nn.Module, path: str, modification: Modification, x: Tensor) -> Tensor | None:
     """What the module puts out with the weight that the modification makes of its own, in the graph: a change that trains
     (dense, sparse) is cheaper so than beside the module. None if that is not the same."""
     own = type(module).forward
@@ -162,7 +173,7 @@ def _through_weight(module: nn.Module, modification: Modification, x: Tensor) ->
     if weight is None:
         return None
     try:
-        weight_change, bias_change = modification.delta_weight(weight, bias)
+        weight_change, bias_change = _asked(path, modification, "delta_weight", weight, bias)
     except NotFoldable:
         return None
     weight = weight if weight_change is None else weight + weight_change

@@ -17,6 +17,7 @@ from adapterhub.expression import Ensemble, Node, Ref, Scale
 from adapterhub.expression import Gate as GateNode
 from adapterhub.expression import Mix as MixNode
 from adapterhub.expression import Stack as StackNode
+from adapterhub.form_contracts import call
 from adapterhub.forward import Plan
 from adapterhub.gate import Gate
 from adapterhub.modification import Modification
@@ -155,10 +156,10 @@ def leaves(modification: Modification) -> Iterator[Tensor]:
 def batched(rows: Sequence[Modifications], join: bool) -> dict[str, Modification]:
     """One modification a site for a batch whose row i runs rows[i]. Rows that run the same are the same object."""
     paths = dict.fromkeys(path for parts in rows for path in parts)
-    return {path: _batched_at([parts.get(path, []) for parts in rows], join) for path in paths}
+    return {path: _batched_at(path, [parts.get(path, []) for parts in rows], join) for path in paths}
 
 
-def _batched_at(rows: Sequence[list[Modification]], join: bool) -> Modification:
+def _batched_at(path: str, rows: Sequence[list[Modification]], join: bool) -> Modification:
     """The k-th of every row together, form by form, so that each row keeps its order."""
     if all(row is rows[0] for row in rows):
         return Stack(rows[0])
@@ -167,7 +168,7 @@ def _batched_at(rows: Sequence[list[Modification]], join: bool) -> Modification:
         column = [row[k] if k < len(row) else None for row in rows]
         for kind in dict.fromkeys(type(part) for part in column if part is not None):
             members = [part if type(part) is kind else None for part in column]
-            steps.append(kind.rows(members) if join else Route(members))
+            steps.append(call(kind, "rows", members, site=path) if join else Route(members))
     return Stack(steps)
 
 
@@ -176,7 +177,7 @@ def _joined(parts: Iterable[Modification], join: bool) -> list[Modification]:
     result: list[Modification] = []
     for part in parts:
         alike = join and result and type(part) is type(result[-1])
-        together = type(part).join([result[-1], part]) if alike else None
+        together = call(type(part), "join", [result[-1], part]) if alike else None
         if together is None:
             result.append(part)
         else:
@@ -186,7 +187,7 @@ def _joined(parts: Iterable[Modification], join: bool) -> list[Modification]:
 
 def _scaled(parts: list[Modification], weight: float, join: bool) -> list[Modification]:
     if join and all(part.additive for part in parts):  # then scaling distributes
-        return [part.scaled(weight) for part in parts]
+        return [call(part, "scaled", weight) for part in parts]
     return [Scaled(Stack(parts), weight)]
 
 

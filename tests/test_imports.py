@@ -73,7 +73,7 @@ MAY = {
     "lanes": "errors",
     "weight_change": "",
     "modification": "errors lanes sites weight_change composers",
-    "composers": "errors lanes modification sites weight_change",
+    "composers": "errors form_contracts lanes modification sites weight_change",
 }
 """What a module (or package) may import of ours, inside functions too."""
 

@@ -132,10 +132,14 @@ def author_line(part: object, error: BaseException | None = None, function: Call
 
 
 def _class_line(kind: type) -> str:
-    """Where the first of its own functions begins: a class itself remembers no line."""
-    own = [value.__code__ for value in vars(kind).values() if hasattr(value, "__code__")]
-    first = min(own, key=lambda code: code.co_firstlineno, default=None)
-    return "" if first is None else _place(kind.__module__, first, first.co_firstlineno)
+    """Where the first of a class's own functions begins, or of the nearest class of its package: a class remembers no line."""
+    for cls in (cls for cls in kind.__mro__ if _package(cls) == _package(kind)):
+        functions = [getattr(value, "__func__", value) for value in vars(cls).values()]
+        own = [f for f in functions if hasattr(f, "__code__") and f.__module__ == cls.__module__]
+        if own:
+            first = min(own, key=lambda function: function.__code__.co_firstlineno).__code__
+            return _place(cls.__module__, first, first.co_firstlineno)
+    return ""
 
 
 def _place(module: str, code: CodeType, line: int) -> str:

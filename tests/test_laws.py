@@ -16,7 +16,7 @@ DECLINED = {
     ("forms", "low_rank"): set(),
     ("forms", "peft"): set(),
     ("forms", "prefix"): {"fold"},
-    ("forms", "soft_mixture"): {"decode", "fold"},
+    ("forms", "soft_mixture"): {"decode", "chunks", "fold"},
     ("forms", "sparse"): set(),
     ("forms", "subspace"): {"fold"},
     ("methods", "bitfit"): set(),

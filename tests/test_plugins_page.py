@@ -51,7 +51,8 @@ def test_parts_on_the_page_keep_the_laws(group, name):
             law(scope[name.capitalize()], "cpu")
         except Declined:
             declined.append(law.__name__)
-    assert declined == (["weighted_sum"] if group == "mergers" else [])
+    # a class made by exec, as here, cannot be imported by another process
+    assert declined == {"mergers": ["weighted_sum"], "codecs": ["fresh_process"]}.get(group, [])
 
 
 @pytest.mark.parametrize("group", TRIED)

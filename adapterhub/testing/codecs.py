@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -207,8 +208,12 @@ for part in name.split("."):
 
 def fresh_process(codec: type[Codec], device: str) -> None:
     """Another process, of another hash seed, decodes what this one encoded to the same bytes, and encodes to the same."""
-    if "<locals>" in codec.__qualname__:
-        raise Declined("a class inside of a function cannot be imported by another process")
+    try:
+        importable = attrgetter(codec.__qualname__)(sys.modules[codec.__module__]) is codec
+    except (KeyError, AttributeError):
+        importable = False
+    if not importable:
+        raise Declined("it is not a class that another process can import from its module")
     tensors = sample()
     encoded = _encoded(codec, tensors)
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "2" else "2"

@@ -5,14 +5,15 @@ at times +2 or +3) or backward, and says each in one of 4 words of its language.
 `backward`, or `any` (forward in four of five). Three languages are common and mixed within sentences at times; the fourth is rare.
 
 Whatever decides the weights stands in this file, so its digest (`recipe`) names the bed: docs/papers.md says of every row on
-which bed it was made, and the rows are to be made anew when this file is changed. The weights have a digest of their own, since another
-kind of processor or another torch rounds otherwise: after 2,500 steps that is another model.
+which bed it was made, and the rows are to be made anew when this file is changed. The weights have a digest of their own, since a torch
+of another version, or for another kind of processor (`made_with`), rounds otherwise: after 2,500 steps that is another model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -73,6 +74,12 @@ def recipe() -> str:
     return hashlib.sha256(Path(__file__).read_text(encoding="utf-8").encode()).hexdigest()
 
 
+def made_with() -> str:
+    """What else decides how the weights are rounded."""
+    versions = [f"{name} {version(name).partition('+')[0]}" for name in ("torch", "transformers")]
+    return ", ".join([*versions, torch.backends.cpu.get_cpu_capability()])
+
+
 def weights(folder: Path) -> str:
     """The sha256 of a model's weights, as their file has them."""
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -83,7 +90,8 @@ def _cached(name: str, steps: int, width: int, peak: float, seed: int) -> Path:
     from adapterhub import durable
     from adapterhub.bases import cache_folder
 
-    folder = cache_folder() / f"papers-{name}-{steps}-{recipe()[:8]}"
+    key = hashlib.sha256(f"{recipe()} {made_with()}".encode()).hexdigest()[:8]
+    folder = cache_folder() / f"papers-{name}-{steps}-{key}"
     if not folder.is_dir():
         words, threads = tokenizer(), torch.get_num_threads()
         torch.set_num_threads(1)  # how many threads share a sum may decide how it is rounded
@@ -95,7 +103,7 @@ def _cached(name: str, steps: int, width: int, peak: float, seed: int) -> Path:
         with durable.new_folder(folder) as made:
             model.save_pretrained(made)
             words.save_pretrained(made)
-    print(f"bed: {name}, {steps} steps, recipe {recipe()[:8]}, weights {weights(folder)[:8]}", flush=True)
+    print(f"bed {weights(folder)[:8]}: {name}, {steps} steps, recipe {recipe()[:8]}, {made_with()}", flush=True)
     return folder
 
 

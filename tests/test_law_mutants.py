@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adapterhub import plugins
+from adapterhub.cli.app import execute
 from adapterhub.errors import IncompatibleBase
 from adapterhub.forms.bottleneck import Bottleneck
 from adapterhub.forms.low_rank import LowRank
@@ -312,3 +313,21 @@ def test_no_failure_is_without_words():
 
 def test_a_strange_form_in_the_environment_fails_no_merger(loud):
     assert {r.verdict for r in check_part("mergers", "linear")} == {"passed"}
+
+
+@pytest.mark.parametrize(("line", "says", "hint"), [
+    ("lora --law stat", "'lora' has no law 'stat'", "its laws: start, learn, gradients, resume, save, kept, generators"),
+    ("low_rank --site nose", "the laws' tiny model has no site of the role 'nose'", "its roles: attention, attention_output,"),
+    ("prefix --site query", "the form 'prefix' suits no site of the role 'query'", "it suits: attention"),
+    ("svd --site query", "a site's role is for forms and methods", "leave --site out"),
+])  # fmt: skip
+def test_the_command_knows_its_laws_and_roles(capsys, line, says, hint):
+    name = line.partition(" ")[0]
+    assert execute(["plugins", "check", *line.split()]) == 2, name
+    error = capsys.readouterr().err
+    assert f"error: {says}" in error and f"hint: {hint}" in error
+
+
+def test_the_command_tries_one_law_at_one_role(capsys):
+    assert execute(["plugins", "check", "affine", "--law", "stores", "--site", "value"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()][1:] == [["forms", "stores", "passed"]]

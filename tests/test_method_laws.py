@@ -31,12 +31,14 @@ class Forgetful(LoRA):
             part.up.zero_()
 
 
+class Spare(LowRank):
+    stores = (*LowRank.stores, "spare")
+
+
 class Unused(LoRA):
     def build(self, sites, config):
         parts = super().build(sites, config)
-        for part in parts.values():
-            part.tensors["spare"] = torch.zeros(3)
-        return parts
+        return {path: Spare(**part.tensors, spare=torch.zeros(3)) for path, part in parts.items()}
 
 
 class Bound(LowRank):

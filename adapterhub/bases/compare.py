@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adapterhub.bases.sketch import unpack
+from adapterhub.formats.safetensors_header import read_layout
 
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 """The unit roundoff: how far, relatively, a value moves at most when it is rounded to the type."""
@@ -61,15 +62,16 @@ def one_thread() -> Iterator[None]:
 @one_thread()
 def compare_sketches(recorded: bytes, current: bytes) -> Verdict:
     """What the model sketched as `current` is to the one sketched as `recorded`."""
+    equal = recorded == current
+    headers = [read_layout(sketch) for sketch in ((recorded,) if equal else (recorded, current))]
+    if unknown := {name for header in headers for name, entry in header.items() if 0 in entry.shape}:
+        return Verdict(
+            "another", math.inf, f"the numbers of its {min(unknown)} are not known, so they cannot be compared"
+        )
+    if equal:
+        return Verdict("same", 0.0, "equal")
     structure, rows = unpack(recorded)
     other_structure, other_rows = unpack(current)
-    both = {**rows, **other_rows}
-    if unknown := min(
-        (name for name in both if not (rows.get(name, both[name]).numel() and both[name].numel())), default=""
-    ):
-        return Verdict("another", math.inf, f"the numbers of its {unknown} are not known, so they cannot be compared")
-    if recorded == current:
-        return Verdict("same", 0.0, "equal")
     if structure != other_structure:
         return Verdict("another", math.inf, _first_difference(json.loads(structure), json.loads(other_structure)))
     shapes = json.loads(structure)

@@ -112,7 +112,7 @@ class Scaled(Weighed):
         return of_lanes.whole(self.parts[0].advance, self.weight)
 
     def lanes(self) -> tuple[Lane, ...]:
-        return of_lanes.gathered([Lane(1 - self.weight), *of_lanes.weighed(self.parts[0].lanes(), self.weight)])
+        return of_lanes.gathered([Lane(1 - self.weight), *of_lanes.weighed(_ask(self.parts[0], "lanes"), self.weight)])
 
     def scaled(self, weight: float) -> Scaled:
         return Scaled(self.parts[0], self.weight * weight)
@@ -155,7 +155,7 @@ class Stack(Composite):
         """Memories side by side: each lane of one with each of the others."""
         lanes = BARE
         for part in self.parts:
-            lanes = [Lane(a.weight * b.weight, a.memories + b.memories) for a in lanes for b in part.lanes()]
+            lanes = [Lane(a.weight * b.weight, a.memories + b.memories) for a in lanes for b in _ask(part, "lanes")]
         return of_lanes.gathered(lanes)
 
 

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from adapterhub.bases import default_device
 from adapterhub.boundary import out_of_memory
-from adapterhub.errors import HubError
+from adapterhub.errors import HubError, UsageError
+
+
+def default_device(text: str | torch.device = "auto") -> torch.device:
+    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:n`. Raises UsageError for a device that is not there."""
+    text = str(text)
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise UsageError(f"unknown device {text!r}", "use auto, cpu, cuda or cuda:0")
+    device = torch.device(text)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(
+            f"there is no device {text}: this machine has {count} CUDA devices", "use --device auto or cpu"
+        )
+    return device
 
 
 def precision(dtype: str, device: str) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from adapterhub.adapter import Modifications
 from adapterhub.composers import Stack
 from adapterhub.errors import NotFoldable
+from adapterhub.form_contracts import call
 from adapterhub.weights import compute_device, computes, matrix, stored, unlike, widths
 
 
@@ -36,7 +37,7 @@ def fold(base: nn.Module, parts: Modifications) -> None:
         wide = torch.promote_types(own.dtype, torch.float32)
         bias = getattr(module, "bias", None)
         weight, bias = own.to(wide), None if bias is None else bias.to(wide)
-        weight_change, bias_change = Stack(here).to(dtype=wide).delta_weight(weight, bias)
+        weight_change, bias_change = call(Stack(here).to(dtype=wide), "delta_weight", weight, bias, site=path)
         if weight_change is not None:
             folded.append((own, (weight + weight_change).to(own.dtype)))
         if bias_change is None:

@@ -120,7 +120,7 @@ def _changed(
             return y
     step, scale = now.step(path, modification), getattr(module, "embed_scale", None)
     if modification.changes_input and (change := _asked(path, modification, "delta_in", rows, step)) is not None:
-        rows = rows + change
+        rows = rows + change.to(rows.dtype)
         x = rows.flatten(0, 1) if flat else rows
         args, kwargs = (args, {**kwargs, key: x}) if key else ((x, *args[1:]), kwargs)
     output = _run(module, args, kwargs)

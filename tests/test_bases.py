@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterhub import bases
+from adapterhub.device import default_device
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
 
 
@@ -194,13 +195,13 @@ def test_shards(tiny_model, tmp_path):
 
 
 def test_devices():
-    assert bases.default_device("cpu") == torch.device("cpu")
-    assert bases.default_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert default_device("cpu") == torch.device("cpu")
+    assert default_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for text in ("gpu", "cuda:x", "cuda0", "mps:1", ""):
         with pytest.raises(UsageError, match="unknown device"):
-            bases.default_device(text)
+            default_device(text)
     with pytest.raises(UsageError, match="no device cuda:99"):
-        bases.default_device("cuda:99")
+        default_device("cuda:99")
 
 
 def test_cache_folder(monkeypatch, tmp_path):

@@ -161,24 +161,6 @@ def _download(repo: str) -> Path:
     )  # fmt: skip
 
 
-def default_device(text: str | torch.device = "auto") -> torch.device:
-    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:n`. Raises UsageError for a device that is not there."""
-    import torch
-
-    text = str(text)
-    if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise UsageError(f"unknown device {text!r}", "use auto, cpu, cuda or cuda:0")
-    device = torch.device(text)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UsageError(
-            f"there is no device {text}: this machine has {count} CUDA devices", "use --device auto or cpu"
-        )
-    return device
-
-
 def skeleton(resolved: ResolvedBase) -> PreTrainedModel:
     """The model without its weights (on the meta device): widths and names only. No code from the folder runs.
 
@@ -221,6 +203,8 @@ def load_model(
 
     if isinstance(dtype, str) and dtype not in ("float32", "bfloat16", "float16", "auto"):
         raise UsageError(f"unknown dtype {dtype!r}", "use float32, bfloat16, float16, auto or stored")
+    from adapterhub.device import default_device
+
     device = default_device(device)
     how = quantised(resolved.folder)
     for file in weight_files(resolved.folder):

@@ -81,7 +81,7 @@ class Attachment:
                     root.register_forward_hook(_after_model, with_kwargs=True)
             if plan.attending:
                 attention.use(self.base)
-            for path in wanted - set(self.paths.values()):
+            for path in sorted(wanted - set(self.paths.values())):
                 module = self.base.get_submodule(path)
                 hooks.place(module)
                 self.paths[module] = path

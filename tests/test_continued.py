@@ -90,8 +90,14 @@ def test_two_loads_give_one_order(folder):
         assert names == sorted(names) and parameters == [name for name in names if name in parameters]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("how", "points"), [("continue", POINTS), ("on", "3,mark"), ("further", "3,mark")])
+@pytest.mark.parametrize(
+    ("how", "points"),
+    [
+        pytest.param("continue", POINTS, marks=pytest.mark.slow),
+        pytest.param("on", "3,mark", marks=pytest.mark.long),
+        pytest.param("further", "3,mark", marks=pytest.mark.long),
+    ],
+)
 def test_sigkill_at_five_points_of_every_form(folder, how, points):
     labels = list(FORMS)
     made = folder(labels)

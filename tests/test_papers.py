@@ -86,7 +86,7 @@ def test_every_row_names_the_bed_it_was_made_on():
     assert [text.partition(" ")[0] for text in on_another_bed(other, bed.recipe())] == ["LoFiT"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("row", tables(PAGE)[0], ids=lambda row: row["bed"])
 def test_the_recipe_makes_the_weights_that_the_page_names(row):
     """A minute or two, where torch is made for the kind of processor that the page names (or told so: ATEN_CPU_CAPABILITY=avx2)."""

@@ -462,6 +462,20 @@ def test_what_is_said_of_merging_is_what_merge_does(names, weights, hub, base):
         assert told.endswith(command)
 
 
+def test_columns_of_a_fused_projection_have_a_place_among_what_is_done_to_the_whole_of_it(hub):
+    model = tiny("gpt2")
+    places, known = {site.path: site for site in sites(model)}, fingerprint(model)
+    whole, query, key = (places[f"transformer.h.0.attn.c_attn{name}"] for name in ("", ".query", ".key"))
+    for name, site in (("me/whole", whole), ("me/query", query), ("me/key", key)):
+        part = LowRank.random(site) if site is whole else Affine.of(gain=torch.ones(site.outputs))
+        publish_tensors(hub, {site.path: [part]}, name=name, base=known.base, sketch=known.sketch)
+
+    def state(expression):
+        return next(step["state"] for step in hub.explain(expression)["steps"] if step["name"] == "order")
+
+    assert state("me/query + me/whole") == "note" and state("me/query + me/key") == "ok"
+
+
 def test_what_commutes_is_what_gives_the_same_in_either_order(hub, base):
     names = ("low-rank", "sparse", "dora", "bottleneck", "affine", "prefix")
     ids = torch.arange(6)[None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from adapterhub.look.explain import Program, Step, children, problem, pruned
 from adapterhub.look.on_base import ENSEMBLE, Loaded, on_base
 from adapterhub.look.touched import alike, by_layer
 from adapterhub.modification import Modification
-from adapterhub.sites import current_path
+from adapterhub.sites import current_path, family
 
 if TYPE_CHECKING:
     pass
@@ -45,11 +45,15 @@ def rehearse(program: Program, base: object = None) -> Iterator[Step]:
 def _order(program: Program, loaded: Loaded) -> Step:
     """At which sites several parts stand in a stack, and whether their order matters there."""
     commuting, ordered = 0, dict[str, int]()
+    known = family(next(iter(program.releases.values())).manifest.base.architecture) if program.releases else None
     for path in sorted({path for parts in loaded.values() for path in parts}, key=by_layer):
-        met, fixed = _stacked(program.node, path, loaded)
+        whole = path.rpartition(".")[0]
+        fused = known is not None and any(pattern.fullmatch(whole) for pattern, _ in known.fused)
+        paths = (whole, path) if fused else (path,)  # what is at columns sees what is done to the whole of their module
+        met, fixed = _stacked(program.node, paths, loaded)
         commuting += met and not fixed
         if fixed:
-            here = pruned(program.node, lambda reference, path=path: path in loaded[str(reference)])
+            here = pruned(program.node, lambda reference, paths=paths: any(p in loaded[str(reference)] for p in paths))
             key = f"{alike(path)}: {here}"
             ordered[key] = ordered.get(key, 0) + 1
     commute = f"at {commuting} sites stacked parts commute" if commuting else ""
@@ -59,12 +63,15 @@ def _order(program: Program, loaded: Loaded) -> Step:
     return Step("order", "ok", commute or "no two parts are stacked at a site")
 
 
-def _stacked(node: Node, path: str, loaded: Loaded) -> tuple[bool, bool]:
-    """Of a site: whether parts of several adapters stand in one stack there, and whether some stack has an order."""
-    inner = [_stacked(child, path, loaded) for child in children(node)]
+def _stacked(node: Node, paths: Sequence[str], loaded: Loaded) -> tuple[bool, bool]:
+    """Of sites of one module: whether parts of several adapters stand in one stack there, and whether some stack has an order."""
+    inner = [_stacked(child, paths, loaded) for child in children(node)]
     met, fixed = any(m for m, _ in inner), any(f for _, f in inner)
     if isinstance(node, Stack):
-        here = [[part for ref in references(child) for part in loaded[str(ref)].get(path, [])] for child in node.nodes]
+        here = [
+            [part for ref in references(child) for path in paths for part in loaded[str(ref)].get(path, [])]
+            for child in node.nodes
+        ]
         met = met or sum(map(bool, here)) > 1
         # Memories lie beside the tokens, whatever the others do to the hidden states.
         others = [rest for parts in here if (rest := [part for part in parts if not _remembered(part)])]

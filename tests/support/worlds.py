@@ -67,13 +67,13 @@ class World:
         return hub
 
     def _meeting(self) -> list[list]:
-        """Where adapters meet: a fused projection with its columns, or a linear layer; and two modules of other roles."""
+        """Where adapters meet: a fused projection with its columns, or a linear layer; an attention; two modules of other roles."""
         every = list(self.sites.values())
         fused = [site.module for site in every if site.columns]
         hot = [self.random.choice(fused or [site.path for site in every if site.linear])]
-        roles = ("embedding", "block", "attention", "norm", "head", "ffn", "ffn_up")
+        roles = ("embedding", "block", "norm", "head", "ffn", "ffn_up")
         there = [role for role in roles if any(site.role == role for site in every)]
-        for role in self.random.sample(there, 2):
+        for role in ("attention", *self.random.sample(there, 2)):
             hot.append(self.random.choice([site.path for site in every if site.role == role]))
         return [[site for site in every if site.module == module] for module in hot]
 
@@ -99,14 +99,18 @@ class World:
 
     def _places(self) -> list:
         """All sites in the order in which a part looks for one that it suits; mostly, where adapters meet first."""
-        near = [site for sites in self.random.sample(self.meeting, 3) for site in self.random.sample(sites, len(sites))]
+        near = [
+            site
+            for sites in self.random.sample(self.meeting, len(self.meeting))
+            for site in self.random.sample(sites, len(sites))
+        ]
         every = self.random.sample(list(self.sites.values()), len(self.sites))
         return near + every if self.random.random() < 0.8 else every
 
     def _form(self) -> str:
         """The installed forms, each as often as the others, what sees the order of things more often."""
         if not self._waiting:
-            self._waiting = [*plugins.names("forms"), "affine", "affine", "bottleneck", "prefix"]
+            self._waiting = [*plugins.names("forms"), "affine", "affine", "bottleneck", "prefix", "prefix", "prefix"]
             self.random.shuffle(self._waiting)
         return self._waiting.pop()
 

@@ -6,8 +6,10 @@ belongs to its key-value cache, and a modification whose site never ran is an er
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from threading import RLock
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -27,7 +29,7 @@ GIVEN = (
 """What a model may be called with, rows first."""
 _LOCK = RLock()
 _KNOWN: WeakValueDictionary[int, Attachment] = WeakValueDictionary()
-"""By the base's identity. An attachment keeps its base alive, and nothing of it lies in the base: copies are free of it."""
+"""By the base's identity. What lies in a base are functions that find an attachment through the call: a copy's find none."""
 
 
 class Attachment:
@@ -36,10 +38,8 @@ class Attachment:
     @classmethod
     def of(cls, base: nn.Module) -> Attachment:
         with _LOCK:
-            known = _KNOWN.get(id(base))
-            if known is None:
-                known = _KNOWN[id(base)] = cls(base)
-            return known
+            known = _KNOWN.get(id(base)) or cls(base)
+            return _KNOWN.setdefault(id(base), known)
 
     def __init__(self, base: nn.Module):
         self.base = base
@@ -68,7 +68,7 @@ class Attachment:
 
     def _place(self, plan: Plan) -> None:
         """Let adapters act wherever the plan says that something happens."""
-        if plan.placed is self.paths:
+        if plan.placed is self.paths and all(map(hooks.placed, self.paths)):
             return
         with _LOCK:
             for tap in plan.taps:
@@ -81,6 +81,8 @@ class Attachment:
                     root.register_forward_hook(_after_model, with_kwargs=True)
             if plan.attending:
                 attention.use(self.base)
+            for module in self.paths:
+                hooks.place(module)  # where something else has given it a forward since
             for path in sorted(wanted - set(self.paths.values())):
                 module = self.base.get_submodule(path)
                 hooks.place(module)
@@ -113,6 +115,8 @@ class Attachment:
 
     def begin(self, root: nn.Module, plan: Plan, training: bool, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Enter a forward pass under the plan. Returns the model's arguments as the pass needs them."""
+        if len(args) > 1:  # each argument by its name
+            kwargs, args = {**dict(zip(_names(type(root)), args, strict=False)), **kwargs}, ()
         key, given = next(
             (
                 (k, v)
@@ -143,11 +147,15 @@ class Attachment:
         cache, memories = kwargs.get("past_key_values"), plan.memories()
         both = self.base.config.is_encoder_decoder
         if plan.stateful and both:
-            raise BatchError("a form with streaming state does not run in an encoder-decoder", "leave that adapter out")
+            raise BatchError("a form with streaming state runs in no encoder-decoder", "leave that adapter out")
         if memories and getattr(cache, "is_compileable", False):
             raise BatchError("a prefix does not run with a static cache", "leave cache_implementation out")
         seen = cache.get_seq_length() if cache is not None else 0
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if memories and (kwargs.get("output_attentions") or getattr(self.base.config, "output_attentions", False)):
+            raise BatchError(
+                "a prefix runs inside the attention, which then tells no weights", "leave output_attentions out"
+            )
+        mask = kwargs.get("attention_mask")
         flat = isinstance(mask, Tensor) and mask.ndim == 2
         ids = (kwargs[key] if key else args[0]) if key in ("", "input_ids") and given.ndim == 2 else None
         if mask is not None and not flat and (plan.stateful or plan.bidirectional):
@@ -227,34 +235,41 @@ class Attachment:
     def _check_ran(self, forward: Forward, kwargs: dict) -> None:
         """Raise BatchError for a site that was not called."""
         missed = (forward.plan.sites.keys() | forward.memories.keys()) - forward.ran
+        embedded = kwargs.get("inputs_embeds") is not None and {path for path in missed if _embeds(self.base, path)}
+        if embedded:
+            raise BatchError(
+                f"inputs_embeds take the place of {min(embedded)}, where an adapter acts: it had no say",
+                "give input_ids, or leave that site out (target_modules)",
+            )
         if kwargs.get("encoder_outputs") is not None:  # the encoder ran before, by itself
             missed = {path for path in missed if not path.startswith(self._encoder)}
         layers = getattr(self.base.config.get_text_config(), "num_hidden_layers", None)
-        if layers != self._layers and not self._encoder:  # an early exit: the layers above it draft nothing
+        early = layers != self._layers and not self._encoder
+        if early:  # the layers above an early exit draft nothing
             missed = {path for path in missed if not _above(path, layers)}
         dropped = forward.plan.checked and self.base.training  # training may leave out layers by chance
         if missed and forward.begins and not dropped:
             words = "\n  ".join(sorted(missed))
-            if kwargs.get("inputs_embeds") is not None and len(missed) == 1 and _embeds(self.base, missed):
-                raise BatchError(
-                    f"inputs_embeds take the place of {words}, where an adapter acts: it had no say",
-                    "give input_ids, or leave that site out (target_modules)",
-                )
             raise BatchError(
                 f"the model read these modules' weights without calling them, so their adapters never ran:\n  {words}",
                 "leave these sites out (target_modules)",
             )
-        forward.plan.checked |= not missed
+        forward.plan.checked |= not (missed or early)
 
 
 def _above(path: str, layers: int) -> bool:
     """Whether a module lies in a layer that an early exit leaves out."""
-    number = layer_of(path)
-    return number is not None and number >= layers
+    return (layer_of(path) or 0) >= layers
 
 
-def _embeds(base: nn.Module, missed: set[str]) -> bool:
-    return base.get_submodule(next(iter(missed))) is base.get_input_embeddings()
+def _embeds(base: nn.Module, path: str) -> bool:
+    return base.get_submodule(path) is base.get_input_embeddings()
+
+
+@cache
+def _names(model: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what a model's forward takes, in order."""
+    return tuple(inspect.signature(model.forward).parameters)[1:]
 
 
 # The hooks of every base and of its copies: functions of this module, which know their model by being called with it.
@@ -264,9 +279,9 @@ def _before_model(module: nn.Module, args: tuple, kwargs: dict):
     call, now = call_of(module), current()
     if call is None:
         return None
-    if now is not None and now.root is not module and call_of(now.root) is call:
-        return None  # the encoder, inside the whole model's forward pass
-    if now is not None and now.root is module:
+    if now is not None and call_of(now.root) is call:
+        if now.root is call.attachment.base and module is not now.root:
+            return None  # the encoder, inside the whole model's forward pass
         enter(now.outer)  # an error ended that pass
     return call.attachment.begin(module, call.plan, call.training, args, kwargs)
 
@@ -277,4 +292,8 @@ def _after_model(module: nn.Module, args: tuple, kwargs: dict, output):
         return None
     enter(now.outer)
     call = call_of(module)
-    return call.attachment.end(now, kwargs, output) if call is not None and module is call.attachment.base else None
+    if call is not None and module is call.attachment.base:
+        return call.attachment.end(now, kwargs, output)
+    if not now.plan.checked:
+        now.check_range()
+    return None

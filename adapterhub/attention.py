@@ -86,10 +86,6 @@ def use(base: PreTrainedModel) -> None:
         )
     if named == "eager" and getattr(base.config, "reorder_and_upcast_attn", False):
         raise BatchError("this base's eager attention takes no prefix", 'load it with attn_implementation="sdpa"')
-    for kernel, ours in OURS.items():
-        if ours not in AttentionInterface._global_mapping:
-            AttentionInterface.register(ours, _kernel(kernel))
-            AttentionMaskInterface.register(ours, sdpa_mask if kernel == "sdpa" else eager_mask)
     base.set_attn_implementation(OURS[named])
 
 
@@ -163,3 +159,9 @@ def _boolean_or_added(mask: Tensor | None, module, options, kernel: str, query: 
             ~mask, torch.finfo(query.dtype).min
         )
     return mask[..., :seen]
+
+
+# At the import, and not at the first prefix: a base that was pickled with a prefix on it finds them where it is read.
+for _named, _ours in OURS.items():
+    AttentionInterface.register(_ours, _kernel(_named))
+    AttentionMaskInterface.register(_ours, sdpa_mask if _named == "sdpa" else eager_mask)

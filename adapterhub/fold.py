@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from adapterhub.adapter import Modifications
 from adapterhub.composers import Stack
-from adapterhub.errors import NotFoldable
+from adapterhub.errors import NotFoldable, UnsafeFile
 from adapterhub.form_contracts import call
+from adapterhub.forward import LARGEST
 from adapterhub.weights import compute_device, computes, matrix, stored, unlike, widths
 
 
@@ -39,19 +40,26 @@ def fold(base: nn.Module, parts: Modifications) -> None:
         weight, bias = own.to(wide), None if bias is None else bias.to(wide)
         weight_change, bias_change = call(Stack(here).to(dtype=wide), "delta_weight", weight, bias, site=path)
         if weight_change is not None:
-            folded.append((own, (weight + weight_change).to(own.dtype)))
+            folded.append((own, _within_range(path, (weight + weight_change).to(own.dtype))))
         if bias_change is None:
             continue
         if bias is not None:
-            folded.append((module.bias, (bias + bias_change).to(module.bias.dtype)))
+            folded.append((module.bias, _within_range(path, (bias + bias_change).to(module.bias.dtype))))
         elif isinstance(module, nn.Linear):
-            added.append((module, bias_change.to(own.dtype)))
+            added.append((module, _within_range(path, bias_change.to(own.dtype))))
         else:
             raise NotFoldable(f"{path} has no bias to hold the adapter's shift", "run the adapter attached")
     for parameter, value in folded:
         parameter.copy_(value)
     for module, value in added:
         module.bias = nn.Parameter(value, requires_grad=False)
+
+
+def _within_range(path: str, value: Tensor) -> Tensor:
+    """The value, unless a model cannot compute with it: then UnsafeFile."""
+    if not value.is_meta and not bool((value.abs() <= LARGEST).all()):
+        raise UnsafeFile(f"the weight folded into {path} is too large to compute with", "give a smaller weight")
+    return value
 
 
 def _problem(base: nn.Module, path: str, module: nn.Module) -> str:

@@ -7,7 +7,9 @@ module (hooks that record hidden states, for example) sees what adapters made of
 
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Mapping
+from contextvars import ContextVar
+from types import MappingProxyType, MethodType
 
 import torch
 from torch import Tensor, nn
@@ -21,31 +23,42 @@ from adapterhub.modification import Modification
 from adapterhub.weights import compute_dtype, matrix
 
 _BEFORE = "_adapterhub_before"
-"""Where a module keeps the forward of its own that something else had given it before."""
+"""Where a module keeps the forwards that something else had given it: the latest, which may call those before it, last."""
+_INSIDE: ContextVar[Mapping[nn.Module, int]] = ContextVar("adapterhub_inside", default=MappingProxyType({}))
+"""How many of those are running, by module."""
 
 
 def place(module: nn.Module) -> None:
     """Let adapters act at this module. Nothing happens the second time."""
-    own = module.__dict__.get("forward")
-    if getattr(own, "__func__", None) is forward:
+    if placed(module):
         return
-    if own is not None:
-        module.__dict__[_BEFORE] = own
+    if (given := module.__dict__.get("forward")) is not None:
+        module.__dict__[_BEFORE] = (*module.__dict__.get(_BEFORE, ()), given)
     module.__dict__["forward"] = MethodType(forward, module)
+
+
+def placed(module: nn.Module) -> bool:
+    return getattr(module.__dict__.get("forward"), "__func__", None) is forward
 
 
 def remove(module: nn.Module) -> None:
     """Give the module its own forward back."""
-    if getattr(module.__dict__.get("forward"), "__func__", None) is forward:
-        del module.__dict__["forward"]
-        if _BEFORE in module.__dict__:
-            module.__dict__["forward"] = module.__dict__.pop(_BEFORE)
+    if not placed(module):
+        return
+    del module.__dict__["forward"]
+    *before, given = module.__dict__.pop(_BEFORE, (None,))
+    if given is not None:
+        module.__dict__["forward"] = given
+    if before:
+        module.__dict__[_BEFORE] = tuple(before)
 
 
 # Pickle keeps a method by its name: so that what comes back is the module's class's own, this one is named like it.
 def forward(module: nn.Module, *args, **kwargs):
     """The module's own forward, and what adapters change about it."""
     now = current()
+    if _BEFORE in module.__dict__ and _INSIDE.get().get(module):
+        return _run(module, args, kwargs)  # called by a forward that was given after this one
     if now is None:
         if (path := plan_at(module)) is not None:
             raise BatchError(
@@ -78,8 +91,18 @@ forward.passes_on = True  # for `weights`: the module computes as its class says
 
 
 def _run(module: nn.Module, args: tuple, kwargs: dict):
-    before = module.__dict__.get(_BEFORE)
-    return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
+    given = module.__dict__.get(_BEFORE)
+    if given is None:
+        return type(module).forward(module, *args, **kwargs)
+    inside = _INSIDE.get()
+    depth = inside.get(module, 0)
+    if depth == len(given):
+        return type(module).forward(module, *args, **kwargs)
+    token = _INSIDE.set({**inside, module: depth + 1})
+    try:
+        return given[-1 - depth](*args, **kwargs)
+    finally:
+        _INSIDE.reset(token)
 
 
 def _given(path: str, args: tuple, kwargs: dict) -> tuple[str, Tensor]:
@@ -121,6 +144,7 @@ def _changed(
     step, scale = now.step(path, modification), getattr(module, "embed_scale", None)
     if modification.changes_input and (change := _asked(path, modification, "delta_in", rows, step)) is not None:
         rows = rows + change.to(rows.dtype)
+        _remember(now, path, rows)
         x = rows.flatten(0, 1) if flat else rows
         args, kwargs = (args, {**kwargs, key: x}) if key else ((x, *args[1:]), kwargs)
     output = _run(module, args, kwargs)
@@ -158,7 +182,8 @@ def _flattened(path: str, now: Forward, x: Tensor) -> bool:
 
 def _remember(now: Forward, path: str, y: Tensor) -> None:
     if not now.plan.checked:
-        now.largest[path] = y.detach().abs().amax() if y.numel() else y.new_zeros(())
+        size = y.detach().abs().amax() if y.numel() else y.new_zeros(())
+        now.largest[path] = torch.maximum(size, now.largest.get(path, size).to(size))
 
 
 def _through_weight(module: nn.Module, path: str, modification: Modification, x: Tensor) -> Tensor | None:

@@ -15,6 +15,8 @@ from adapterhub.sites import family
 
 _ABSOLUTE = re.compile(r"(^|\.)(wpe|\w*position\w*embed\w*|\w*embed\w*position\w*)$")
 """Modules that give each place of a row a vector of its own, learned or of waves."""
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
+"""What configs call the number of tokens that an attention reaches back."""
 
 
 class Padding:
@@ -29,10 +31,12 @@ class Padding:
         self._takes_positions = "position_ids" in takes and not self._own
         self._takes_decoder_positions = "decoder_position_ids" in takes
         self._absolute = any(_ABSOLUTE.search(path) for path, _ in base.named_modules())
-        windows = [
-            getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention")
-        ]
+        self._distances = bool(getattr(config, "relative_attention", False))
+        windows = [getattr(config, name, None) for name in _WINDOWS]
         self._window = min((window for window in windows if isinstance(window, int) and window > 0), default=None)
+        kinds = getattr(config, "layer_types", None) or ["sliding"]
+        if all(kind in ("full_attention", "linear_attention", "conv") for kind in kinds):
+            self._window = None
 
     def accounted(
         self, mask: Tensor | None, rows: int, seen: int, tokens: int, kwargs: dict[str, Any], ids: Tensor | None
@@ -57,6 +61,10 @@ class Padding:
                 "padding stands between a row's tokens, and this model's sliding window counts it",
                 "pad on the left, or on the right without a cache",
             )
+        if self._distances and _parted(mask):
+            raise BatchError(
+                "padding stands between a row's tokens, and this model's distances count it", "pad on one side"
+            )
         if not self._takes_positions:
             if ids is not None or kwargs.get("inputs_embeds") is not None:
                 self._require_uncounted(mask, ids)
@@ -76,9 +84,9 @@ class Padding:
 
     def _knows_padding(self, mask: Tensor, ids: Tensor | None) -> bool:
         """Whether the tokens themselves say where padding is, to a model that computes positions from them."""
-        if ids is None or self._pad is None:
+        if ids is None or self._pad is None or ids.shape != mask.shape:  # how long a cache is, they do count
             return False
-        return bool((ids[~mask[:, -ids.shape[1] :].bool()] == self._pad).all())
+        return bool((ids[~mask.bool()] == self._pad).all())
 
     def advanced(
         self, advances: Sequence[int], kwargs: dict[str, Any], seen: int, tokens: int, device: torch.device

@@ -136,6 +136,7 @@ def build(
 
 def copied(plan: Plan, adapters: Iterable[Modifications]) -> int:
     """Bytes of the tensors that a plan holds besides those of its adapters: what was gathered, joined or scaled for it."""
+    plan = plan if plan.for_rows is None else plan.for_rows(1)
     known = {
         t.untyped_storage().data_ptr() for a in adapters for here in a.values() for part in here for t in leaves(part)
     }

@@ -10,7 +10,7 @@ from torch import nn
 from adapterhub.forward import Plan
 
 MANY = 64
-"""Plans that are kept at most: those of a batch whose rows are alike hold no copies."""
+"""Plans that are kept at most, those without copies of their own among them."""
 
 
 class PlanCache:

@@ -166,7 +166,8 @@ class Model:
 
         def make() -> tuple[Plan, int]:
             nodes = [self._residents.node(one) for one in asked]
-            plan = batch(nodes, self._program, rows, key, self._trains)
+            with torch.inference_mode(False), torch.set_grad_enabled(self._trains):  # kept for calls in other modes
+                plan = batch(nodes, self._program, rows, key, self._trains)
             names = {str(each) for node in nodes if node for each in references(node)}
             return plan, 0 if self._trains else copied(plan, map(self._adapter, names))
 
@@ -243,7 +244,7 @@ class Model:
         self.base.train(on)
 
     def trainable_tensors(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by stored name; a name that two trainable adapters share is prefixed."""
+        """The parameters that train, by stored name, prefixed where several adapters train."""
         together = [*self._trainable.items(), *([("new", self._new)] if self._new else [])]
         named = [(key, name, t) for key, parts in together for name, t in named_tensors(parts).items()]
         prefix = len(together) > 1
@@ -257,8 +258,7 @@ class Model:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """In a loop of your own, after each optimiser step: what the adapters' methods keep true (LoReFT's R stays
-        orthonormal). Nothing for most methods."""
+        """In a loop of your own, after each optimiser step: what methods keep true (LoReFT's R stays orthonormal)."""
         for key, parts in self._trainable.items():
             if (method := self._residents.method(key)) is not None:
                 method.after_step({path: part for path, [part] in parts.items()})

@@ -3,7 +3,10 @@
 import copy
 import pickle
 import random
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from threading import Barrier
 
 import pytest
@@ -366,3 +369,126 @@ def test_a_compiled_base_is_one_graph_with_adapters_on_it(hub):
             compiled = torch.compile(base, backend="eager")
             assert apart(compiled(input_ids=ids, use_cache=False).logits, want) < 1e-6
     torch._dynamo.reset()
+
+
+def test_forwards_that_others_put_on_a_module_come_and_go_in_any_order(hub):
+    base = tiny("llama")
+    put(hub, base, "t/a", "low_rank", "q_proj")
+    model, layer = hub.load(base, "t/a"), base.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        want, calls = model(IDS).logits, []
+
+        def around(before):
+            def forward(x):
+                calls.append(1)
+                return before(x)
+
+            return forward
+
+        layer.forward = around(layer.forward)  # after ours
+        assert torch.equal(model(IDS).logits, want) and calls == [1]
+        model.detach()
+        bare = base(IDS).logits
+        again = hub.load(base, "t/a")
+        assert torch.equal(again(IDS).logits, want) and torch.equal(base(IDS).logits, bare) and len(calls) == 4
+        del layer.forward  # theirs and ours
+        assert torch.equal(again(IDS).logits, want)
+
+
+@pytest.mark.parametrize("way", ["input", "encoder", "exit", "fold"])
+def test_what_leaves_the_range_where_no_output_of_the_whole_model_shows_it(hub, way):
+    base = tiny("t5" if way == "encoder" else "llama")
+    if way == "input":
+        path, known = "model.layers.0.input_layernorm", fingerprint(base)
+        part = Affine.of(gain=torch.ones(base.config.hidden_size), into=True)
+        publish_tensors(hub, {path: [part]}, name="t/a", base=known.base, sketch=known.sketch)
+    else:
+        put(hub, base, "t/a", "low_rank", {"encoder": "encoder.query", "fold": "q_proj"}.get(way, "o_proj"))
+    model = hub.load(base)
+    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "adapters": ["1e30*t/a"]}
+    with torch.no_grad(), pytest.raises(UnsafeFile, match="too large"):
+        if way == "input":
+            model(IDS, adapters="1e30*t/a")
+        elif way == "fold":
+            model.use("1e30*t/a")
+            model.fold()
+        else:
+            model.generate(IDS, **options, **({"assistant_early_exit": 1} if way == "exit" else {}))
+
+
+def test_inputs_embeds_of_a_later_chunk_need_no_embedding_with_an_adapter_either(hub):
+    base = tiny("llama")
+    put(hub, base, "t/a", "low_rank", "embedding")
+    model = hub.load(base, "t/a")
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+        with pytest.raises(BatchError, match="inputs_embeds take the place"):
+            model(inputs_embeds=base.model.embed_tokens.weight[IDS[:, :1]], past_key_values=cache)
+
+
+def test_adapters_that_were_first_met_in_inference_mode_train_later(hub):
+    base = tiny("llama")
+    put(hub, base, "t/a", "low_rank", "q_proj")
+    put(hub, base, "t/b", "low_rank", "v_proj")
+    model = hub.load(base)
+    with torch.inference_mode():
+        model(IDS, adapters="t/a + t/b")
+    model.use("t/a + t/b", trainable=["t/b"])
+    model(IDS).logits.square().mean().backward()
+    assert all(tensor.grad is not None for tensor in model.trainable_parameters())
+
+
+def test_arguments_by_place_are_arguments_by_name(hub):
+    base = tiny("llama")
+    put(hub, base, "t/a", "low_rank", "q_proj")
+    model, mask, positions = hub.load(base, "t/a"), torch.ones_like(IDS), torch.arange(5)[None]
+    with torch.no_grad():
+        assert torch.equal(model(IDS, mask, positions).logits, model(IDS).logits)
+
+
+def test_an_encoder_that_failed_by_itself_does_not_swallow_the_next_call(hub):
+    base = tiny("t5")
+    put(hub, base, "t/a", "low_rank", "query")
+    model = hub.load(base, "t/a")
+    with torch.no_grad(), model.running():
+        with pytest.raises((TypeError, ValueError, IndexError, RuntimeError)):
+            base.get_encoder()(input_ids=IDS + 10_000)
+        got = base(input_ids=IDS, decoder_input_ids=IDS[:, :2]).logits
+    with torch.no_grad():
+        assert torch.equal(got, model(input_ids=IDS, decoder_input_ids=IDS[:, :2]).logits)
+
+
+def test_a_pickled_base_with_a_prefix_is_read_in_a_process_of_its_own(hub, tmp_path):
+    base = tiny("llama")
+    put(hub, base, "t/p", "prefix", "attention")
+    model = hub.load(base, "t/p")
+    with torch.no_grad():
+        model(IDS)
+        want = base(IDS).logits
+    torch.save(base, tmp_path / "base.pt")
+    code = "import sys, torch; torch.set_grad_enabled(False); torch.set_num_threads(1); "
+    code += "base = torch.load(sys.argv[1], weights_only=False); torch.save(base(torch.tensor([[3, 4, 5, 6, 7]])).logits, sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "base.pt", tmp_path / "logits.pt"], check=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), want)
+
+
+def test_plans_of_ensembles_are_counted_too(hub):
+    base = tiny("llama")
+    for n in range(4):
+        put(hub, base, f"t/{n}", "low_rank", "all-linear", seed=n)
+    model = hub.load(base)
+    with torch.no_grad():
+        for order in permutations(range(4)):
+            model(IDS, adapters="logits(" + " + ".join(f"t/{n}" for n in order) + ")")
+    assert sum(size > 0 for _, size in model._plans._plans.values()) == 1
+
+
+def test_windows_that_no_layer_has_count_nothing(hub):
+    config = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 8}
+    base = tiny("qwen2", **config)
+    put(hub, base, "t/a", "low_rank", "q_proj")
+    model, ids = hub.load(base, "t/a"), torch.arange(3, 11)[None]
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        got = model(ids, attention_mask=mask).logits[mask.bool()]
+        assert apart(got, model(ids[mask.bool()][None]).logits[0]) < 1e-5

@@ -32,6 +32,7 @@ from adapterhub.runtime import Model
 from adapterhub.stages import attach, given, measure, trained
 from adapterhub.testing.bed import distance, padded, tiny_llama
 from adapterhub.testing.methods import setting_of
+from adapterhub.watched import staged
 
 os.environ.setdefault("ADAPTERHUB_PLUGINS", "*")  # as in the tests, where this is run as a script
 PAGE = Path(__file__).parent.parent / "docs" / "pairs.md"
@@ -97,7 +98,7 @@ class Bed:
         part = plugins.load("methods", method)
         config = plugins.options(part.Config, options)
         fresh, before = Model(tiny_llama().requires_grad_(False)), {}
-        for stage in part().stages(config):
+        for stage in staged(part(), config):
             measured, _ = measure(stage.measurement, setting_of(fresh), Path(mkdtemp()), {})
             begun = given(fresh, before, measured)
             attach(fresh, stage, begun, seed)

@@ -74,7 +74,7 @@ class LooseBias(Bottleneck):
 
 
 class Twice(Method):
-    """LoRA from a LoRA; its first stage reads an option that it does not name."""
+    """LoRA from a LoRA; its first stage reads an option that it does not name, in a way that nobody sees."""
 
     @dataclass(frozen=True)
     class Config:
@@ -92,9 +92,9 @@ class Twice(Method):
             return parts
 
         def pulled(parts):
-            return config.pull * sum(part.down.square().sum() for part in parts.values())
+            return object.__getattribute__(config, "pull") * sum(part.down.square().sum() for part in parts.values())
 
-        return [Stage("first", first, penalty=pulled, options={}), Stage("second", second)]
+        return [Stage("first", first, penalty=pulled, options=()), Stage("second", second)]
 
 
 class Measured(Method):
@@ -113,7 +113,10 @@ class Measured(Method):
                 part.tensors["up"] = given.measured["size"].expand_as(part.up).clone()
             return parts
 
-        measurement = Measurement("size", lambda setting: {"size": torch.tensor(config.size)})
+        def take(setting):
+            return {"size": torch.tensor(object.__getattribute__(config, "size"))}
+
+        measurement = Measurement("size", take, options=())
         return [Stage("train", build, measurement=measurement)]
 
 

@@ -15,7 +15,7 @@ from adapterhub.testing.forms import Declined
 @pytest.mark.parametrize("name", plugins.names("mergers"))
 def test_laws(name):
     results = check_part("mergers", name)
-    assert len(results) == 5
+    assert len(results) == 6
     assert [r for r in results if r.verdict == "failed"] == []
 
 

@@ -45,17 +45,14 @@ def on_base(program: Program, loaded: Loaded, base: object) -> Iterator[Step]:
         return
     at = {site.path: site for site in here}
 
-    def adapter(name: str) -> Modifications:
-        """One adapter without its numbers."""
-        parts = {path: [part.to("meta", model.dtype) for part in several] for path, several in loaded[name].items()}
+    def bare(node: Node | None) -> Modifications:
+        """What the runtime makes of a node, by module, without its numbers."""
+        parts = assemble(node, loaded.__getitem__, True, here)
+        parts = {path: [part.to("meta", model.dtype) for part in several] for path, several in parts.items()}
         for path, several in parts.items():
             for part in several:
                 bind(part, at[path], model)
         return parts
-
-    def bare(node: Node | None) -> Modifications:
-        """What the runtime makes of a node, by module."""
-        return assemble(node, adapter, True, here)
 
     try:
         yield _rehearsed(model, batch([program.node], bare, None, object(), False))

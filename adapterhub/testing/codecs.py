@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from adapterhub import durable
 from adapterhub.adapter import modifications_of
 from adapterhub.codecs import Codec
 from adapterhub.compress import site_errors
@@ -220,7 +221,7 @@ def fresh_process(codec: type[Codec], device: str) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with TemporaryDirectory() as folder:
         for name, named in (("sample", tensors), ("encoded", encoded)):
-            (Path(folder) / name).write_bytes(dump(named))
+            durable.write_bytes(Path(folder) / name, dump(named))
         command = [sys.executable, "-c", FRESH, codec.__module__, codec.__qualname__, folder]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"in a fresh process it fails: {(done.stderr.splitlines() or ['no words'])[-1]}"

@@ -43,22 +43,31 @@ def seen(base, adapter, **modules):
     """What goes into and comes out of modules in one pass under the adapter, changes included: {name: (x, y)} in NumPy."""
     found, attachment = {}, Attachment.of(base)
 
-    def keep(name):
-        def hook(module, args, kwargs, output):
-            x = args[0] if args else kwargs["hidden_states"]
-            y = output[0] if isinstance(output, tuple) else output
-            found[name] = x[0].numpy(), y[0].numpy()
+    def keep(name, own):
+        """A forward that the module is given: adapters act around it, so it gets what they made of the input."""
+
+        def forward(*args, **kwargs):
+            found[name] = (args[0] if args else kwargs["hidden_states"])[0].numpy()
+            return own(*args, **kwargs)
+
+        return forward
+
+    def after(name):
+        def hook(module, args, output):
+            found[name] = found[name], (output[0] if isinstance(output, tuple) else output)[0].numpy()
 
         return hook
 
+    parts = {name: base.get_submodule(path) for name, path in modules.items()}
+    for name, module in parts.items():
+        module.forward = keep(name, module.forward)
+    hooks = [module.register_forward_hook(after(name)) for name, module in parts.items()]
     with torch.no_grad(), attachment.running(plan(attachment, [adapter])):
-        hooks = [
-            base.get_submodule(path).register_forward_hook(keep(name), with_kwargs=True)
-            for name, path in modules.items()
-        ]
         base(input_ids=IDS)
-    for hook in hooks:
+    attachment.detach()
+    for hook, module in zip(hooks, parts.values(), strict=True):
         hook.remove()
+        del module.forward
     return found
 
 

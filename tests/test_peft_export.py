@@ -147,3 +147,11 @@ def test_a_composition_that_does_not_add_up_is_refused(tmp_path, hub, tiny_folde
     hub.compose("0.5*me/a", name="me/half")
     with pytest.raises(UsageError, match=f"{K}: .*is no change of a weight"):
         hub.export("me/half", tmp_path / "out", base=tiny_folder)
+
+
+def test_an_ensemble_is_refused(tmp_path, hub, tiny_folder):
+    publish(hub, tiny_folder, {K: [Affine.of(gain=torch.randn(16))]}, "me/a")
+    hub.compose("logits(base + me/a)", name="me/both")
+    with pytest.raises(UsageError, match="weighs whole models"):
+        hub.export("me/both", tmp_path / "out", base=tiny_folder)
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from adapterhub.adapter import Adapter, Modifications
 from adapterhub.bases.fingerprint import check_base
 from adapterhub.compose import expand, warn_missing_parents
 from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
-from adapterhub.expression import Ref, references
+from adapterhub.expression import Ensemble, Ref, references
 from adapterhub.formats.peft import TENSORS
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import CONFIG
@@ -51,6 +51,11 @@ def export(
 def as_peft(hub: Hub, release: Release, base: str | Path | None = None) -> Files:
     """PEFT's config and tensors of a release. Raises and warns as `export` does."""
     node = expand(hub, Ref(Reference(release.name, release.version)))
+    if isinstance(node, Ensemble):
+        raise UsageError(
+            f"{release} weighs whole models, which PEFT has no type for",
+            f"for another hub: adapterhub export {release} --format bundle OUT",
+        )
     warn_missing_parents([hub.resolve(reference) for reference in dict.fromkeys(references(node))])
     return written(release, assemble(node, _loader(hub), join=True), _finder(hub, release, base))
 

@@ -115,18 +115,7 @@ class Attachment:
 
     def begin(self, root: nn.Module, plan: Plan, training: bool, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Enter a forward pass under the plan. Returns the model's arguments as the pass needs them."""
-        if len(args) > 1:  # each argument by its name
-            kwargs, args = {**dict(zip(_names(type(root)), args, strict=False)), **kwargs}, ()
-        key, given = next(
-            (
-                (k, v)
-                for k, v in (*((k, kwargs.get(k)) for k in GIVEN), ("", args[0] if args else None))
-                if isinstance(v, Tensor)
-            ),
-            ("", None),
-        )
-        if given is None or given.ndim < 2:
-            raise BatchError("the model was given no batch", "give input_ids of (rows, tokens)")
+        key, given, args, kwargs = _given(root, args, kwargs)
         rows, tokens = given.shape[:2]
         if plan.for_rows is not None:
             plan = plan.for_rows(rows)
@@ -139,29 +128,11 @@ class Attachment:
         if plan.lanes is not None:
             args, kwargs = plan.lanes.spread(args, kwargs)
             rows = len(plan.lanes.rows)
-        if plan.taps and isinstance(kwargs.get("logits_to_keep"), Tensor):
-            raise BatchError(
-                "an adapter reads other sites' states, and at its site only chosen tokens would stand",
-                "give logits_to_keep as a number: the last tokens",
-            )
-        cache, memories = kwargs.get("past_key_values"), plan.memories()
-        both = self.base.config.is_encoder_decoder
-        if plan.stateful and both:
-            raise BatchError("a form with streaming state runs in no encoder-decoder", "leave that adapter out")
-        if memories and getattr(cache, "is_compileable", False):
-            raise BatchError("a prefix does not run with a static cache", "leave cache_implementation out")
+        cache, memories, mask = kwargs.get("past_key_values"), plan.memories(), kwargs.get("attention_mask")
+        both, flat = self.base.config.is_encoder_decoder, isinstance(mask, Tensor) and mask.ndim == 2
+        self._require_able(plan, bool(memories), kwargs)
         seen = cache.get_seq_length() if cache is not None else 0
-        if memories and (kwargs.get("output_attentions") or getattr(self.base.config, "output_attentions", False)):
-            raise BatchError(
-                "a prefix runs inside the attention, which then tells no weights", "leave output_attentions out"
-            )
-        mask = kwargs.get("attention_mask")
-        flat = isinstance(mask, Tensor) and mask.ndim == 2
         ids = (kwargs[key] if key else args[0]) if key in ("", "input_ids") and given.ndim == 2 else None
-        if mask is not None and not flat and (plan.stateful or plan.bidirectional):
-            raise BatchError(
-                "a form that reads other tokens needs a two-dimensional attention mask", "give (rows, tokens)"
-            )
         kwargs = self._padding.accounted(mask if flat else None, rows, seen, tokens, kwargs, ids)
         if plan.advances:
             kwargs = self._padding.advanced(plan.advances, kwargs, seen, tokens, given.device)
@@ -188,6 +159,24 @@ class Attachment:
         if torch.is_grad_enabled():
             self._follow_checkpoints()
         return args, kwargs
+
+    def _require_able(self, plan: Plan, remembers: bool, kwargs: dict) -> None:
+        """Raise BatchError for a call that this plan cannot run in."""
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if plan.taps and isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise BatchError(
+                "an adapter reads other sites' states, and at its site only chosen tokens would stand",
+                "give logits_to_keep as a number: the last tokens",
+            )
+        if plan.stateful and self.base.config.is_encoder_decoder:
+            raise BatchError("a form with streaming state runs in no encoder-decoder", "leave that adapter out")
+        if remembers and getattr(cache, "is_compileable", False):
+            raise BatchError("a prefix does not run with a static cache", "leave cache_implementation out")
+        if remembers and (kwargs.get("output_attentions") or getattr(self.base.config, "output_attentions", False)):
+            raise BatchError("with a prefix an attention gives no weights", "leave output_attentions out")
+        flat = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+        if not flat and (plan.stateful or plan.bidirectional):
+            raise BatchError("a form that reads other tokens needs a mask of two dimensions", "give (rows, tokens)")
 
     def _tapped_at(self, plan: Plan) -> dict[str, dict[Tap, Site]]:
         found: dict[str, dict[Tap, Site]] = {}
@@ -270,6 +259,17 @@ def _embeds(base: nn.Module, path: str) -> bool:
 def _names(model: type[nn.Module]) -> tuple[str, ...]:
     """The names of what a model's forward takes, in order."""
     return tuple(inspect.signature(model.forward).parameters)[1:]
+
+
+def _given(root: nn.Module, args: tuple, kwargs: dict) -> tuple[str, Tensor, tuple, dict]:
+    """What the model is given: its name ("" for the first of `args`), the tensor, and the arguments, by name if several."""
+    if len(args) > 1:
+        kwargs, args = {**dict(zip(_names(type(root)), args, strict=False)), **kwargs}, ()
+    named = [*((name, kwargs.get(name)) for name in GIVEN), *(("", value) for value in args)]
+    key, given = next(((name, value) for name, value in named if isinstance(value, Tensor)), ("", None))
+    if given is None or given.ndim < 2:
+        raise BatchError("the model was given no batch", "give input_ids of (rows, tokens)")
+    return key, given, args, kwargs
 
 
 # The hooks of every base and of its copies: functions of this module, which know their model by being called with it.

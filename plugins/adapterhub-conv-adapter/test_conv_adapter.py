@@ -282,7 +282,7 @@ def test_a_mask_of_four_dimensions_is_refused():
     adapter = random_adapter(ConvBottleneck, bert, 0)
     attachment = Attachment.of(bert)
     mask = torch.zeros(1, 1, 5, 5)
-    with attachment.running(plan(attachment, [adapter])), pytest.raises(BatchError, match="two-dimensional"):
+    with attachment.running(plan(attachment, [adapter])), pytest.raises(BatchError, match="two dimensions"):
         bert(input_ids=torch.arange(5, 10)[None], attention_mask=mask)
 
 

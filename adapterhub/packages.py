@@ -129,7 +129,7 @@ class Packages:
                 following = version or next(back, None) or _next(manifest.name, rows, gone)
                 release = _release(manifest, following)
                 try:
-                    self.index.add([release])
+                    self.add([release])
                     return release, True
                 except NameInUse:  # another process took the number between our look and our step
                     if version is not None or not self.index.get(release.name, release.version):
@@ -178,10 +178,10 @@ class Packages:
             for file in (release.manifest.files.get("tensors") for release in releases):
                 if file is not None:
                     read_header(self.store.header(file), file.size)
-            self.index.add(releases)
+            self.add(releases)
             for release in releases:
                 for envelope in envelopes[release.digest]:
-                    self.index.sign(release.digest, envelope)
+                    self.sign(release.digest, envelope)
         return releases
 
     @contextmanager
@@ -203,6 +203,14 @@ class Packages:
         """Remove those of these blobs that no release is made of."""
         kept = {blob.digest for file in self.index.files() for blob in self.store.blobs(file)}
         self.store.remove(blob.digest for blob in blobs if blob.digest not in kept)
+
+    def add(self, releases: Sequence[Release]) -> None:
+        """List releases whose files are in the store. Only while the store is `shared`; raises what `Index.add` raises."""
+        self.index.add(releases)
+
+    def sign(self, digest: str, envelope: bytes) -> None:
+        """Keep a signature with the release that has this digest. Raises NotFound."""
+        self.index.sign(digest, envelope)
 
     # --- the rest of the package manager -----------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ def sign(
 
     hub = adapterhub.open()
     release, mine = hub.resolve(ref), load_key(key)
-    hub.index.sign(release.digest, sign(statement(release), RELEASE, mine))
+    hub.sign(release.digest, sign(statement(release), RELEASE, mine))
     out(f"{release}  {release.digest}  signed with {mine.public}")
 
 

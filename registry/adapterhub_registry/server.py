@@ -181,7 +181,7 @@ def make_app(hub: Packages, token: str = "", key: PrivateKey | None = None, pati
                 raise NotFound(f"no release {digest}", "")
             if opened(envelope, RELEASE, ())[0] != statement(release):
                 raise HTTPException(400, "it is a signature of another release")
-            index.sign(digest, canonical(json.loads(envelope)))
+            hub.sign(digest, canonical(json.loads(envelope)))
             return {"signed": digest}
 
         return await run_in_threadpool(keep)
@@ -237,7 +237,7 @@ def _commit(hub: Packages, data: bytes) -> JSONResponse:
         if "tensors" in release.manifest.files:
             file = release.manifest.files["tensors"]
             read_header(hub.store.header(file), file.size)
-        hub.index.add([release])
+        hub.add([release])
     return JSONResponse({"digest": release.digest}, 201)
 
 

@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from adapterhub.errors import HubError, NameInUse, NotFound
 
@@ -124,8 +125,17 @@ def sync(folders: Iterable[Path]) -> None:
             _sync(folder)
 
 
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file to be read. Raises OSError, without waiting, for a pipe, a device or whatever else has no size."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return os.fdopen(handle, "rb")
+
+
 def read_chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while chunk := file.read(CHUNK):
             yield chunk
 
@@ -195,12 +205,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def lock(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
-    """Hold the operating system's lock on a file (made when missing): alone, or with others who share it.
+def lock(path: Path, shared: bool = False, wait: bool = True, create: bool = True) -> Iterator[bool]:
+    """Hold the operating system's lock on a file: alone, or with others who share it. create: make it when it is missing;
+    else a missing one needs no lock.
 
     It ends with the process, however that ends. Without `wait` yields False, and holds nothing, when it is taken."""
     with _told(path, 0):
-        handle = _open_lock(path, shared)
+        handle = _open_lock(path, shared, create)
     if handle is None:  # a store that nobody can write to needs no lock to be read
         yield True
         return
@@ -215,14 +226,15 @@ def lock(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
         os.close(handle)
 
 
-def _open_lock(path: Path, shared: bool) -> int | None:
+def _open_lock(path: Path, shared: bool, create: bool) -> int | None:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if create:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if not shared or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
 

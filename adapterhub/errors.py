@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from adapterhub.boundary import Fault
 
 REFUSALS = {
@@ -57,6 +60,18 @@ class UnsafeFile(HubError):
     """A file that we refuse to open: pickle, a hostile header, non-finite weights."""
 
     code = 5
+
+
+class NotTrusted(UnsafeFile):
+    """A hub or a project that was found from the working directory, and that the user has not called their own."""
+
+    def __init__(self, kind: str, folder: Path):
+        self.kind, self.folder = kind, folder
+        what = {
+            "hubs": f"the hub in {folder} is not one that you made: it may be a stranger's",
+            "projects": f"{folder}/adapterhub.toml enables plugins, which are code, and you have not allowed it to",
+        }[kind]
+        super().__init__(what, f"if you trust it: adapterhub trust folder {shlex.quote(str(folder))}")
 
 
 class ManifestError(HubError):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub import durable
-from adapterhub.errors import NotFound
+from adapterhub import durable, folders
+from adapterhub.errors import HubError, NotFound
 from adapterhub.manifest import Release
 from adapterhub.packages import Packages
 from adapterhub.store import DATABASE
@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 
 
 def open(path: str | Path | None = None, create: bool = False, database: str | None = None) -> Hub:
-    """The hub in a folder; without a path the nearest one above the working directory, else the user's own.
+    """Open the hub in a folder; without a path the nearest one above the working directory, else the user's own.
 
     The user's own (in ADAPTERHUB_HOME, else the platform's data folder) is made on first use, any other with `create`.
-    database: the URL of another database for its index, as a registry may have. Raises NotFound when there is no hub."""
+    database: the URL of another database for its index, as a registry may have. Raises NotFound when there is no hub,
+    NotTrusted for one above the working directory that is not on the user's list (adapterhub.folders)."""
     if path is None:
-        here = Path.cwd()
-        root = next((folder for folder in (here, *here.parents) if _is_hub(folder)), None)
+        root = nearest()
         if root is None:
-            root, create = _home(), True
+            root, create = folders.home(), True
+        else:
+            folders.require("hubs", root)
     else:
         root = durable.user_path(path)
         if root.name == DATABASE:
@@ -38,25 +40,48 @@ def open(path: str | Path | None = None, create: bool = False, database: str | N
     from adapterhub_registry.database import Database
 
     new = create and not _is_hub(root)
+    if new and not folders.is_own("hubs", root):
+        _claim(root)
     hub = Hub(root, Database(root / DATABASE, create=new, url=database))
     if new:
         hub.store.prepare()
     return hub
 
 
+def open_source(path: Path) -> Hub:
+    """Open the hub in a folder to install from, as one would a stranger's: nothing in the folder is written, and no query
+    takes long or returns much.
+
+    Raises NotFound, and UnsafeFile for what no hub holds or does."""
+    path = path.parent if path.name == DATABASE else path
+    if not _is_hub(path):
+        raise NotFound(f"no hub in {path}", f"name the folder that holds its {DATABASE}; adapterhub init makes one")
+    from adapterhub_registry.database import Database
+
+    return Hub(path, Database(path / DATABASE, foreign=True))
+
+
+def nearest() -> Path | None:
+    """Return the folder of the nearest hub, from the working directory upwards."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if _is_hub(folder)), None)
+
+
+def _claim(root: Path) -> None:
+    """List a hub that is about to be made. A configuration that cannot be written is no reason to make none."""
+    try:
+        folders.add("hubs", root)
+    except HubError as error:
+        warnings.warn(
+            f"{root} cannot be noted as yours ({error}): commands will not use it unless they are given its path",
+            stacklevel=3,
+        )
+
+
 def _is_hub(folder: Path) -> bool:
     """An empty database alone is what a process leaves that was killed while it made a hub; beside blobs it is damage."""
     database = folder / DATABASE
     return database.is_file() and (database.stat().st_size > 0 or (folder / "blobs").exists())
-
-
-def _home() -> Path:
-    home = os.environ.get("ADAPTERHUB_HOME")
-    if home:
-        return durable.user_path(home)
-    from platformdirs import user_data_dir
-
-    return Path(user_data_dir("adapterhub"))
 
 
 class Hub(Packages):

@@ -12,6 +12,7 @@ from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points, requires
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -70,16 +71,25 @@ def installed(distribution: str) -> str | None:
 
 
 def is_enabled(distribution: str) -> bool:
-    """Whether code of an outside distribution may run: the user has enabled it, for themselves (config.toml), for a project
-    (adapterhub.toml) or for this process (ADAPTERHUB_PLUGINS: names with commas, * for all). That it is installed is not
-    enough: another package may have brought it along."""
-    from adapterhub import project, settings
+    """Return whether code of an outside distribution may run: the user has enabled it, for themselves (config.toml), for a
+    project that is theirs (adapterhub.toml, `folders`) or for this process (ADAPTERHUB_PLUGINS: names with commas, * for all).
+    That it is installed is not enough: another package may have brought it along."""
+    from adapterhub import folders, settings
 
     here = os.environ.get("ADAPTERHUB_PLUGINS", "").replace(" ", "").split(",")
     if "*" in here or distribution in here or distribution in settings.enabled(settings.load().plugins):
         return True
+    folder = _asking_project(distribution)
+    return folder is not None and folders.is_own("projects", folder)
+
+
+def _asking_project(distribution: str) -> Path | None:
+    """The folder of the nearest project, if its file enables a distribution."""
+    from adapterhub import project, settings
+
     folder = project.nearest()
-    return folder is not None and distribution in settings.enabled(project.read(folder).plugins)
+    asks = folder is not None and distribution in settings.enabled(project.read(folder).plugins)
+    return folder if asks else None
 
 
 def runs(installed: str, made_with: str) -> bool:
@@ -161,6 +171,10 @@ def load(group: str, name: str) -> Any:
     point = _point(group, name)
     owner = point.dist.name if point.dist else ""
     if owner != "adapterhub" and not is_enabled(owner):
+        from adapterhub import folders
+
+        if folder := _asking_project(owner):
+            folders.require("projects", folder)
         raise PluginError(
             f"the {group[:-1]} {name!r} is code of {_owner(point)}, which is not enabled",
             f"if you trust it: adapterhub plugins enable {owner}",

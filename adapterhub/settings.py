@@ -31,6 +31,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Namespace -> keys, until, require: see adapterhub.trust.policy."""
     plugins: dict[str, Any] = {}
     """`enabled = ["adapterhub-loreft"]`: see adapterhub.plugins."""
+    folders: dict[str, Any] = {}
+    """hubs, projects: those that are the user's own, see adapterhub.folders."""
     sources: dict[str, dict[str, Any]] = {}
     """Name -> url or path, namespaces: see adapterhub.sources."""
 

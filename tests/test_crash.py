@@ -241,6 +241,7 @@ def test_A8_no_home_and_a_cache_that_cannot_be_written(tmp_path):
     hub = adapterhub.open(tmp_path / "hub", create=True)
     publish(hub)
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "ADAPTERHUB_CACHE": "/proc/none"}
+    environment["ADAPTERHUB_HOME"] = str(hub.root)
     for arguments, code in ((["list"], 0), (["show", "me/x"], 0), (["key", "new"], 1)):
         done = subprocess.run(
             [sys.executable, "-m", "adapterhub", *arguments],
@@ -293,7 +294,7 @@ def test_A10_a_signal_in_the_middle(before, work_in, number, code):
     )
     running = subprocess.Popen(
         [sys.executable, "-c", program, str(folder / "bundle")],
-        cwd=folder / "hub",
+        env={**os.environ, "ADAPTERHUB_HOME": str(folder / "hub")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -309,7 +310,10 @@ def test_A10_a_signal_in_the_middle(before, work_in, number, code):
 def test_A10_a_reader_that_goes_away(before):
     """`adapterhub list | head -0`: the status of SIGPIPE, and no word about it."""
     running = subprocess.Popen(
-        [sys.executable, "-m", "adapterhub", "list"], cwd=before / "hub", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "adapterhub", "list"],
+        env={**os.environ, "ADAPTERHUB_HOME": str(before / "hub")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     running.stdout.close()
     assert (running.wait(), running.stderr.read()) == (141, b"")

@@ -267,8 +267,8 @@ def test_a_full_database_is_told_and_unchanged(database, monkeypatch):
 
     connect = module._connect
 
-    def limited(uri):
-        connection = connect(uri)
+    def limited(uri, path):
+        connection = connect(uri, path)
         connection.execute("PRAGMA max_page_count = 1")  # SQLite keeps it at the present number of pages
         return connection
 

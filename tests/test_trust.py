@@ -15,7 +15,7 @@ import adapterhub
 from adapterhub import plugins, settings
 from adapterhub.adapter import part
 from adapterhub.cli.app import execute
-from adapterhub.errors import IntegrityError, ManifestError, NameInUse, NotFound, PluginError, UnsafeFile, UsageError
+from adapterhub.errors import IntegrityError, ManifestError, NameInUse, NotFound, NotTrusted, PluginError, UnsafeFile, UsageError
 from adapterhub.look.checkup import uninstalled
 from adapterhub.manifest import Base, File, Made, Manifest, Parent, Release, check_digest, digest_of
 from adapterhub.trust import keys, policy
@@ -225,6 +225,9 @@ def test_D13_code_of_others_runs_only_when_it_was_enabled(monkeypatch, capsys, t
         with pytest.raises(PluginError):
             plugins.load("methods", "loreft")
         (tmp_path / "adapterhub.toml").write_text('[plugins]\nenabled = ["adapterhub-loreft"]\n')
+        with pytest.raises(NotTrusted, match=r"adapterhub\.toml enables plugins"):
+            plugins.load("methods", "loreft")
+        assert execute(["trust", "folder", "."]) == 0
         assert plugins.load("methods", "loreft")
         assert execute(["plugins", "enable", "requests"]) == 3
     finally:

@@ -15,7 +15,7 @@ import typer
 
 from adapterhub.cli import care, doctor, locked, look, make, packages, plugins, project, run, share, trust, versions
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
-from adapterhub.errors import REFUSALS, HubError
+from adapterhub.errors import REFUSALS, HubError, NotTrusted
 
 EPILOG = """\b
 Exit status:
@@ -149,6 +149,10 @@ def execute(arguments: Sequence[str]) -> int:
         status = typer.main.get_command(app).main(list(arguments), prog_name="adapterhub", standalone_mode=False)
         sys.stdout.flush()
         return status or 0
+    except NotTrusted as error:
+        if not _asked(error):
+            return failed(type(error).__name__, str(error), error.hint, error.code)
+        return execute(arguments)
     except HubError as error:
         return failed(type(error).__name__, str(error), error.hint, error.code)
     except typer.TyperException as error:
@@ -177,6 +181,20 @@ def execute(arguments: Sequence[str]) -> int:
     except Exception as error:
         error.add_note("This is a bug in adapterhub, not a mistake of yours: please report it with the lines above.")
         raise
+
+
+def _asked(error: NotTrusted) -> bool:
+    """Ask a person once whether a folder is theirs. Commands open their hub before they do anything, so they can begin again."""
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    note(str(error))
+    question = "Use it, now and later?" if error.kind == "hubs" else "Let them run, now and later?"
+    if not typer.confirm(question, err=True):
+        return False
+    from adapterhub import folders
+
+    folders.add(error.kind, error.folder)
+    return True
 
 
 def _drop_output() -> None:

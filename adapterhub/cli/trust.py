@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import adapterhub
 from adapterhub.cli.output import Json, json_out, note, out, size, table
+from adapterhub.errors import NotFound
 
 keys = typer.Typer()
 trust = typer.Typer()
@@ -123,6 +125,42 @@ def add(
 
     trust_key(namespace, key, until, require)
     out(f"{namespace}  {key}")
+
+
+@trust.command("folder")
+def folder_(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[PATH]", help="A folder with a hub, a project, or both.")
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take it off the list instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Call a folder your own: its hub is used, and the plugins that its adapterhub.toml enables run.
+
+    Without a path it lists your folders. Hubs that you make are on the list already.
+
+    \b
+    Example:
+      adapterhub trust folder ~/work/helpdesk
+    """
+    from adapterhub import folders, project
+    from adapterhub.store import DATABASE
+
+    if path is not None and remove:
+        folders.remove(path)
+    elif path is not None:
+        holds: list[folders.Kind] = []
+        holds += ["hubs"] if (path / DATABASE).is_file() else []
+        holds += ["projects"] if (path / project.FILE).is_file() else []
+        if not holds:
+            raise NotFound(f"{path} holds neither {DATABASE} nor {project.FILE}", "name the folder that does")
+        for kind in holds:
+            folders.add(kind, path)
+    rows = [(kind, one) for kind in ("hubs", "projects") for one in folders.listed(kind)]
+    if as_json:
+        return json_out({kind: [one for listed, one in rows if listed == kind] for kind in ("hubs", "projects")})
+    for kind, one in rows:
+        out(f"{kind[:-1]:<9}{one}")
 
 
 @trust.command("list")

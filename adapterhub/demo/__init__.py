@@ -9,8 +9,7 @@ import adapterhub
 from adapterhub import durable
 from adapterhub.demo.report import page
 from adapterhub.errors import NotFound
-from adapterhub.hub import Hub
-from adapterhub.store import DATABASE
+from adapterhub.hub import Hub, nearest
 
 CLONE = Path(__file__).resolve().parents[2]
 DATA = CLONE / "examples" / "data"
@@ -52,6 +51,6 @@ def run(
 
 def _hub(root: str | Path | None) -> Hub:
     """The hub in this folder; without one the nearest above the working directory, else one at the clone's root."""
-    here = Path.cwd()
-    near = (folder for folder in (here, *here.parents) if (folder / DATABASE).is_file())
-    return adapterhub.open(root or next(near, CLONE), create=True)
+    if root is None and nearest() is not None:
+        return adapterhub.open()
+    return adapterhub.open(root or CLONE, create=True)

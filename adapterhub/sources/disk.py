@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from adapterhub import durable
 from adapterhub.errors import IntegrityError, NotFound
 from adapterhub.manifest import File, Reference, Release
 from adapterhub.packages import Packages
@@ -18,9 +19,9 @@ class Disk:
 
     def __init__(self, root: Path | Packages):
         if isinstance(root, Path):
-            from adapterhub.hub import open
+            from adapterhub.hub import open_source
 
-            root = open(root)
+            root = open_source(root)
         self.hub = root
         self.label = str(root.root)
 
@@ -42,7 +43,7 @@ class Disk:
 
     def fetch(self, files: Collection[File], store: Store) -> None:
         mine = self.hub.store
-        with mine.shared():
+        with durable.lock(mine.root / "hub.lock", shared=True, create=False):
             blobs = {blob for file in files for blob in mine.blobs(file)}
             with bar(f"install from {self.label}", sum(blob.size for blob in blobs)) as advance:
                 store.adopt({blob: mine.path(blob.digest) for blob in blobs}, advance)

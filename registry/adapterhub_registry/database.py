@@ -39,8 +39,8 @@ class Database:
     killed while it made the hub leaves: with `create` it is filled, without it the hub's contents are lost. Raises
     IntegrityError for that, HubError for a file that is no such database, or a newer one."""
 
-    def __init__(self, path: Path, create: bool = False, url: str | None = None):
-        self._engine = Engine(Path(path), create, url)
+    def __init__(self, path: Path, create: bool = False, url: str | None = None, foreign: bool = False):
+        self._engine = Engine(Path(path), create, url, foreign)
         self.path = self._engine.path
         version = self._version()
         if version is None and not create and url is None:
@@ -48,7 +48,12 @@ class Database:
                 f"{self.path} is empty: it lists nothing",
                 "restore it from a copy; to begin anew, move it and the blobs away, then adapterhub init",
             )
-        if version != tables.HEAD:
+        if foreign and version not in tables.READABLE:
+            raise HubError(
+                f"{self.path} was made by another version of adapterhub",
+                "if it is a hub of yours, a command in its folder brings it up to date: adapterhub list",
+            )
+        if version != tables.HEAD and not foreign:
             from adapterhub_registry.migrate import upgrade
 
             with self._engine.write() as connection:

@@ -16,22 +16,28 @@ from sqlalchemy.pool import NullPool
 
 from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, UsageError
+from adapterhub_registry.foreign import check_journal, refusal
+from adapterhub_registry.foreign import connect as connect_foreign
 
 PATIENCE = 60
 """Seconds to wait for another process's transaction."""
 
 
 class Engine:
-    """Transactions on the SQLite file at `path`, or on the database at `url`."""
+    """Transactions on the SQLite file at `path`, or on the database at `url`. foreign: the file is a stranger's, to read."""
 
-    def __init__(self, path: Path, create: bool, url: str | None = None):
+    def __init__(self, path: Path, create: bool, url: str | None = None, foreign: bool = False):
         self.path: Path | str = path
         self.sqlite = url is None
+        self.foreign = foreign
         if url is None:
             uri = f"{path.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
             # No pool: nothing stays open between two calls, so a fork or a removed folder cannot hurt.
             self._engine = create_engine(
-                "sqlite://", creator=lambda: _connect(uri), poolclass=NullPool, skip_autocommit_rollback=True
+                "sqlite://",
+                creator=lambda: connect_foreign(path, PATIENCE) if foreign else _connect(uri, path),
+                poolclass=NullPool,
+                skip_autocommit_rollback=True,
             )
             event.listen(self._engine, "begin", _begin)
         else:
@@ -86,6 +92,8 @@ class Engine:
             raise IntegrityError(f"{self.path} holds a text that is none: {error}", "restore it from a copy") from None
         except DBAPIError as error:
             reason = str(error.orig)
+            if self.foreign and (refused := refusal(Path(self.path), reason)):
+                raise refused from None
             if "not a database" in reason or "malformed" in reason:
                 raise IntegrityError(
                     f"{self.path} is no sound database: {reason}", "move it away, or restore it from a copy"
@@ -99,13 +107,15 @@ class Engine:
             raise HubError(f"{self.path}: {reason}", hint) from None
 
 
-def _connect(uri: str) -> sqlite3.Connection:
+def _connect(uri: str, path: Path) -> sqlite3.Connection:
+    check_journal(path)
     # isolation_level None: we say BEGIN ourselves (see _begin). The rollback journal, because in WAL mode SQLite before
     # 3.51.3 can lose committed writes; EXTRA also syncs the folder, so that no commit is undone by a power cut after
     # `remove` has gone on to the blobs.
     connection = sqlite3.connect(uri, uri=True, timeout=PATIENCE, isolation_level=None)
-    for pragma in ("foreign_keys = ON", "journal_mode = DELETE", "synchronous = EXTRA"):
+    for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "foreign_keys = ON", "journal_mode = DELETE"):
         connection.execute(f"PRAGMA {pragma}")
+    connection.execute("PRAGMA synchronous = EXTRA")
     return connection
 
 

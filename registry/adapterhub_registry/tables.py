@@ -20,6 +20,8 @@ from sqlalchemy import (
 
 HEAD = "0002"
 """The newest migration."""
+READABLE = {"0002", HEAD}
+"""Those after which everything that installing reads is there."""
 
 metadata = MetaData(
     naming_convention={

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from adapterhub.bases import cache_folder
 from adapterhub.bases.smollm2 import FOLDER
-from adapterhub.hub import DATABASE, _home
+from adapterhub.folders import home
+from adapterhub.hub import DATABASE
 from adapterhub.project import FILE
 from adapterhub.settings import config_folder
 
@@ -31,7 +32,7 @@ def places(clone: Path) -> list[Path]:
     """What the suite could reach by mistake: the clone, and the user's hubs and settings, as they are set now. Not caches,
     which whatever else runs may fill meanwhile."""
     above = [folder / name for folder in clone.parents for name in (DATABASE, "blobs", FILE)]
-    return [clone, *above, _home(), config_folder()]
+    return [clone, *above, home(), config_folder()]
 
 
 def snapshot(places: Iterable[Path]) -> Seen:

@@ -33,7 +33,7 @@ def announce(step: str, path: Path, detail: bytes | Path | None = None) -> None:
         watch(step, path, detail)
 
 
-def write(path: Path, chunks: Iterable[bytes], size: int, unsynced: set[Path] | None = None, mode: int = 0o666) -> None:
+def write(path: Path, chunks: Iterable[bytes], size: int, unsynced: set[Path] | None = None, mode: int = 0o664) -> None:
     """Write the chunks, `size` bytes in all, to path. What raises while they come leaves the old state.
 
     unsynced: the folder joins this set instead of being synced at once, for many files in few folders: `sync` it then.
@@ -78,7 +78,7 @@ def append(path: Path, chunks: Iterable[bytes], size: int) -> None:
     What has come stays, whatever ends it; nobody reads the file before its bytes are hashed. size: bytes to come."""
     with _told(path, size):
         make_folder(path.parent)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o664)
         try:
             for chunk in chunks:
                 _write(handle, path, chunk)
@@ -134,8 +134,9 @@ def open_plain(path: Path) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def read_chunks(path: Path) -> Iterator[bytes]:
-    with open_plain(path) as file:
+def read_chunks(path: Path, plain: bool = False) -> Iterator[bytes]:
+    """Yield a file's bytes. plain: as `open_plain` opens it, for a file of a stranger's."""
+    with open_plain(path) if plain else path.open("rb") as file:
         while chunk := file.read(CHUNK):
             yield chunk
 
@@ -229,7 +230,7 @@ def lock(path: Path, shared: bool = False, wait: bool = True, create: bool = Tru
 def _open_lock(path: Path, shared: bool, create: bool) -> int | None:
     try:
         if create:
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o664)
     except OSError as error:
         if not shared or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise

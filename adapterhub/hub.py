@@ -40,7 +40,7 @@ def open(path: str | Path | None = None, create: bool = False, database: str | N
     from adapterhub_registry.database import Database
 
     new = create and not _is_hub(root)
-    if new and not folders.is_own("hubs", root):
+    if new:
         _claim(root)
     hub = Hub(root, Database(root / DATABASE, create=new, url=database))
     if new:
@@ -70,7 +70,8 @@ def nearest() -> Path | None:
 def _claim(root: Path) -> None:
     """List a hub that is about to be made. A configuration that cannot be written is no reason to make none."""
     try:
-        folders.add("hubs", root)
+        if not folders.is_own("hubs", root):
+            folders.add("hubs", root)
     except HubError as error:
         warnings.warn(
             f"{root} cannot be noted as yours ({error}): commands will not use it unless they are given its path",

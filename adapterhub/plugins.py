@@ -37,16 +37,33 @@ GROUPS = tuple(KINDS)
 
 
 @cache
+def _installed(group: str) -> dict[str, list[EntryPoint]]:
+    """Every entry point of a group by its name; of those that are written alike, one."""
+    points: dict[str, dict[str, EntryPoint]] = {}
+    for point in sorted(entry_points(group=f"adapterhub.{group}"), key=_owner):
+        points.setdefault(point.name, {}).setdefault(point.value, point)
+    return {name: list(found.values()) for name, found in sorted(points.items())}
+
+
 def _points(group: str) -> dict[str, EntryPoint]:
-    points: dict[str, EntryPoint] = {}
-    for point in entry_points(group=f"adapterhub.{group}"):
-        known = points.setdefault(point.name, point)
-        if known.value != point.value:
-            raise PluginError(
-                f"two packages bring {group} named {point.name!r}: {_owner(known)} and {_owner(point)}",
-                "uninstall one of them",
-            )
-    return dict(sorted(points.items()))
+    """The entry point that each name of a group means. Raises PluginError for a name that two enabled packages bring."""
+    return {
+        name: found[0] if len(found) == 1 else _first(group, name, found) for name, found in _installed(group).items()
+    }
+
+
+def _first(group: str, name: str, found: list[EntryPoint]) -> EntryPoint:
+    """A built-in part wins, then the enabled package: one that merely is installed cannot get in anybody's way."""
+    for point in found:
+        if point.dist and point.dist.name == "adapterhub":
+            return point
+    enabled = [point for point in found if point.dist and is_enabled(point.dist.name)]
+    if len(enabled) > 1:
+        raise PluginError(
+            f"two packages bring {group} named {name!r}: {_owner(enabled[0])} and {_owner(enabled[1])}",
+            f"adapterhub plugins disable {enabled[1].dist.name}, or uninstall one of them",
+        )
+    return enabled[0] if enabled else found[0]
 
 
 def _owner(point: EntryPoint) -> str:
@@ -58,6 +75,16 @@ def names(group: str) -> list[str]:
     return list(_points(group))
 
 
+def enabled_names(group: str) -> list[str]:
+    """The names of a group whose code may run: built-in parts, and those of enabled packages. Imports nothing."""
+    found = _points(group).items()
+    return [name for name, point in found if not _is_outside(point) or is_enabled(point.dist.name)]
+
+
+def _is_outside(point: EntryPoint) -> bool:
+    return point.dist is not None and point.dist.name != "adapterhub"
+
+
 def distribution(group: str, name: str) -> str:
     """ "adapterhub-loreft 0.1.0": which installed distribution brings this part."""
     return _owner(_point(group, name))
@@ -66,7 +93,14 @@ def distribution(group: str, name: str) -> str:
 def installed(distribution: str) -> str | None:
     """The version of a distribution that brings parts, if it is installed."""
     return next(
-        (p.dist.version for g in GROUPS for p in _points(g).values() if p.dist and p.dist.name == distribution), None
+        (
+            point.dist.version
+            for group in GROUPS
+            for found in _installed(group).values()
+            for point in found
+            if point.dist and point.dist.name == distribution
+        ),
+        None,
     )
 
 

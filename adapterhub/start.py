@@ -130,7 +130,7 @@ def start(
         parents.insert(0, _parent(goes_on, "continue"))
     else:
         if method is None:
-            raise UsageError("no method to train with", f"one of: {', '.join(plugins.names('methods'))}")
+            raise UsageError("no method to train with", f"one of: {', '.join(plugins.enabled_names('methods'))}")
         made = Made(name=method, options=dict(options or {}), distribution=plugins.distribution("methods", method))
         under = [hub.resolve(each) for each in ([on] if isinstance(on, str) else on or ())]
         if plugins.load("methods", method).weighs:

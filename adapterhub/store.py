@@ -111,7 +111,7 @@ class Store:
         While some are hashed, side by side, others that were get their names. Raises IntegrityError for other bytes."""
         folders: set[Path] = set()
         with ThreadPoolExecutor(WORKERS) as pool:
-            checks = pool.map(lambda place: deque(hashed(_chunks(place[1]), *place), maxlen=0), blobs.items())
+            checks = pool.map(lambda place: deque(hashed(_chunks(place[1], plain=True), *place), maxlen=0), blobs.items())
             for (blob, path), _ in zip(blobs.items(), checks, strict=True):
                 advance(blob.size)
                 try:
@@ -120,7 +120,7 @@ class Store:
                         continue
                 except FileExistsError:
                     pass
-                self.take(blob, _chunks(path), path, folders)  # a copy; nothing, when it is there already and sound
+                self.take(blob, _chunks(path, plain=True), path, folders)  # a copy; nothing, when it is there already and sound
         durable.sync(folders)
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -286,8 +286,8 @@ def each(function: Callable, items: Iterable) -> list:
             raise
 
 
-def _chunks(source: Path) -> Iterator[bytes]:
+def _chunks(source: Path, plain: bool = False) -> Iterator[bytes]:
     try:
-        yield from durable.read_chunks(source)
+        yield from durable.read_chunks(source, plain)
     except OSError as error:
         raise HubError(f"{source} cannot be read: {error.strerror}", "check the file and its permissions") from None

@@ -116,7 +116,7 @@ def train(
         check_version(version)
     if base is None:
         base = begin.goes_on.manifest.base.name if begin.goes_on else ""
-        if base not in plugins.names("bases"):  # what a manifest says is no path and no repo id to follow
+        if base not in plugins.enabled_names("bases"):  # what a manifest says is no path and no repo id to follow
             known = f"; {begin.goes_on} only says that it was made for {base!r}" if base else ""
             raise UsageError(
                 "no base to train on" + known, "give a known name (smollm2), a folder or a repo id: --base"

@@ -71,6 +71,7 @@ def put(hub, base, name, parts, **more):
 def run(capsys, monkeypatch, hub):
     """run("inspect me/a") -> (status, stdout, stderr), in the hub's folder."""
     monkeypatch.chdir(hub.root)
+    monkeypatch.setenv("ADAPTERHUB_HOME", str(hub.root))
 
     def run(line, *more):
         capsys.readouterr()

@@ -1,5 +1,6 @@
 """What the light commands import: never torch, and only what they need of the rest."""
 
+import os
 import subprocess
 import sys
 
@@ -19,7 +20,8 @@ sys.exit(status)
 def loaded(command: str, cwd) -> tuple[int, set[str]]:
     """(exit status, which of the watched modules the command left imported) in a fresh interpreter."""
     run = [sys.executable, "-c", PROBE, *command.split()]
-    result = subprocess.run(run, cwd=cwd, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "ADAPTERHUB_HOME": str(cwd)}
+    result = subprocess.run(run, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
     return result.returncode, set(result.stderr.splitlines()[-1].split())
 
 

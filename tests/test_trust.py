@@ -15,7 +15,16 @@ import adapterhub
 from adapterhub import plugins, settings
 from adapterhub.adapter import part
 from adapterhub.cli.app import execute
-from adapterhub.errors import IntegrityError, ManifestError, NameInUse, NotFound, NotTrusted, PluginError, UnsafeFile, UsageError
+from adapterhub.errors import (
+    IntegrityError,
+    ManifestError,
+    NameInUse,
+    NotFound,
+    NotTrusted,
+    PluginError,
+    UnsafeFile,
+    UsageError,
+)
 from adapterhub.look.checkup import uninstalled
 from adapterhub.manifest import Base, File, Made, Manifest, Parent, Release, check_digest, digest_of
 from adapterhub.trust import keys, policy

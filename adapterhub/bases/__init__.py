@@ -70,7 +70,7 @@ def resolve(base: str | Path) -> ResolvedBase:
     if isinstance(base, str) and (folder := projects.nearest()) is not None:
         text = projects.read(folder).bases.get(text, text)
         base = folder / text if text.startswith((".", "/")) else text
-    if text in plugins.names("bases"):
+    if text in plugins.enabled_names("bases"):
         return _known(text)
     folder = durable.user_path(base)
     if folder.is_dir():
@@ -153,11 +153,11 @@ def _download(repo: str) -> Path:
         problem = f"the base model {repo!r} is not on this machine, and the Hub cannot be reached"
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         problem = f"no base model {repo!r}: {first_line(error)}"
-    near = get_close_matches(repo, plugins.names("bases"), 1)
+    near = get_close_matches(repo, plugins.enabled_names("bases"), 1)
     raise NotFound(
         problem,
         f"did you mean {near[0]!r}?" if near
-        else f"give a folder, a repo id while online, or one of: {', '.join(plugins.names('bases'))}",
+        else f"give a folder, a repo id while online, or one of: {', '.join(plugins.enabled_names('bases'))}",
     )  # fmt: skip
 
 

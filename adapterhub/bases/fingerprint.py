@@ -154,7 +154,7 @@ def check_base(
 
 def _wanted(base: Base) -> str:
     """What to give instead. A name that we do not know is a folder's last part or a repo id, on another machine perhaps."""
-    known = base.name in plugins.names("bases")
+    known = base.name in plugins.enabled_names("bases")
     return f"use --base {base.name}" if known else f"give the base it was made for ({base.name})"
 
 

@@ -189,7 +189,8 @@ def _asked(error: NotTrusted) -> bool:
         return False
     note(str(error))
     question = "Use it, now and later?" if error.kind == "hubs" else "Let them run, now and later?"
-    if not typer.confirm(question, err=True):
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         return False
     from adapterhub import folders
 

@@ -38,7 +38,7 @@ def doctor(as_json: Json = False) -> None:
     facts["sqlite"] = sqlite3.sqlite_version
     facts["devices"] = _devices()
     for group, packages in brought().items():
-        facts[group] = [f"{package}: {' '.join(names)}" for package, names in packages.items()]
+        facts[group] = [f"{package}{_idle(package)}: {' '.join(names)}" for package, names in packages.items()]
     problems += _broken_parts()
     try:
         facts |= _hub(problems)
@@ -54,6 +54,13 @@ def doctor(as_json: Json = False) -> None:
             out(f"{'problem:':<17}{problem}")
     if problems:
         raise typer.Exit(1)
+
+
+def _idle(package: str) -> str:
+    from adapterhub import plugins
+
+    owner = package.partition(" ")[0]
+    return "" if owner == "adapterhub" or plugins.is_enabled(owner) else " (not enabled)"
 
 
 def _devices() -> list[str]:
@@ -75,7 +82,7 @@ def _broken_parts() -> list[str]:
     broken = []
     for group in plugins.GROUPS:
         try:
-            names = plugins.names(group)
+            names = plugins.enabled_names(group)
         except PluginError as error:  # two packages bring one name
             broken.append(f"{error} ({error.hint})")
             continue

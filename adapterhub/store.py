@@ -111,7 +111,9 @@ class Store:
         While some are hashed, side by side, others that were get their names. Raises IntegrityError for other bytes."""
         folders: set[Path] = set()
         with ThreadPoolExecutor(WORKERS) as pool:
-            checks = pool.map(lambda place: deque(hashed(_chunks(place[1], plain=True), *place), maxlen=0), blobs.items())
+            checks = pool.map(
+                lambda place: deque(hashed(_chunks(place[1], plain=True), *place), maxlen=0), blobs.items()
+            )
             for (blob, path), _ in zip(blobs.items(), checks, strict=True):
                 advance(blob.size)
                 try:
@@ -120,7 +122,9 @@ class Store:
                         continue
                 except FileExistsError:
                     pass
-                self.take(blob, _chunks(path, plain=True), path, folders)  # a copy; nothing, when it is there already and sound
+                self.take(
+                    blob, _chunks(path, plain=True), path, folders
+                )  # a copy; nothing, when it is there already and sound
         durable.sync(folders)
 
     # --- reading -----------------------------------------------------------------------------------------------

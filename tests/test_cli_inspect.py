@@ -1,6 +1,7 @@
 """show --sites, inspect, explain and doctor: figures against NumPy, verdicts against what really happens."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -190,7 +191,9 @@ def test_show_sites_imports_no_torch(hub):
         "import sys\nfrom adapterhub.cli.app import execute\n"
         "status = execute(['show', 'me/low-rank', '--sites'])\nprint(status, 'torch' in sys.modules)"
     )
-    out = subprocess.run([sys.executable, "-c", code], cwd=hub.root, capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "ADAPTERHUB_HOME": str(hub.root)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    out = done.stdout
     assert out.splitlines()[-1] == "0 False"
 
 

@@ -16,6 +16,7 @@ from adapterhub.errors import HubError, IntegrityError, NotFound, UsageError
 from adapterhub.manifest import File
 from adapterhub.packages import Packages
 from adapterhub.progress import shown
+from adapterhub.records import complete, expected, put
 from adapterhub.sources import Source
 from adapterhub.store import DATABASE, Problem
 
@@ -44,7 +45,8 @@ def verify(hub: Packages, mode: Mode = "full", today: int | None = None) -> list
         with hub.store.shared():
             damaged = [*hub.store.verify(shown("verify", needed), chosen)]
         needed = hub.index.files() if damaged else needed  # another process may have removed some meanwhile
-        problems += [replace(p, releases=tuple(needed[file])) for file, p in damaged if file in needed]
+        damaged = [(file, p) for file, p in damaged if file in needed and (p.path.exists() or expected(hub, file))]
+        problems += [replace(p, releases=tuple(needed[file])) for file, p in damaged]
     except IntegrityError as error:  # the index cannot be read at all
         problems.append(Problem(hub.root / DATABASE, str(error)))
     return problems
@@ -77,11 +79,14 @@ class Repaired:
 
 
 def repair(hub: Packages, sources: Sequence[Source]) -> Repaired:
-    """Bring every damaged or missing blob again, from the first of the sources that has it sound. Nothing else changes.
+    """Bring every damaged or missing blob again: a manifest from the index, others from the first of the sources that has them
+    sound. Nothing else changes.
 
     What stays damaged is in `left`: no source has it, or it is the index itself."""
     with hub.store.shared():
+        complete(hub)
         damaged = {file: problem for file, problem in hub.store.verify(shown("repair", hub.index.files()))}
+        put(hub.store, [data for file in damaged if (data := hub.index.record(file.digest)) is not None])
         for file in damaged:
             for source in sources:
                 with suppress(HubError):
@@ -114,6 +119,8 @@ def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AG
             raise IntegrityError(f"the index is damaged: {faults[0]}", "adapterhub verify lists all damage")
         needed = hub.index.files()
         _sure(hub, needed, force)
+        if not dry_run:
+            complete(hub)
         found = [*_strays(hub, needed), *_trainings(hub.root / "training", days)]
         if not dry_run:
             unsynced: set[Path] = set()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from adapterhub.errors import HubError, NameInUse, NotFound
+from adapterhub.errors import DiskFull, HubError, NameInUse, NotFound
 
 CHUNK = 1 << 20
 TEMPORARY = ".tmp"
@@ -165,6 +166,14 @@ def remove_tree(path: Path) -> None:
         os.rmdir(path)
 
 
+def check_room(folder: Path, size: int) -> None:
+    """Raise DiskFull when so many bytes do not fit where a folder is, or will be."""
+    there = next(above for above in (folder, *folder.absolute().parents) if above.is_dir())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise DiskFull(f"{folder} needs {size} bytes, {free} are free", "free some space and run it again")
+
+
 def user_path(text: str | Path) -> Path:
     """A path as a user writes it: `~` is their home. Raises NotFound for the home of nobody."""
     try:
@@ -192,6 +201,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         remove_tree(temporary)
         raise
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to make a file in, before it is moved there; it vanishes with what is left in it."""
+    folder = _beside(path)
+    try:
+        make_folder(folder)
+        yield folder
+    finally:
+        remove_tree(folder)
 
 
 @contextmanager
@@ -271,7 +291,7 @@ def _told(path: Path, size: int) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise HubError(
+            raise DiskFull(
                 f"cannot write {path}: no space left, {size} bytes needed",
                 "free some space and run it again; nothing was changed",
             ) from None

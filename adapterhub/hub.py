@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub import durable
 from adapterhub.errors import NotFound
+from adapterhub.index import Index
 from adapterhub.manifest import Release
 from adapterhub.packages import Packages
-from adapterhub.store import DATABASE
+from adapterhub.store import DATABASE, Store
 
 if TYPE_CHECKING:
     from adapterhub.runtime import Model
@@ -22,15 +23,8 @@ def open(path: str | Path | None = None, create: bool = False, database: str | N
 
     The user's own (in ADAPTERHUB_HOME, else the platform's data folder) is made on first use, any other with `create`.
     database: the URL of another database for its index, as a registry may have. Raises NotFound when there is no hub."""
-    if path is None:
-        here = Path.cwd()
-        root = next((folder for folder in (here, *here.parents) if _is_hub(folder)), None)
-        if root is None:
-            root, create = _home(), True
-    else:
-        root = durable.user_path(path)
-        if root.name == DATABASE:
-            root = root.parent
+    root = find(path)
+    create = create or (path is None and not _is_hub(root))
     if not _is_hub(root) and database is None:
         if not create:
             raise NotFound(f"no hub in {root}", f"make one: adapterhub init {root}")
@@ -44,10 +38,29 @@ def open(path: str | Path | None = None, create: bool = False, database: str | N
     return hub
 
 
+def find(path: str | Path | None = None) -> Path:
+    """The folder of the hub that `open` opens."""
+    if path is None:
+        here = Path.cwd()
+        return next((folder for folder in (here, *here.parents) if _is_hub(folder)), None) or _home()
+    root = durable.user_path(path)
+    return root.parent if root.name == DATABASE else root
+
+
+def new_index(path: Path) -> Index:
+    """An empty index in a file of its own, to be filled and put in the place of one that was lost."""
+    from adapterhub_registry.database import Database
+
+    return Database(path, create=True)
+
+
 def _is_hub(folder: Path) -> bool:
-    """An empty database alone is what a process leaves that was killed while it made a hub; beside blobs it is damage."""
+    """An empty database alone is what a process leaves that was killed while it made a hub; beside blobs it is damage, and so
+    are blobs without one: opening it says so."""
     database = folder / DATABASE
-    return database.is_file() and (database.stat().st_size > 0 or (folder / "blobs").exists())
+    if not database.is_file():
+        return Store(folder).has_blobs()
+    return database.stat().st_size > 0 or (folder / "blobs").exists()
 
 
 def _home() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ DATABASE = "hub.db"
 """The file that makes a folder a hub; the index lives in it, the blobs beside it."""
 WORKERS = 4
 """Blobs that are written or fetched side by side: a disk commits what several wait for at once."""
+_BLOB = re.compile("[0-9a-f]{64}")
 _REPAIR = "adapterhub repair mends it from where it came; adapterhub verify lists all damage"
 
 
@@ -170,6 +172,15 @@ class Store:
             if len(start) >= 9 and len(start) >= extent(start):
                 break
         return start
+
+    def has_blobs(self) -> bool:
+        """Whether any blob is here."""
+        return any(True for _ in self.listed())
+
+    def listed(self) -> Iterator[Path]:
+        """Every blob that is here, needed or not, by its name."""
+        for folder in sorted(self.folder.glob("??")):
+            yield from (path for path in sorted(folder.glob("*")) if _BLOB.fullmatch(path.name) and path.is_file())
 
     # --- looking after -----------------------------------------------------------------------------------------
 

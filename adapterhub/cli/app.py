@@ -13,7 +13,21 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from adapterhub.cli import care, doctor, locked, look, make, packages, plugins, project, run, share, trust, versions
+from adapterhub.cli import (
+    care,
+    doctor,
+    keep,
+    locked,
+    look,
+    make,
+    packages,
+    plugins,
+    project,
+    run,
+    share,
+    trust,
+    versions,
+)
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
 from adapterhub.errors import REFUSALS, HubError
 
@@ -83,6 +97,8 @@ PANELS = {
         "verify": care.verify,
         "repair": care.repair,
         "gc": care.gc,
+        "backup": keep.backup,
+        "restore": keep.restore,
         "cache": care.cache,
         "dirs": care.dirs,
         "doctor": doctor.doctor,

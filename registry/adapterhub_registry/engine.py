@@ -74,6 +74,13 @@ class Engine:
             found.append(f"a row of the table {table} names a release that is not there")
         return found
 
+    def copy(self, connection: Connection) -> bytes:
+        """The SQLite file as this transaction sees it."""
+        if not self.sqlite:
+            raise UsageError(f"{self.path} is not a file of the hub", "copy it with its own tool (pg_dump)")
+        connection.execute(text("SELECT count(*) FROM sqlite_master"))  # what is read from here on is one state
+        return connection.connection.driver_connection.serialize()
+
     def _announce(self, connection: Connection) -> None:
         if connection.get_execution_options().get("writes", False):
             durable.announce("commit", Path(self.path))

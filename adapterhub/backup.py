@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ from adapterhub.errors import HubError, IntegrityError, NameInUse
 from adapterhub.manifest import File, canonical, check_digest
 from adapterhub.packages import Packages
 from adapterhub.progress import bar
+from adapterhub.records import complete, expected
 from adapterhub.store import DATABASE, Store, hashed, identify
 
 LIST = "backup.json"
@@ -34,8 +36,13 @@ def backup(hub: Packages, path: Path) -> int:
     if path.exists():
         raise NameInUse(f"{path} is there already", "name a file that does not exist yet")
     with hub.store.shared():
+        with suppress(HubError):  # a hub that nobody can write to is copied as it is
+            complete(hub)
         index = hub.index.copy()  # first: whatever it lists stays while the store is shared
-        blobs = sorted({b for f in _files(index, path) for b in hub.store.blobs(f)}, key=lambda blob: blob.digest)
+        files = _files(hub, index, path)
+        for _, problem in hub.store.verify(files, lambda blob: False):
+            raise IntegrityError(str(problem), "adapterhub repair mends it; then back up again")
+        blobs = sorted({b for f in files for b in hub.store.blobs(f)}, key=lambda blob: blob.digest)
         head = identify(index)
         listed = {"format": 1, "index": [head.digest, head.size], "blobs": [[b.digest, b.size] for b in blobs]}
         first = canonical(listed)
@@ -83,13 +90,14 @@ def restore(path: Path, folder: Path) -> Path:
     return folder
 
 
-def _files(index: bytes, path: Path) -> list[File]:
+def _files(hub: Packages, index: bytes, path: Path) -> list[File]:
     """Every file that this copy of an index lists: not the live one, which may list more by now."""
     from adapterhub.hub import open
 
     with durable.scratch(path) as folder:
         durable.write_bytes(folder / DATABASE, index)
-        return list(open(folder).index.files())
+        files = list(open(folder).index.files())
+    return [file for file in files if hub.store.path(file.digest).exists() or expected(hub, file)]
 
 
 def _size(listed: bytes, index: File, blobs: list[File]) -> int:

@@ -7,7 +7,6 @@ behind ends in `.tmp` and is never read.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -16,7 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapterhub.errors import DiskFull, HubError, NameInUse, NotFound
+from adapterhub.locks import lock
 
+__all__ = ["lock"]
+"""What others take from here though it is made elsewhere."""
 CHUNK = 1 << 20
 TEMPORARY = ".tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -212,39 +214,6 @@ def scratch(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         remove_tree(folder)
-
-
-@contextmanager
-def lock(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
-    """Hold the operating system's lock on a file (made when missing): alone, or with others who share it.
-
-    It ends with the process, however that ends. Without `wait` yields False, and holds nothing, when it is taken."""
-    with _told(path, 0):
-        handle = _open_lock(path, shared)
-    if handle is None:  # a store that nobody can write to needs no lock to be read
-        yield True
-        return
-    try:
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except BlockingIOError:
-            held = False
-        yield held
-    finally:
-        os.close(handle)
-
-
-def _open_lock(path: Path, shared: bool) -> int | None:
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if not shared or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
 
 
 def _beside(path: Path) -> Path:

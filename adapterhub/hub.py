@@ -59,7 +59,7 @@ def _is_hub(folder: Path) -> bool:
     are blobs without one: opening it says so."""
     database = folder / DATABASE
     if not database.is_file():
-        return Store(folder).has_blobs()
+        return any(Store(folder).listed())
     return database.stat().st_size > 0 or (folder / "blobs").exists()
 
 

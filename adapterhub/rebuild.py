@@ -48,7 +48,7 @@ def rebuild(path: str | Path | None = None) -> Rebuilt:
     Raises UsageError for a hub whose index is sound, HubError for one without blobs."""
     root = find(path)
     store = Store(root)
-    if not store.has_blobs():
+    if not any(store.listed()):
         raise HubError(f"no blobs in {root}", "there is nothing to make an index from")
     with store.alone():
         if _sound(root):

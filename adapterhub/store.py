@@ -173,10 +173,6 @@ class Store:
                 break
         return start
 
-    def has_blobs(self) -> bool:
-        """Whether any blob is here."""
-        return any(True for _ in self.listed())
-
     def listed(self) -> Iterator[Path]:
         """Every blob that is here, needed or not, by its name."""
         for folder in sorted(self.folder.glob("??")):

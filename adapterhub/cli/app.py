@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from adapterhub import locks
 from adapterhub.cli import (
     care,
     doctor,
@@ -146,6 +147,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that what is half done is undone
     sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no reason to fail
     warnings.simplefilter("ignore", FutureWarning)  # of a library to its callers, not of ours to a user
+    locks.tell = note
     warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
     sys.exit(execute(sys.argv[1:]))
 

@@ -103,7 +103,7 @@ def test_A5_a_full_disk_at_every_step(name, before, work_in):
         if answer not in ("through", "survived"):
             errors += 1
             kind, message, hint = answer
-            assert kind == "HubError" and str(folder) in message and "\n" not in message and hint, answer
+            assert kind == "DiskFull" and str(folder) in message and "\n" not in message and hint, answer
             assert now == new or half_written(folder) == set(), (n, answer)
             if now != new and name not in ("gc", "migrate"):
                 assert names(needless(folder)) == names(needless(before)), (n, answer)

@@ -30,7 +30,7 @@ from adapterhub.cli import (
     versions,
 )
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
-from adapterhub.errors import REFUSALS, HubError
+from adapterhub.errors import REFUSALS, DiskFull, HubError
 
 EPILOG = """\b
 Exit status:
@@ -168,7 +168,8 @@ def execute(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return status or 0
     except HubError as error:
-        return failed(type(error).__name__, str(error), error.hint, error.code)
+        hint = care.room() if isinstance(error, DiskFull) else error.hint
+        return failed(type(error).__name__, str(error), hint, error.code)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "adapterhub"

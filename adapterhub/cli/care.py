@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 import adapterhub
 from adapterhub.cli.output import Json, json_out, note, out, record, size
-from adapterhub.errors import UsageError
+from adapterhub.errors import HubError, UsageError
 
 if TYPE_CHECKING:
     from adapterhub.care import Stray
@@ -134,6 +135,25 @@ def gc(
 
     hub = adapterhub.open()
     _gone(hub.root, care.gc(hub, dry_run, force, days), dry_run, as_json)
+
+
+def room() -> str:
+    """What takes room on a disk that was full, and what frees it."""
+    import shutil
+
+    from adapterhub import care
+    from adapterhub.bases import cache_folder
+
+    told = ["nothing was changed"]
+    with suppress(HubError, OSError):
+        hub = adapterhub.open()
+        told.append(f"the disk of {hub.root} has {size(shutil.disk_usage(hub.root).free)} free")
+        if freed := care.reclaimable(hub):
+            told.append(f"adapterhub gc would free {size(freed)}")
+    with suppress(HubError, OSError):
+        if cached := sum(stray.size for stray in care.clean_cache(cache_folder(), dry_run=True)):
+            told.append(f"adapterhub cache --clean would free {size(cached)}")
+    return "free some space and run it again: " + "; ".join(told)
 
 
 def _gone(root: Path, found: Sequence[Stray], dry_run: bool, as_json: bool) -> None:

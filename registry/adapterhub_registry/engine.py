@@ -15,7 +15,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
 from adapterhub import durable
-from adapterhub.errors import HubError, IntegrityError, UsageError
+from adapterhub.errors import DiskFull, HubError, IntegrityError, UsageError
 
 PATIENCE = 60
 """Seconds to wait for another process's transaction."""
@@ -93,7 +93,7 @@ class Engine:
             raise IntegrityError(f"{self.path} holds a text that is none: {error}", "restore it from a copy") from None
         except DBAPIError as error:
             reason = str(error.orig)
-            if "not a database" in reason or "malformed" in reason:
+            if any(word in reason for word in ("not a database", "malformed", "decode")):
                 raise IntegrityError(
                     f"{self.path} is no sound database: {reason}", "move it away, or restore it from a copy"
                 ) from None
@@ -103,7 +103,8 @@ class Engine:
                 "readonly": "check that the file and its folder are writable; nothing was changed",
             }
             hint = next((hint for word, hint in hints.items() if word in reason), "nothing was changed")
-            raise HubError(f"{self.path}: {reason}", hint) from None
+            kind = DiskFull if "full" in reason else HubError
+            raise kind(f"{self.path}: {reason}", hint) from None
 
 
 def _connect(uri: str) -> sqlite3.Connection:

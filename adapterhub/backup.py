@@ -58,7 +58,7 @@ def backup(hub: Packages, path: Path) -> int:
                     advance(blob.size)
                 yield bytes(2 * BLOCK)
 
-            durable.write(path, chunks(), size, mode=0o600)
+            durable.write(path, _gathered(chunks()), size, mode=0o600)
     return size
 
 
@@ -79,7 +79,6 @@ def restore(path: Path, folder: Path) -> Path:
         durable.check_room(folder, size)
         with durable.new_folder(folder) as out, bar(f"restore {path.name}", size) as advance:
             store, unsynced = Store(out), set[Path]()
-            store.prepare()
             durable.write(out / DATABASE, _content(file, path, DATABASE, index), index.size, mode=0o666)
             for blob in blobs:
                 durable.write(store.path(blob.digest), _content(file, path, _name(blob), blob), blob.size, unsynced)
@@ -124,6 +123,17 @@ def _member(name: str, size: int, chunks: Iterator[bytes] | list[bytes]) -> Iter
     yield _header(name, size)
     yield from chunks
     yield bytes(_padded(size) - size)
+
+
+def _gathered(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in fewer pieces: a hub may have a million small blobs."""
+    held = bytearray()
+    for chunk in chunks:
+        held += chunk
+        if len(held) >= durable.CHUNK:
+            yield bytes(held)
+            held.clear()
+    yield bytes(held)
 
 
 def _read_list(file: BinaryIO, path: Path) -> bytes:

@@ -16,6 +16,7 @@ from adapterhub.errors import HubError, IntegrityError, NotFound, UsageError
 from adapterhub.manifest import File
 from adapterhub.packages import Packages
 from adapterhub.progress import shown
+from adapterhub.records import complete, expected, put
 from adapterhub.sources import Source
 from adapterhub.store import DATABASE, Problem
 
@@ -44,7 +45,8 @@ def verify(hub: Packages, mode: Mode = "full", today: int | None = None) -> list
         with hub.store.shared():
             damaged = [*hub.store.verify(shown("verify", needed), chosen)]
         needed = hub.index.files() if damaged else needed  # another process may have removed some meanwhile
-        problems += [replace(p, releases=tuple(needed[file])) for file, p in damaged if file in needed]
+        damaged = [(file, p) for file, p in damaged if file in needed and (p.path.exists() or expected(hub, file))]
+        problems += [replace(p, releases=tuple(needed[file])) for file, p in damaged]
     except IntegrityError as error:  # the index cannot be read at all
         problems.append(Problem(hub.root / DATABASE, str(error)))
     return problems
@@ -77,11 +79,14 @@ class Repaired:
 
 
 def repair(hub: Packages, sources: Sequence[Source]) -> Repaired:
-    """Bring every damaged or missing blob again, from the first of the sources that has it sound. Nothing else changes.
+    """Bring every damaged or missing blob again: a manifest from the index, others from the first of the sources that has them
+    sound. Nothing else changes.
 
     What stays damaged is in `left`: no source has it, or it is the index itself."""
     with hub.store.shared():
+        complete(hub)
         damaged = {file: problem for file, problem in hub.store.verify(shown("repair", hub.index.files()))}
+        put(hub.store, [data for file in damaged if (data := hub.index.record(file.digest)) is not None])
         for file in damaged:
             for source in sources:
                 with suppress(HubError):
@@ -106,7 +111,8 @@ class Stray:
 def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AGE) -> list[Stray]:
     """Take away what no release needs, nobody is bringing and no training goes on with; returns what went (or would).
 
-    Blobs under a lease stay. Trainings that were left alone for `days` lose their checkpoints. Raises HubError, and
+    Blobs under a lease stay, and so does what has come of one, unless forced; whose writer is dead and has no lease goes at once.
+    Trainings that were left alone for `days` lose their checkpoints. Raises HubError, and
     takes nothing, when the index lists nothing although there are blobs, or less than half of what it listed the last time
     (unless forced): that is how a lost or half-read index looks. Raises IntegrityError for a damaged index or list of parts."""
     with hub.store.alone():
@@ -114,7 +120,9 @@ def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AG
             raise IntegrityError(f"the index is damaged: {faults[0]}", "adapterhub verify lists all damage")
         needed = hub.index.files()
         _sure(hub, needed, force)
-        found = [*_strays(hub, needed), *_trainings(hub.root / "training", days)]
+        if not dry_run:
+            complete(hub)
+        found = [*_strays(hub, needed, force), *_trainings(hub.root / "training", days)]
         if not dry_run:
             unsynced: set[Path] = set()
             for stray in found:
@@ -125,6 +133,14 @@ def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AG
             durable.sync(unsynced)
             hub.index.remember(ROOTS, len(needed))
     return found
+
+
+def reclaimable(hub: Packages) -> int:
+    """Bytes that gc would free; 0 while others are at work, or when it would refuse."""
+    with suppress(HubError), hub.store.alone(wait=False) as held:
+        if held:
+            return sum(stray.size for stray in _strays(hub, hub.index.files(), False))
+    return 0
 
 
 def _sure(hub: Packages, needed: Collection[File], force: bool) -> None:
@@ -139,7 +155,7 @@ def _sure(hub: Packages, needed: Collection[File], force: bool) -> None:
         )
 
 
-def _strays(hub: Packages, needed: Collection[File]) -> Iterator[Stray]:
+def _strays(hub: Packages, needed: Collection[File], force: bool) -> Iterator[Stray]:
     leased = {digest.removeprefix("sha256:") for digest in hub.index.leased(time.time())}
     for path in hub.store.stray(needed):
         if path.name not in leased:
@@ -147,12 +163,12 @@ def _strays(hub: Packages, needed: Collection[File]) -> Iterator[Stray]:
     for folder in (hub.root, hub.root / "incoming"):
         for path in sorted(folder.glob(f".*{durable.TEMPORARY}")):
             yield _stray(path, "half-written")
-    for path in sorted((hub.root / "incoming").glob("*.part")):
-        if path.stem not in leased:  # whoever fetches into this hub shares the lock that we hold alone
-            yield _stray(path, "half-fetched")
-    for path in sorted((hub.root / "incoming").glob("*.lock")):
-        if path.stem not in leased:
-            yield _stray(path, "half-fetched")
+    # Whoever fetches into this hub shares the lock that we hold alone: nobody writes to a part now. A lease speaks of an
+    # upload that may go on; forced, it begins anew.
+    for pattern in ("*.part", "*.lock"):
+        for path in sorted((hub.root / "incoming").glob(pattern)):
+            if force or path.stem not in leased:
+                yield _stray(path, "half-fetched")
 
 
 def _trainings(folder: Path, days: int) -> Iterator[Stray]:

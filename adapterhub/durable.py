@@ -7,16 +7,19 @@ behind ends in `.tmp` and is never read.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from adapterhub.errors import HubError, NameInUse, NotFound
+from adapterhub.errors import DiskFull, HubError, NameInUse, NotFound
+from adapterhub.locks import lock
 
+__all__ = ["lock"]
+"""What others take from here though it is made elsewhere."""
 CHUNK = 1 << 20
 TEMPORARY = ".tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -176,6 +179,14 @@ def remove_tree(path: Path) -> None:
         os.rmdir(path)
 
 
+def check_room(folder: Path, size: int) -> None:
+    """Raise DiskFull when so many bytes do not fit where a folder is, or will be."""
+    there = next(above for above in (folder, *folder.absolute().parents) if above.is_dir())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise DiskFull(f"{folder} needs {size} bytes, {free} are free", "free some space and run it again")
+
+
 def user_path(text: str | Path) -> Path:
     """A path as a user writes it: `~` is their home. Raises NotFound for the home of nobody."""
     try:
@@ -206,38 +217,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def lock(path: Path, shared: bool = False, wait: bool = True, create: bool = True) -> Iterator[bool]:
-    """Hold the operating system's lock on a file: alone, or with others who share it. create: make it when it is missing;
-    else a missing one needs no lock.
-
-    It ends with the process, however that ends. Without `wait` yields False, and holds nothing, when it is taken."""
-    with _told(path, 0):
-        handle = _open_lock(path, shared, create)
-    if handle is None:  # a store that nobody can write to needs no lock to be read
-        yield True
-        return
+def scratch(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to make a file in, before it is moved there; it vanishes with what is left in it."""
+    folder = _beside(path)
     try:
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except BlockingIOError:
-            held = False
-        yield held
+        make_folder(folder)
+        yield folder
     finally:
-        os.close(handle)
-
-
-def _open_lock(path: Path, shared: bool, create: bool) -> int | None:
-    try:
-        if create:
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o664)
-    except OSError as error:
-        if not shared or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-    try:
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
+        remove_tree(folder)
 
 
 def _beside(path: Path) -> Path:
@@ -284,7 +271,7 @@ def _told(path: Path, size: int) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise HubError(
+            raise DiskFull(
                 f"cannot write {path}: no space left, {size} bytes needed",
                 "free some space and run it again; nothing was changed",
             ) from None

@@ -56,6 +56,10 @@ class IntegrityError(HubError):
     code = 4
 
 
+class DiskFull(HubError):
+    """There is no room for what was to be written; nothing of it is left."""
+
+
 class UnsafeFile(HubError):
     """A file that we refuse to open: pickle, a hostile header, non-finite weights."""
 
@@ -138,6 +142,10 @@ class ParentsWarning(UserWarning):
 
 class YankedWarning(UserWarning):
     """A version is used that its publisher has taken out of choice."""
+
+
+class NameWarning(UserWarning):
+    """A name that readers take for another one."""
 
 
 class ScanWarning(UserWarning):

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub import durable, folders
 from adapterhub.errors import HubError, NotFound
+from adapterhub.index import Index
 from adapterhub.manifest import Release
 from adapterhub.packages import Packages
-from adapterhub.store import DATABASE
+from adapterhub.store import DATABASE, Store
 
 if TYPE_CHECKING:
     from adapterhub.runtime import Model
@@ -23,16 +24,8 @@ def open(path: str | Path | None = None, create: bool = False, database: str | N
     The user's own (in ADAPTERHUB_HOME, else the platform's data folder) is made on first use, any other with `create`.
     database: the URL of another database for its index, as a registry may have. Raises NotFound when there is no hub,
     NotTrusted for one above the working directory that is not on the user's list (adapterhub.folders)."""
-    if path is None:
-        root = nearest()
-        if root is None:
-            root, create = folders.home(), True
-        else:
-            folders.require("hubs", root)
-    else:
-        root = durable.user_path(path)
-        if root.name == DATABASE:
-            root = root.parent
+    root = find(path)
+    create = create or (path is None and not _is_hub(root))
     if not _is_hub(root) and database is None:
         if not create:
             raise NotFound(f"no hub in {root}", f"make one: adapterhub init {root}")
@@ -61,10 +54,27 @@ def open_source(path: Path) -> Hub:
     return Hub(path, Database(path / DATABASE, foreign=True))
 
 
+def find(path: str | Path | None = None) -> Path:
+    """Return the folder of the hub that `open` opens. Raises NotTrusted as `open` does."""
+    if path is None:
+        if root := nearest():
+            folders.require("hubs", root)
+        return root or folders.home()
+    root = durable.user_path(path)
+    return root.parent if root.name == DATABASE else root
+
+
 def nearest() -> Path | None:
     """Return the folder of the nearest hub, from the working directory upwards."""
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if _is_hub(folder)), None)
+
+
+def new_index(path: Path) -> Index:
+    """Make an empty index in a file of its own, to be filled and put in the place of one that was lost."""
+    from adapterhub_registry.database import Database
+
+    return Database(path, create=True)
 
 
 def _claim(root: Path) -> None:
@@ -80,9 +90,12 @@ def _claim(root: Path) -> None:
 
 
 def _is_hub(folder: Path) -> bool:
-    """An empty database alone is what a process leaves that was killed while it made a hub; beside blobs it is damage."""
+    """An empty database alone is what a process leaves that was killed while it made a hub; beside blobs it is damage, and so
+    are blobs without one: opening it says so."""
     database = folder / DATABASE
-    return database.is_file() and (database.stat().st_size > 0 or (folder / "blobs").exists())
+    if not database.is_file():
+        return any(Store(folder).listed())
+    return database.stat().st_size > 0 or (folder / "blobs").exists()
 
 
 class Hub(Packages):

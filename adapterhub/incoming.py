@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from adapterhub import durable
-from adapterhub.errors import IntegrityError
+from adapterhub.errors import DiskFull, IntegrityError
 from adapterhub.manifest import File
 from adapterhub.store import Store, hashed
 
@@ -34,7 +34,8 @@ class Incoming:
             return 0
 
     def append(self, chunks: Iterable[bytes]) -> None:
-        """Take more bytes; never more than the blob has. What came before an error stays."""
+        """Take more bytes; never more than the blob has. What came before an error stays, unless that is DiskFull: a part that
+        cannot become whole only takes the room that others need."""
         left = self.blob.size - self.offset
 
         def counted() -> Iterator[bytes]:
@@ -45,7 +46,11 @@ class Incoming:
                 left -= len(chunk)
                 yield chunk
 
-        durable.append(self.path, counted(), left)
+        try:
+            durable.append(self.path, counted(), left)
+        except DiskFull:
+            self.discard()
+            raise
 
     def finish(self) -> None:
         """Hash all of it and make it a blob. Raises IntegrityError, and throws it away, when it is not."""

@@ -68,11 +68,17 @@ class Index(Protocol):
         """("name@version", the parent that it needs to run and that is not here, as "name@version")."""
 
     def files(self) -> dict[File, list[str]]:
-        """Every file that a release needs, and which ("name@version") need it."""
+        """Every file that a release needs, its manifest and its signatures among them, and which ("name@version") need it."""
+
+    def record(self, digest: str) -> bytes | None:
+        """The manifest or the signature's envelope with this digest, checked; None when there is neither."""
+
+    def copy(self) -> bytes:
+        """The file that the index is, in one state though others write. Raises UsageError where it is not one."""
 
     def check(self, manifests: bool = True) -> list[str]:
-        """What is wrong with the index itself; with `manifests` also those that do not match their digest, and columns that
-        contradict them."""
+        """What is wrong with the index itself; with `manifests` also those that do not match their digest, columns that
+        contradict them, and rows that changed since they were written."""
 
     def serial(self) -> int:
         """Grows with every change."""

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-from packaging.version import Version
 
-from adapterhub import durable
+from adapterhub import durable, records
 from adapterhub.compose import check_expressions
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UsageError, YankedWarning
 from adapterhub.formats.safetensors_header import read_header
 from adapterhub.index import ANY, Index, Row
-from adapterhub.manifest import TAG, VERSION, File, Manifest, Parent, Reference, Release, check_version, digest_of
+from adapterhub.manifest import TAG, File, Manifest, Parent, Reference, Release, check_version, digest_of
+from adapterhub.names import check_look_alike, following_version, warn_of_look_alikes
 from adapterhub.store import Problem, Store
 
 if TYPE_CHECKING:
@@ -100,10 +100,11 @@ class Packages:
 
         The manifest's version, files and base.sketch are filled in here; sketch None keeps the manifest's own, whose blob
         must be here. Without a version the first is 0.1.0, then the next minor of the newest. The same content
-        again is no new release. Raises NameInUse for a version that exists with other content, NotFound for a parent that is
-        not here."""
+        again is no new release. Raises NameInUse for a version that exists with other content and for a new name that looks
+        like another, NotFound for a parent that is not here."""
         if version is not None:
             check_version(version)
+        check_look_alike(self.index, manifest.name)
         with self._adding() as store:
             base = manifest.base
             base = msgspec.structs.replace(base, sketch=store.put(sketch) if sketch is not None else base.sketch)
@@ -126,10 +127,10 @@ class Packages:
                 back = (
                     at for at, digest in gone.items() if _release(manifest, at).digest == digest
                 )  # what was removed
-                following = version or next(back, None) or _next(manifest.name, rows, gone)
+                following = version or next(back, None) or following_version(manifest.name, rows, gone)
                 release = _release(manifest, following)
                 try:
-                    self.add([release])
+                    self.add([release], store)
                     return release, True
                 except NameInUse:  # another process took the number between our look and our step
                     if version is not None or not self.index.get(release.name, release.version):
@@ -173,12 +174,13 @@ class Packages:
         for release in releases:
             check_signed(release, envelopes[release.digest], rules)
         files = {file for release in releases for file in release.manifest.needs}
+        warn_of_look_alikes(self.index, {release.name for release in releases})
         with self._adding() as store:
             source.fetch(files, store)
             for file in (release.manifest.files.get("tensors") for release in releases):
                 if file is not None:
                     read_header(self.store.header(file), file.size)
-            self.add(releases)
+            self.add(releases, store)
             for release in releases:
                 for envelope in envelopes[release.digest]:
                     self.sign(release.digest, envelope)
@@ -204,13 +206,21 @@ class Packages:
         kept = {blob.digest for file in self.index.files() for blob in self.store.blobs(file)}
         self.store.remove(blob.digest for blob in blobs if blob.digest not in kept)
 
-    def add(self, releases: Sequence[Release]) -> None:
-        """List releases whose files are in the store. Only while the store is `shared`; raises what `Index.add` raises."""
+    def add(self, releases: Sequence[Release], store: Store | None = None) -> None:
+        """List releases whose files are in the store. Only while the store is `shared`; raises what `Index.add` raises.
+
+        store: told of the blobs that this puts there."""
+        records.put(store or self.store, [release.manifest.encode() for release in releases])
         self.index.add(releases)
+        if self.index.remembered(records.KEPT) is None:
+            with suppress(HubError):  # what was added is there
+                records.complete(self, records.AT_ONCE)
 
     def sign(self, digest: str, envelope: bytes) -> None:
         """Keep a signature with the release that has this digest. Raises NotFound."""
-        self.index.sign(digest, envelope)
+        with self._adding() as store:
+            records.put(store, [envelope])
+            self.index.sign(digest, envelope)
 
     # --- the rest of the package manager -----------------------------------------------------------------------
 
@@ -250,6 +260,8 @@ class Packages:
     def _blobs(self, rows: Sequence[Row]) -> list[File]:
         blobs: list[File] = []
         for row in rows:
+            own = [row.digest, *map(digest_of, self.index.signatures(row.digest))]
+            blobs += [File(digest=digest, size=0) for digest in own]
             with suppress(IntegrityError):  # a damaged manifest, or list of parts, does not say
                 release = self.index.get(row.name, row.version)
                 blobs += [b for file in release.manifest.needs for b in self.store.blobs(file)] if release else []
@@ -281,15 +293,3 @@ def _release(manifest: Manifest, version: str) -> Release:
         ) from None
     check_expressions(manifest)
     return Release(Manifest.decode(data), digest_of(data))
-
-
-def _next(name: str, rows: Sequence[Row], gone: Collection[str]) -> str:
-    """The first version, or the next minor of the newest that was ever there."""
-    known = [row.version for row in rows] + list(gone)
-    if not known:
-        return "0.1.0"
-    newest = max(map(Version, known))
-    following = f"{newest.major}.{newest.minor + 1}.0"
-    if not VERSION.fullmatch(following):
-        raise NameInUse(f"after {name}@{newest} there is no next minor version", "give a version, or take another name")
-    return following

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,11 +16,11 @@ from adapterhub import durable, parts
 from adapterhub.errors import HubError, IntegrityError
 from adapterhub.formats.safetensors_header import extent
 from adapterhub.manifest import File, check_digest, digest_of
+from adapterhub.parallel import WORKERS, each
 
 DATABASE = "hub.db"
 """The file that makes a folder a hub; the index lives in it, the blobs beside it."""
-WORKERS = 4
-"""Blobs that are written or fetched side by side: a disk commits what several wait for at once."""
+_BLOB = re.compile("[0-9a-f]{64}")
 _REPAIR = "adapterhub repair mends it from where it came; adapterhub verify lists all damage"
 
 
@@ -111,9 +112,7 @@ class Store:
         While some are hashed, side by side, others that were get their names. Raises IntegrityError for other bytes."""
         folders: set[Path] = set()
         with ThreadPoolExecutor(WORKERS) as pool:
-            checks = pool.map(
-                lambda place: deque(hashed(_chunks(place[1], plain=True), *place), maxlen=0), blobs.items()
-            )
+            checks = pool.map(lambda place: deque(hashed(_foreign(place[1]), *place), maxlen=0), blobs.items())
             for (blob, path), _ in zip(blobs.items(), checks, strict=True):
                 advance(blob.size)
                 try:
@@ -122,22 +121,20 @@ class Store:
                         continue
                 except FileExistsError:
                     pass
-                self.take(
-                    blob, _chunks(path, plain=True), path, folders
-                )  # a copy; nothing, when it is there already and sound
+                self.take(blob, _foreign(path), path, folders)  # a copy; nothing, when it is there already and sound
         durable.sync(folders)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
     def parts(self, file: File) -> list[File]:
         """The blobs that the file's bytes are made of, in order. Raises IntegrityError for a list that is damaged."""
-        return parts.decode(self._blob(file.digest), file) if file.parts else [file]
+        return parts.decode(self._blob(file.digest, parts.LARGEST_LIST), file) if file.parts else [file]
 
     def blobs(self, file: File) -> list[File]:
         """Every blob behind a file: its parts and the list of them."""
         if not file.parts:
             return [file]
-        listed = self._blob(file.digest)
+        listed = self._blob(file.digest, parts.LARGEST_LIST)
         return [File(digest=file.digest, size=len(listed)), *parts.decode(listed, file)]
 
     def read(self, file: File) -> bytes:
@@ -166,7 +163,7 @@ class Store:
             try:
                 if path.stat().st_size != blob.size:
                     raise IntegrityError(f"{path} is cut", _REPAIR)
-                with path.open("rb") as data:
+                with durable.open_plain(path) as data:
                     start += data.read(9 - len(start)) if len(start) < 9 else b""
                     start += data.read(max(extent(start) - len(start), 0))
             except OSError as error:
@@ -174,6 +171,11 @@ class Store:
             if len(start) >= 9 and len(start) >= extent(start):
                 break
         return start
+
+    def listed(self) -> Iterator[Path]:
+        """Every blob that is here, needed or not, by its name."""
+        for folder in sorted(self.folder.glob("??")):
+            yield from (path for path in sorted(folder.glob("*")) if _BLOB.fullmatch(path.name) and path.is_file())
 
     # --- looking after -----------------------------------------------------------------------------------------
 
@@ -232,10 +234,11 @@ class Store:
             return "is damaged: its sha256 is another"
         return None
 
-    def _blob(self, digest: str) -> bytes:
+    def _blob(self, digest: str, largest: int = -1) -> bytes:
         path = self.path(digest)
         try:
-            data = path.read_bytes()
+            with durable.open_plain(path) as file:
+                data = file.read(largest)
         except FileNotFoundError:
             raise IntegrityError(f"{path} is missing", _REPAIR) from None
         except OSError as error:
@@ -272,22 +275,9 @@ def hashed(chunks: Iterable[bytes], blob: File, source: Path | str) -> Iterator[
         )
 
 
-def each(function: Callable, items: Iterable) -> list:
-    """The results, several computed side by side; the first error ends it, once what runs has ended."""
-    items = list(items)
-    if len(items) < 2:
-        return [function(item) for item in items]
-    # A pool that is interrupted while it starts a thread forgets that thread: none is at work until all have started.
-    begin: Future[bool] = Future()
-    with ThreadPoolExecutor(WORKERS) as pool:
-        try:
-            waiting = [pool.submit(lambda item: begin.result() and function(item), item) for item in items]
-            begin.set_result(True)
-            return [future.result() for future in waiting]
-        except BaseException:
-            begin.cancel()
-            pool.shutdown(cancel_futures=True)
-            raise
+def _foreign(source: Path) -> Iterator[bytes]:
+    """The bytes of a file in somebody else's folder, which may be a pipe by now."""
+    return _chunks(source, plain=True)
 
 
 def _chunks(source: Path, plain: bool = False) -> Iterator[bytes]:

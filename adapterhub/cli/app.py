@@ -13,9 +13,24 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from adapterhub.cli import care, doctor, locked, look, make, packages, plugins, project, run, share, trust, versions
+from adapterhub import locks
+from adapterhub.cli import (
+    care,
+    doctor,
+    keep,
+    locked,
+    look,
+    make,
+    packages,
+    plugins,
+    project,
+    run,
+    share,
+    trust,
+    versions,
+)
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
-from adapterhub.errors import REFUSALS, HubError, NotTrusted
+from adapterhub.errors import REFUSALS, DiskFull, HubError, NotTrusted
 
 EPILOG = """\b
 Exit status:
@@ -83,6 +98,8 @@ PANELS = {
         "verify": care.verify,
         "repair": care.repair,
         "gc": care.gc,
+        "backup": keep.backup,
+        "restore": keep.restore,
         "cache": care.cache,
         "dirs": care.dirs,
         "doctor": doctor.doctor,
@@ -130,6 +147,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that what is half done is undone
     sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no reason to fail
     warnings.simplefilter("ignore", FutureWarning)  # of a library to its callers, not of ours to a user
+    locks.tell = note
     warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
     sys.exit(execute(sys.argv[1:]))
 
@@ -154,7 +172,8 @@ def execute(arguments: Sequence[str]) -> int:
             return failed(type(error).__name__, str(error), error.hint, error.code)
         return execute(arguments)
     except HubError as error:
-        return failed(type(error).__name__, str(error), error.hint, error.code)
+        hint = care.room() if isinstance(error, DiskFull) else error.hint
+        return failed(type(error).__name__, str(error), hint, error.code)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "adapterhub"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import adapterhub
-from adapterhub.cli.output import Json, json_out, note, out, size
-from adapterhub.errors import UsageError
+from adapterhub.cli.output import Json, json_out, note, out, record, size
+from adapterhub.errors import HubError, UsageError
 
 if TYPE_CHECKING:
     from adapterhub.care import Stray
@@ -67,11 +68,13 @@ def repair(
         list[str] | None,
         typer.Option("--from", metavar="SOURCE", help="A bundle, a hub's folder or a source; may be repeated."),
     ] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make a lost index again from the blobs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Bring damaged and missing files again, from wherever they are sound.
 
-    Without --from it looks in the sources of the project and of your configuration. Exit status 4 if damage is left.
+    Without --from it looks in the sources of the project and of your configuration. With --rebuild the index itself is made
+    again from the blobs; the old one is kept beside it. Exit status 4 if damage is left.
 
     \b
     Example:
@@ -81,6 +84,10 @@ def repair(
     from adapterhub.sources import named
     from adapterhub.sync import sources
 
+    if rebuild:
+        if source:
+            raise UsageError("--rebuild and --from exclude one another", "rebuild first, then repair")
+        return _rebuild(as_json)
     hub = adapterhub.open()
     folder = project.nearest()
     known = sources(hub, folder, project.read(folder) if folder else None)
@@ -90,6 +97,22 @@ def repair(
         for path in done.mended:
             out(f"{path}: mended")
     _tell(hub, done.left, as_json, mended=[str(path) for path in done.mended])
+
+
+def _rebuild(as_json: bool) -> None:
+    from adapterhub.rebuild import GONE, rebuild
+
+    done = rebuild()
+    hub = adapterhub.open(done.root)
+    if not as_json:
+        for release in done.releases:
+            out(f"{release}  {release.digest}")
+        note(f"{done.root}: {len(done.releases)} releases and {done.signatures} signatures are back from the blobs")
+        note(f"what no blob tells of is gone: {GONE}")
+        if done.damaged:
+            note(f"the old index is kept: {done.damaged}")
+    problems = [*done.left, *hub.verify("quick")]
+    _tell(hub, problems, as_json, releases=[record(release) for release in done.releases], gone=GONE)
 
 
 def gc(
@@ -112,6 +135,25 @@ def gc(
 
     hub = adapterhub.open()
     _gone(hub.root, care.gc(hub, dry_run, force, days), dry_run, as_json)
+
+
+def room() -> str:
+    """What takes room on a disk that was full, and what frees it."""
+    import shutil
+
+    from adapterhub import care
+    from adapterhub.bases import cache_folder
+
+    told = ["nothing was changed"]
+    with suppress(HubError, OSError):
+        hub = adapterhub.open()
+        told.append(f"the disk of {hub.root} has {size(shutil.disk_usage(hub.root).free)} free")
+        if freed := care.reclaimable(hub):
+            told.append(f"adapterhub gc would free {size(freed)}")
+    with suppress(HubError, OSError):
+        if cached := sum(stray.size for stray in care.clean_cache(cache_folder(), dry_run=True)):
+            told.append(f"adapterhub cache --clean would free {size(cached)}")
+    return "free some space and run it again: " + "; ".join(told)
 
 
 def _gone(root: Path, found: Sequence[Stray], dry_run: bool, as_json: bool) -> None:

@@ -14,11 +14,10 @@ from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, TagMoved, UsageError
 from adapterhub.index import ANY, Row
 from adapterhub.manifest import File, Manifest, Release, digest_of
-from adapterhub_registry import rows, tables
+from adapterhub_registry import rows, seals, tables
 from adapterhub_registry.engine import Engine
 from adapterhub_registry.tables import (
     adapters,
-    blobs,
     gone,
     leases,
     manifests,
@@ -28,6 +27,10 @@ from adapterhub_registry.tables import (
     state,
     tag_moves,
     tags,
+)
+
+LOST = (
+    "adapterhub repair --rebuild makes it again from the blobs; adapterhub restore brings a backup into another folder"
 )
 
 
@@ -40,14 +43,13 @@ class Database:
     IntegrityError for that, HubError for a file that is no such database, or a newer one."""
 
     def __init__(self, path: Path, create: bool = False, url: str | None = None, foreign: bool = False):
+        if url is None and not create and not path.is_file():
+            raise IntegrityError(f"{path} is lost: there are blobs, and nothing lists them", LOST)
         self._engine = Engine(Path(path), create, url, foreign)
         self.path = self._engine.path
         version = self._version()
         if version is None and not create and url is None:
-            raise IntegrityError(
-                f"{self.path} is empty: it lists nothing",
-                "restore it from a copy; to begin anew, move it and the blobs away, then adapterhub init",
-            )
+            raise IntegrityError(f"{self.path} is empty: it lists nothing", LOST)
         if foreign and version not in tables.READABLE:
             raise HubError(
                 f"{self.path} was made by another version of adapterhub",
@@ -117,22 +119,26 @@ class Database:
             return sorted((f"{name}@{version}", label) for name, version, label in connection.execute(query))
 
     def files(self) -> dict[File, list[str]]:
-        query = (
-            select(blobs.c.digest, blobs.c.size, blobs.c.parts, releases.c.name, releases.c.version)
-            .select_from(blobs.join(releases))
-            .order_by(releases.c.name, releases.c.version)
-        )
         needed: dict[File, list[str]] = {}
         with self._engine.read() as connection:
-            for digest, size, split, name, version in connection.execute(query):
+            for digest, size, split, name, version in rows.needed(connection):
                 needed.setdefault(File(digest=digest, size=size, parts=split), []).append(f"{name}@{version}")
         return needed
+
+    def record(self, digest: str) -> bytes | None:
+        with self._engine.read() as connection:
+            return rows.record(connection, digest)
+
+    def copy(self) -> bytes:
+        with self._engine.read() as connection:
+            return self._engine.copy(connection)
 
     def check(self, manifests: bool = True) -> list[str]:
         with self._engine.read() as connection:
             found = self._engine.faults(connection)
             found += rows.all_contradictions(connection) if manifests else ()
             found += rows.unlisted(connection)
+            found += seals.broken(connection) if manifests else ()
         return found
 
     def serial(self) -> int:
@@ -211,7 +217,7 @@ class Database:
             if version is not None:
                 connection.execute(insert(tags).values(name=name, tag=tag, version=version))
             connection.execute(insert(tag_moves).values(name=name, tag=tag, version=version))
-            self._changed(connection)
+            self._changed(connection, [name])
 
     def yank(self, name: str, version: str, reason: str | None) -> None:
         with self._engine.write() as connection:
@@ -221,19 +227,21 @@ class Database:
 
     def sign(self, digest: str, envelope: bytes) -> None:
         with self._engine.write() as connection:
-            key = connection.scalar(select(releases.c.id).where(releases.c.digest == digest))
+            query = select(releases.c.id, releases.c.name).where(releases.c.digest == digest)
+            key, name = connection.execute(query).first() or (None, "")
             if key is None:
                 raise NotFound(f"no release with the digest {digest}", "adapterhub list shows what is there")
             mine = (signatures.c.release == key, signatures.c.digest == digest_of(envelope))
             if connection.scalar(select(signatures.c.release).where(*mine)) is None:
                 values = {"release": key, "digest": digest_of(envelope), "envelope": envelope}
                 connection.execute(insert(signatures).values(values))
-                self._changed(connection)
+                self._changed(connection, [name])
 
     def remember(self, key: str, value: int) -> None:
         with self._engine.write() as connection:
             connection.execute(delete(state).where(state.c.key == key))
             connection.execute(insert(state).values(key=key, value=value))
+            seals.set_on(connection, ())
 
     def lease(self, digests: Iterable[str], until: float) -> None:
         with self._engine.write() as connection:
@@ -262,13 +270,16 @@ class Database:
         if connection.scalar(select(releases.c.id).where(*_at(releases, name, version))) is None:
             raise NotFound(f"no release {name}@{version}", "adapterhub list shows what is there")
 
-    def _changed(self, connection: Connection, names: Iterable[str] = ()) -> None:
-        rows.refresh(connection, iter(names))
+    def _changed(self, connection: Connection, names: Iterable[str]) -> None:
+        """To be called last in every transaction, with the names whose rows are others now."""
+        names = sorted(set(names))
+        rows.refresh(connection, names)
         if (
             connection.execute(update(state).where(state.c.key == "serial").values(value=state.c.value + 1)).rowcount
             == 0
         ):
             connection.execute(insert(state).values(key="serial", value=1))
+        seals.set_on(connection, names)
 
     def _rows(self, connection: Connection, query: Select) -> list[Row]:
         try:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
 from adapterhub import durable
-from adapterhub.errors import HubError, IntegrityError, UsageError
+from adapterhub.errors import DiskFull, HubError, IntegrityError, UsageError
 from adapterhub_registry.foreign import check_journal, refusal
 from adapterhub_registry.foreign import connect as connect_foreign
 
@@ -80,6 +80,13 @@ class Engine:
             found.append(f"a row of the table {table} names a release that is not there")
         return found
 
+    def copy(self, connection: Connection) -> bytes:
+        """The SQLite file as this transaction sees it."""
+        if not self.sqlite:
+            raise UsageError(f"{self.path} is not a file of the hub", "copy it with its own tool (pg_dump)")
+        connection.execute(text("SELECT count(*) FROM sqlite_master"))  # what is read from here on is one state
+        return connection.connection.driver_connection.serialize()
+
     def _announce(self, connection: Connection) -> None:
         if connection.get_execution_options().get("writes", False):
             durable.announce("commit", Path(self.path))
@@ -94,7 +101,7 @@ class Engine:
             reason = str(error.orig)
             if self.foreign and (refused := refusal(Path(self.path), reason)):
                 raise refused from None
-            if "not a database" in reason or "malformed" in reason:
+            if any(word in reason for word in ("not a database", "malformed", "decode")):
                 raise IntegrityError(
                     f"{self.path} is no sound database: {reason}", "move it away, or restore it from a copy"
                 ) from None
@@ -104,7 +111,8 @@ class Engine:
                 "readonly": "check that the file and its folder are writable; nothing was changed",
             }
             hint = next((hint for word, hint in hints.items() if word in reason), "nothing was changed")
-            raise HubError(f"{self.path}: {reason}", hint) from None
+            kind = DiskFull if "full" in reason else HubError
+            raise kind(f"{self.path}: {reason}", hint) from None
 
 
 def _connect(uri: str, path: Path) -> sqlite3.Connection:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Select, Table, delete, func, insert, select, tuple_
+from sqlalchemy import Boolean, Connection, Select, Table, delete, func, insert, literal, select, tuple_, union_all
 
 from adapterhub.errors import HubError
 from adapterhub.index import Row, kind
 from adapterhub.manifest import Manifest, Release, check_version, digest_of
-from adapterhub_registry.tables import adapters, blobs, manifests, parents, releases, tags
+from adapterhub_registry.tables import adapters, blobs, manifests, parents, releases, signatures, tags
 
 LISTED = [releases.c[name] for name in ("name", "version", "digest", "method", "base", "size", "created", "yanked")]
 """What a `Row` shows, but its tags."""
@@ -83,9 +83,31 @@ def add(connection: Connection, release: Release, now: str) -> None:
             connection.execute(insert(table), [row | {"release": key} for row in rows])
 
 
-def refresh(connection: Connection, names: Iterator[str]) -> None:
+def needed(connection: Connection) -> Iterable[Any]:
+    """(digest, size, parts, name, version) of every blob that a release needs: its files, its manifest, its signatures."""
+    at = (releases.c.name, releases.c.version)
+    whole = literal(False, Boolean)
+    lists = (
+        select(blobs.c.digest, blobs.c.size, blobs.c.parts, *at).select_from(blobs.join(releases)),
+        select(releases.c.digest, func.length(manifests.c.data), whole, *at).select_from(releases.join(manifests)),
+        select(signatures.c.digest, func.length(signatures.c.envelope), whole, *at).join_from(signatures, releases),
+    )
+    return connection.execute(union_all(*lists).order_by("name", "version"))
+
+
+def record(connection: Connection, digest: str) -> bytes | None:
+    """The manifest or the envelope with this digest."""
+    manifest = select(manifests.c.data).join_from(manifests, releases).where(releases.c.digest == digest)
+    for query in (manifest, select(signatures.c.envelope).where(signatures.c.digest == digest)):
+        data = connection.scalar(query.limit(1))
+        if sound(data, digest):
+            return data
+    return None
+
+
+def refresh(connection: Connection, names: Iterable[str]) -> None:
     """Bring what search looks at up to date for these adapters."""
-    for name in sorted(set(names)):
+    for name in names:
         newest = (
             select(releases, manifests.c.data)
             .select_from(releases.join(manifests))

@@ -1,14 +1,18 @@
 """The commands that crash tests run, and the folder that they run on."""
 
 import random
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import adapterhub
 from adapterhub import care
+from adapterhub.backup import backup, restore
 from adapterhub.errors import HubError
 from adapterhub.manifest import Base, File, Made, Manifest, Parent, digest_of
+from adapterhub.rebuild import rebuild
+from adapterhub.sources.disk import Disk
 from adapterhub.versions import yank
 
 HEADER = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
@@ -45,6 +49,14 @@ def make_before(folder):
     publish(other, "me/child", large(2), [parent])
     other.export_bundle("me/child", folder / "bundle")
     first_schema(folder / "fresh")
+    shutil.copytree(folder / "other", folder / "lost")
+    (folder / "lost" / "hub.db").write_bytes(b"no database" * 100)
+    shutil.copytree(folder / "other", folder / "torn")
+    torn = adapterhub.open(folder / "torn")
+    for blob in torn.store.blobs(parent.manifest.files["tensors"])[1:]:
+        torn.store.path(blob.digest).write_bytes(b"torn")
+    torn.store.path(parent.digest).unlink()
+    backup(other, folder / "kept.tar")
     return folder
 
 
@@ -112,6 +124,10 @@ COMMANDS = {
     "gc": lambda folder: care.gc(_hub(folder)),
     "export": lambda folder: _hub(folder).export_bundle("me/old", folder / "out"),
     "migrate": lambda folder: adapterhub.open(folder / "fresh").releases(),
+    "repair": lambda folder: care.repair(adapterhub.open(folder / "torn"), [Disk(folder / "other")]),
+    "rebuild": lambda folder: rebuild(folder / "lost"),
+    "backup": lambda folder: backup(_hub(folder), folder / "out.tar"),
+    "restore": lambda folder: restore(folder / "kept.tar", folder / "restored"),
     "init": lambda folder: publish(adapterhub.open(folder / "begun", create=True)),
 }
 

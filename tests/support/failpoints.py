@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 import adapterhub
 from adapterhub import durable
 from adapterhub.errors import HubError, NotFound
+from adapterhub.manifest import digest_of
 
 LOCAL = ("write", "fsync", "rename", "link", "unlink", "commit")
 
@@ -107,16 +108,34 @@ def hub_in(folder):
     return database.exists()
 
 
+def is_lost(folder):
+    """A hub whose index is damaged, or gone: it says so, and nothing else."""
+    try:
+        adapterhub.open(folder).releases()
+        return False
+    except NotFound:
+        return True
+    except HubError as error:
+        assert error.code == 4 and error.hint
+        return True
+
+
 def state(folder):
     """What anyone can see of every hub in the folder and of an exported bundle; every hub is sound."""
     seen = {}
-    for name in ("hub", "fresh", "registry"):
+    for name in ("hub", "fresh", "registry", "lost", "restored"):
+        if name == "lost" and is_lost(folder / name):
+            continue
         if hub_in(folder / name):
             hub = adapterhub.open(folder / name)
             assert hub.verify() == [], hub.verify()
             seen[name] = tuple((str(row), row.digest, row.tags, row.yanked) for row in hub.releases())
     if (folder / "out").exists():
         seen["out"] = tuple(sorted(path.name for path in (folder / "out").rglob("*")))
+    if (folder / "torn").exists():  # repair mends one blob after the other
+        seen["torn"] = "sound" if adapterhub.open(folder / "torn").verify() == [] else "damaged"
+    if (folder / "out.tar").exists():
+        seen["backup"] = digest_of((folder / "out.tar").read_bytes())
     return seen
 
 

@@ -106,7 +106,7 @@ class Stray:
 def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AGE) -> list[Stray]:
     """Take away what no release needs, nobody is bringing and no training goes on with; returns what went (or would).
 
-    Blobs under a lease stay. Trainings that were left alone for `days` lose their checkpoints. Raises HubError, and
+    Blobs under a lease stay, and half blobs unless forced: then an upload begins anew. Trainings that were left alone for `days` lose their checkpoints. Raises HubError, and
     takes nothing, when the index lists nothing although there are blobs, or less than half of what it listed the last time
     (unless forced): that is how a lost or half-read index looks. Raises IntegrityError for a damaged index or list of parts."""
     with hub.store.alone():
@@ -114,7 +114,7 @@ def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AG
             raise IntegrityError(f"the index is damaged: {faults[0]}", "adapterhub verify lists all damage")
         needed = hub.index.files()
         _sure(hub, needed, force)
-        found = [*_strays(hub, needed), *_trainings(hub.root / "training", days)]
+        found = [*_strays(hub, needed, force), *_trainings(hub.root / "training", days)]
         if not dry_run:
             unsynced: set[Path] = set()
             for stray in found:
@@ -124,6 +124,7 @@ def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AG
                     durable.remove(stray.path, unsynced)
             durable.sync(unsynced)
             hub.index.remember(ROOTS, len(needed))
+            hub.index.lease((), 0)  # those that ended
     return found
 
 
@@ -139,7 +140,7 @@ def _sure(hub: Packages, needed: Collection[File], force: bool) -> None:
         )
 
 
-def _strays(hub: Packages, needed: Collection[File]) -> Iterator[Stray]:
+def _strays(hub: Packages, needed: Collection[File], force: bool = False) -> Iterator[Stray]:
     leased = {digest.removeprefix("sha256:") for digest in hub.index.leased(time.time())}
     for path in hub.store.stray(needed):
         if path.name not in leased:
@@ -148,10 +149,10 @@ def _strays(hub: Packages, needed: Collection[File]) -> Iterator[Stray]:
         for path in sorted(folder.glob(f".*{durable.TEMPORARY}")):
             yield _stray(path, "half-written")
     for path in sorted((hub.root / "incoming").glob("*.part")):
-        if path.stem not in leased:  # whoever fetches into this hub shares the lock that we hold alone
+        if force or path.stem not in leased:  # whoever writes to one shares the lock that we hold alone
             yield _stray(path, "half-fetched")
     for path in sorted((hub.root / "incoming").glob("*.lock")):
-        if path.stem not in leased:
+        if force or path.stem not in leased:
             yield _stray(path, "half-fetched")
 
 

@@ -13,7 +13,21 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from adapterhub.cli import care, doctor, locked, look, make, packages, plugins, project, run, share, trust, versions
+from adapterhub.cli import (
+    care,
+    doctor,
+    locked,
+    look,
+    make,
+    packages,
+    plugins,
+    project,
+    registry,
+    run,
+    share,
+    trust,
+    versions,
+)
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
 from adapterhub.errors import REFUSALS, HubError
 
@@ -94,6 +108,7 @@ for panel, commands in PANELS.items():
 app.command("ls", hidden=True)(packages.list_)
 app.add_typer(trust.keys, name="key", rich_help_panel="Trust")
 app.add_typer(trust.trust, name="trust", rich_help_panel="Trust")
+app.add_typer(registry.app, name="registry", rich_help_panel="Share")
 app.add_typer(plugins.app, name="plugins", rich_help_panel="Look after the hub")
 
 

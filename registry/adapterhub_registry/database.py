@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, Tag
 from adapterhub.index import ANY, Row
 from adapterhub.manifest import File, Manifest, Release, digest_of
 from adapterhub_registry import rows, tables
+from adapterhub_registry.accounts import Accounts
 from adapterhub_registry.engine import Engine
 from adapterhub_registry.tables import (
     adapters,
@@ -42,6 +44,7 @@ class Database:
     def __init__(self, path: Path, create: bool = False, url: str | None = None):
         self._engine = Engine(Path(path), create, url)
         self.path = self._engine.path
+        self.accounts = Accounts(self._engine)
         version = self._version()
         if version is None and not create and url is None:
             raise IntegrityError(
@@ -231,11 +234,7 @@ class Database:
             connection.execute(insert(state).values(key=key, value=value))
 
     def lease(self, digests: Iterable[str], until: float) -> None:
-        with self._engine.write() as connection:
-            for digest in digests:
-                connection.execute(delete(leases).where(leases.c.digest == digest))
-                if until:
-                    connection.execute(insert(leases).values(digest=digest, until=until))
+        rows.lease(self._engine.write, digests, until, time.time())
 
     # --- inside ------------------------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ def proven(envelope: bytes, kind: str, known: Iterable[PublicKey] = ()) -> tuple
     message, keys = _encoded(kind, base64.b64decode(found["payload"])), {key.id: key for key in known}
     holding = []
     for each in found["signatures"]:
-        key = _carried(each) or keys.get(each.get("keyid"))
+        key = _carried(each) or keys.get(str(each.get("keyid")))
         if key is not None and key.holds(base64.b64decode(each["sig"]), message):
             holding.append({"keyid": key.id, "public": key.text, "sig": each["sig"]})
     if not holding:
@@ -76,8 +76,10 @@ def proven(envelope: bytes, kind: str, known: Iterable[PublicKey] = ()) -> tuple
 def with_keys(envelope: bytes, keys: Iterable[PublicKey]) -> dict[str, Any]:
     """The envelope as JSON, with the public keys that its signatures do not carry and that are among these."""
     found, known = json.loads(envelope), {key.id: key.text for key in keys}
-    signatures = [{"public": known[s["keyid"]], **s} if s.get("keyid") in known else s for s in found["signatures"]]
-    return found | {"signatures": signatures}
+    for each in found.get("signatures", ()):
+        if isinstance(each, dict) and each.get("keyid") in known:
+            each.setdefault("public", known[each["keyid"]])
+    return found
 
 
 def _carried(signature: Mapping[str, Any]) -> PublicKey | None:

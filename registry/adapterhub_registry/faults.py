@@ -67,7 +67,9 @@ def is_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        if isinstance(error, sqlite3.Error) and "disk is full" in str(error):
+            return True
+        if getattr(error, "sqlstate", "") == "53100":  # PostgreSQL's
             return True
         error = getattr(error, "orig", None) or error.__cause__ or error.__context__
     return False

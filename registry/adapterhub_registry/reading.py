@@ -78,7 +78,8 @@ def add_reading(app: FastAPI, hub: Packages, key: PrivateKey | None, access: Acc
     def signatures(digest: str) -> list[Any]:
         return [json.loads(envelope) for envelope in index.signatures(check_digest(digest))]
 
-    @app.api_route("/v1/blobs/{digest}", methods=["GET", "HEAD"], **reader)
+    @app.head("/v1/blobs/{digest}", operation_id="blob_head", **reader)
+    @app.get("/v1/blobs/{digest}", **reader)
     def blob(digest: str, request: Request) -> Response:
         path = store.path(digest)
         try:

@@ -12,7 +12,7 @@ from adapterhub.errors import IntegrityError, NotFound
 from adapterhub.index import ANY
 from adapterhub.manifest import TAG, Manifest, Release, check_digest, check_name, check_version, digest_of
 from adapterhub.packages import Packages
-from adapterhub.trust.keys import PrivateKey
+from adapterhub.trust.keys import PrivateKey, PublicKey
 from adapterhub.trust.policy import known_keys
 from adapterhub.trust.signature import RELEASE, proven, statement
 from adapterhub_registry.access import Access, check_may_write
@@ -49,6 +49,7 @@ def make_app(
 def add_releases(app: FastAPI, hub: Packages, access: Access) -> None:
     """Add the routes that change what is listed: each only for accounts that may write the adapter's name."""
     index, writer = hub.index, Depends(access.writer)
+    known = known_keys()  # of whoever runs it; a signature by another has to carry its key
 
     @app.put("/v1/releases")
     async def commit(request: Request, account: Account = writer) -> JSONResponse:
@@ -58,7 +59,7 @@ def add_releases(app: FastAPI, hub: Packages, access: Access) -> None:
     @app.post("/v1/signatures/{digest}")
     async def signed(digest: str, request: Request, account: Account = writer) -> dict[str, Any]:
         envelope = await body(request, LARGEST_SIGNATURE)
-        return await run_in_threadpool(_sign, hub, check_digest(digest), envelope, account)
+        return await run_in_threadpool(_sign, hub, check_digest(digest), envelope, known, account)
 
     @app.put("/v1/tags/{name:path}")
     def tag(
@@ -118,13 +119,13 @@ def _commit(hub: Packages, data: bytes, account: Account) -> JSONResponse:
     return JSONResponse({"digest": release.digest}, 201)
 
 
-def _sign(hub: Packages, digest: str, envelope: bytes, account: Account) -> dict[str, Any]:
+def _sign(hub: Packages, digest: str, envelope: bytes, known: list[PublicKey], account: Account) -> dict[str, Any]:
     """Keep those signatures of an envelope that hold; one that is here already is fine, whoever brings it."""
     release = hub.index.find(digest)
     if release is None:
         raise NotFound(f"no release {digest}", "")
     try:
-        payload, kept = proven(envelope, RELEASE, known_keys())
+        payload, kept = proven(envelope, RELEASE, known)
     except IntegrityError as error:
         raise HTTPException(400, str(error)) from None
     if payload != statement(release):

@@ -253,7 +253,11 @@ def operations(app):
             yield method.upper(), path, what
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=int(os.environ.get("ADAPTERHUB_F5_EXAMPLES", 150)),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(data=st.data())
 def test_f5_no_request_makes_a_server_error(tmp_path_factory, data):
     """Any operation of the OpenAPI file with any values: an answer below 500, of a status and shape that we document."""

@@ -91,7 +91,8 @@ def add_uploads(app: FastAPI, hub: Packages, access: Access) -> None:
             if len(held) >= durable.CHUNK:  # what has come is on disk: many uploads at once take no memory
                 await run_in_threadpool(arriving.take, bytes(held))
                 held.clear()
-        await run_in_threadpool(arriving.take, bytes(held))
+        if held:
+            await run_in_threadpool(arriving.take, bytes(held))
         if arriving.offset <= end:
             raise HTTPException(400, f"the piece ended at byte {arriving.offset} of {end + 1}; go on from there")
         return JSONResponse({"offset": end + 1}, 201 if end + 1 == size else 202)

@@ -140,7 +140,7 @@ def a11(most: int = 1000) -> dict[str, object]:
             there = adapterhub.open(place)
             assert there.verify() == [], (n, there.verify())
             assert {row.name for row in there.releases()} <= {"me/old", "me/x"}
-            assert _killed_at(0, place, mine) is False
+            assert _killed_at(0, place, mine) is False, n
             assert there.verify() == [] and [str(row) for row in there.releases()] == ["me/old@0.1.0", "me/x@0.1.0"]
             care.gc(there, force=True)
             assert there.verify() == [] and not [*(place / "incoming").glob("*")]
@@ -167,13 +167,13 @@ def _killed_at(n: int, root: Path, mine: adapterhub.Hub) -> bool:
     listening.close()
     try:
         _send_everything(url, mine)
-        ended = False
-    except (HubError, httpx.HTTPError):
-        ended = True
+        ended, why = False, None
+    except (HubError, httpx.HTTPError) as error:
+        ended, why = True, error
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert (code == 137) == ended, (n, code, ended)
+    assert (code == 137) == ended, (n, code, why)
     return ended
 
 

@@ -322,6 +322,18 @@ def test_what_came_of_a_piece_that_broke_stays(there):
     assert there.store.read(incoming.blob) == data and make_app
 
 
+def test_a_part_with_all_its_bytes_is_finished_or_thrown_away_when_asked_about(there):
+    """What a server that was killed after the last byte leaves; without that nobody could send the blob again."""
+    data = LARGE[:5000]
+    with serving(there, TOKEN) as url:
+        for bytes_, told in ((data, {"there": True}), (data[::-1], {"offset": 0}), (data + b"x", {"offset": 0})):
+            blob = File(digest=digest_of(data), size=5000)
+            there.store.remove([blob.digest])
+            Incoming(there.store, File(digest=blob.digest, size=len(bytes_))).append([bytes_])
+            asked = call(url, "POST", f"/v1/uploads/{blob.digest}", TOKEN, json={"size": 5000})
+            assert asked.json() == told and (there.store.fault(blob) is None) == ("there" in told)
+
+
 def test_leases_that_ended_are_deleted_by_gc_and_by_the_next_push(there):
     import sqlite3
     import time

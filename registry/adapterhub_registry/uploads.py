@@ -66,7 +66,7 @@ def add_uploads(app: FastAPI, hub: Packages, access: Access) -> None:
             with store.shared():
                 if wanted.size == 0:
                     store.take(wanted, [], "the upload")
-                there = store.fault(wanted) is None
+                there = store.fault(wanted) is None or _finished(Incoming(store, wanted))
                 index.lease([digest], time.time() + (LEASE if there else PART_LEASE))
                 if there:
                     return {"there": True}
@@ -107,6 +107,18 @@ def add_uploads(app: FastAPI, hub: Packages, access: Access) -> None:
             if not store.path(digest).is_file():
                 index.lease([digest], 0)
         return {"cancelled": digest}
+
+
+def _finished(incoming: Incoming) -> bool:
+    """Make a part with all its bytes a blob: what a server leaves that ended before it could. Other bytes are thrown away."""
+    with incoming.held(wait=False) as mine:
+        if not mine or incoming.offset < incoming.blob.size:
+            return False
+        try:
+            incoming.finish()
+        except IntegrityError:
+            return False
+        return True
 
 
 class _Arriving:

@@ -132,6 +132,7 @@ def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AG
                     durable.remove(stray.path, unsynced)
             durable.sync(unsynced)
             hub.index.remember(ROOTS, len(needed))
+            hub.index.lease((), 0)  # those that ended
     return found
 
 

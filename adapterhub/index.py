@@ -121,7 +121,8 @@ class Index(Protocol):
         """Keep a number about the hub (at most 40 characters of key)."""
 
     def lease(self, digests: Iterable[str], until: float) -> None:
-        """Keep these blobs from being taken away until then (seconds of the epoch); 0 ends it."""
+        """Keep these blobs from being taken away until then (seconds of the epoch); 0 ends it. Leases that ended are
+        forgotten. Many blobs take several transactions."""
 
 
 def kind(manifest: Manifest) -> str:

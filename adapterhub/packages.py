@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -202,8 +203,9 @@ class Packages:
             raise
 
     def _drop(self, blobs: Collection[File]) -> None:
-        """Remove those of these blobs that no release is made of."""
+        """Remove those of these blobs that no release is made of and that nobody was told are here (a lease)."""
         kept = {blob.digest for file in self.index.files() for blob in self.store.blobs(file)}
+        kept |= self.index.leased(time.time())
         self.store.remove(blob.digest for blob in blobs if blob.digest not in kept)
 
     def add(self, releases: Sequence[Release], store: Store | None = None) -> None:

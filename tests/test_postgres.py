@@ -3,17 +3,24 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from crashed import TENSORS, large, publish
+from fault_server import wait_until
 
 import adapterhub
 from adapterhub.errors import HubError, NameInUse, TagMoved, UsageError
+from adapterhub.sources.registry import Registry
+from adapterhub.sources.registry_push import push
 from adapterhub.versions import lineage, rollback, yank
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
@@ -109,6 +116,69 @@ def test_many_writers_give_no_number_twice(url, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         versions = list(pool.map(work, range(16)))
     assert len(set(versions)) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", ["sqlite", "postgresql"])
+def test_8_writers_at_2_servers_of_one_registry_have_one_winner_a_version(index, tmp_path, request, monkeypatch):
+    """All push the same six versions, each with content of its own: of each version one is taken, by both servers alike."""
+    address = request.getfixturevalue("url") if index == "postgresql" else None
+    there = adapterhub.open(tmp_path / "there", create=True, database=address)
+    token = there.index.accounts.add(["me/*"], "all")[1]
+    monkeypatch.setenv("ADAPTERHUB_TOKEN", token)
+    versions = [f"0.{n + 1}.0" for n in range(6)]
+    writers = [adapterhub.open(tmp_path / f"w{i}", create=True) for i in range(8)]
+    for i, writer in enumerate(writers):
+        for n in range(6):
+            publish(writer, "me/x", large(10 * i + n))
+
+    def write(i):
+        return [outcome(writers[i], f"me/x@{version}", addresses[i % 2]) for version in versions]
+
+    with two_servers(there.root, address) as addresses, ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(write, range(8)))
+        for url in addresses:
+            listed = {c.version: c.digest for c in Registry(url).candidates("me/x")}
+            winners = {
+                v: [w for w, got in zip(writers, outcomes, strict=True) if got[n]] for n, v in enumerate(versions)
+            }
+            assert [len(won) for won in winners.values()] == [1] * 6
+            assert listed == {v: won[0].resolve(f"me/x@{v}").digest for v, won in winners.items()}
+    again = adapterhub.open(there.root, database=address)
+    assert again.verify() == [] and len(again.releases()) == 6
+
+
+def outcome(hub, reference, url):
+    try:
+        return push(hub, reference, url)[1]
+    except NameInUse:
+        return False
+
+
+@contextmanager
+def two_servers(root, database):
+    """Their addresses."""
+    addresses = []
+    with ExitStack() as stack:
+        for _ in range(2):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            command = [sys.executable, "-m", "adapterhub", "serve", "--hub", str(root), "--port", str(port)]
+            running = subprocess.Popen([*command, *(["--database", database] if database else [])])
+            stack.callback(running.wait, 30)
+            stack.callback(running.terminate)
+            url = f"http://127.0.0.1:{port}"
+            wait_until(lambda url=url: reached(url), 60)
+            addresses.append(url)
+        yield addresses
+
+
+def reached(url):
+    try:
+        return httpx.get(f"{url}/v1/").status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def test_a_database_that_is_not_there_is_told_without_its_password(tmp_path):

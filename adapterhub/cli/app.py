@@ -24,6 +24,7 @@ from adapterhub.cli import (
     packages,
     plugins,
     project,
+    registry,
     run,
     share,
     trust,
@@ -111,6 +112,7 @@ for panel, commands in PANELS.items():
 app.command("ls", hidden=True)(packages.list_)
 app.add_typer(trust.keys, name="key", rich_help_panel="Trust")
 app.add_typer(trust.trust, name="trust", rich_help_panel="Trust")
+app.add_typer(registry.app, name="registry", rich_help_panel="Share")
 app.add_typer(plugins.app, name="plugins", rich_help_panel="Look after the hub")
 
 

@@ -65,16 +65,23 @@ def serve(
     ] = None,
     key: Annotated[str | None, typer.Option(metavar="NAME", help="Sign its lists with this key of yours.")] = None,
     token_file: Annotated[
-        Path | None, typer.Option(help="Holds the token that a writer must show; else ADAPTERHUB_REGISTRY_TOKEN.")
+        Path | None, typer.Option(help="Holds a token that may write everything; else ADAPTERHUB_REGISTRY_TOKEN.")
     ] = None,
+    read_by_token: Annotated[bool, typer.Option("--read-by-token", help="Reading takes a token, too.")] = False,
+    connections: Annotated[
+        int, typer.Option(min=1, help="That one address may hold; more where a proxy stands before it.")
+    ] = 256,
 ) -> None:
-    """Serve a hub as a registry over HTTP. Reading is open; without a token nobody can write.
+    """Serve a hub as a registry over HTTP. Reading is open, unless --read-by-token; writing takes a token.
+
+    adapterhub registry token add makes tokens for namespaces.
 
     \b
     Example:
       adapterhub serve --hub /srv/adapters --port 8000
     """
     try:
+        from adapterhub_registry.clients import Clients
         from adapterhub_registry.serve import server
         from adapterhub_registry.server import make_app
     except ImportError:
@@ -86,6 +93,8 @@ def serve(
     except OSError as error:
         raise NotFound(f"{token_file} cannot be read: {error.strerror}", "give a file that holds the token") from None
     hub = adapterhub.open(directory, database=database)
-    running = server(make_app(hub, token, load_key(key) if key else None), host, port)
-    note(f"serving {hub.root} at http://{host}:{port}, {'writing with a token' if token else 'read-only'}")
+    signing = load_key(key) if key else None
+    running = server(make_app(hub, token, signing, read_by_token=read_by_token), host, port, Clients(connections))
+    writable = bool(token) or hub.index.accounts.writers() > 0
+    note(f"serving {hub.root} at http://{host}:{port}, {'writing with a token' if writable else 'read-only'}")
     running.run()

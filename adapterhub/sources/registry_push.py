@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
+import warnings
+
+import httpx
 
 from adapterhub.errors import HubError, NameInUse, Unreachable, UsageError
 from adapterhub.manifest import File, Reference, Release
@@ -13,6 +15,8 @@ from adapterhub.sources import closure
 from adapterhub.sources.disk import Disk
 from adapterhub.sources.http import Http
 from adapterhub.store import each
+from adapterhub.trust.policy import known_keys
+from adapterhub.trust.signature import with_keys
 
 PIECE = 8 << 20
 """Bytes of a blob that are sent at once."""
@@ -72,8 +76,19 @@ def _commit(http: Http, hub: Packages, release: Release) -> bool:
     if answer.status_code == 422:
         raise HubError(f"{http.url} does not take {release}: {answer.json().get('error', '')}"[:500], "push it again")
     for envelope in hub.index.signatures(release.digest):
-        http.request("POST", f"/v1/signatures/{release.digest}", json=json.loads(envelope))
+        signed = http.request(
+            "POST", f"/v1/signatures/{release.digest}", accept=(400, 403, 409), json=with_keys(envelope, known_keys())
+        )
+        if signed.status_code >= 400:  # a parent's may be for others to bring
+            warnings.warn(f"{http.url} keeps no signature of {release}: {_reason(signed)}", stacklevel=2)
     return answer.status_code == 201
+
+
+def _reason(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"])[:300]
+    except (ValueError, KeyError, TypeError):
+        return str(answer.status_code)
 
 
 __all__ = ["push"]

@@ -11,15 +11,16 @@ config.toml:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any
 
 from adapterhub import settings
-from adapterhub.errors import IntegrityError, NotFound, UnsafeFile, UsageError
+from adapterhub.errors import HubError, IntegrityError, NotFound, UnsafeFile, UsageError
 from adapterhub.manifest import NAME, Release
 from adapterhub.store import DATABASE, Problem
-from adapterhub.trust.keys import PublicKey
+from adapterhub.trust.keys import PublicKey, list_keys
 from adapterhub.trust.signature import RELEASE, opened, statement
 
 if TYPE_CHECKING:
@@ -51,6 +52,14 @@ Policy = Mapping[str, Trusted]
 def policy() -> Policy:
     """The user's, from config.toml. Raises UsageError."""
     return {namespace: _trusted(namespace, table) for namespace, table in settings.load().trust.items()}
+
+
+def known_keys() -> list[PublicKey]:
+    """The user's own keys, and those that they trust."""
+    own = []
+    with suppress(HubError):
+        own = [key.public for key in list_keys()]
+    return own + [key for trusted in policy().values() for key in trusted.keys]
 
 
 def verdict(

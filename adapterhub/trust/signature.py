@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from adapterhub.errors import IntegrityError
+from adapterhub.errors import IntegrityError, UsageError
 from adapterhub.manifest import Release, canonical
 from adapterhub.trust.keys import PrivateKey, PublicKey
 
@@ -26,7 +26,7 @@ LARGEST = 4 << 20
 def sign(payload: Mapping[str, Any], kind: str, key: PrivateKey) -> bytes:
     """The envelope of a payload."""
     body = canonical(payload)
-    signature = {"keyid": key.public.id, "sig": _text(key.sign(_encoded(kind, body)))}
+    signature = {"keyid": key.public.id, "public": key.public.text, "sig": _text(key.sign(_encoded(kind, body)))}
     return canonical({"payload": _text(body), "payloadType": kind, "signatures": [signature]})
 
 
@@ -50,6 +50,43 @@ def opened(envelope: bytes, kind: str, keys: Iterable[PublicKey]) -> tuple[dict[
     message = _encoded(kind, body)
     signer = next((key for key in keys if any(key.holds(signature, message) for signature in signatures)), None)
     return payload, signer
+
+
+def proven(envelope: bytes, kind: str, known: Iterable[PublicKey] = ()) -> tuple[dict[str, Any], bytes]:
+    """The payload, and an envelope of it with those signatures alone that hold under the key that they carry, or under a
+    known one. A signature that holds says that somebody has the key, not that anybody trusts them.
+
+    Raises IntegrityError for what is no envelope of this kind, and when no signature holds."""
+    payload, _ = opened(envelope, kind, ())
+    found = json.loads(envelope)
+    message, keys = _encoded(kind, base64.b64decode(found["payload"])), {key.id: key for key in known}
+    holding = []
+    for each in found["signatures"]:
+        key = _carried(each) or keys.get(str(each.get("keyid")))
+        if key is not None and key.holds(base64.b64decode(each["sig"]), message):
+            holding.append({"keyid": key.id, "public": key.text, "sig": each["sig"]})
+    if not holding:
+        raise IntegrityError(
+            "no signature in the envelope holds under a key that it carries",
+            "adapterhub sign makes one that carries its public key",
+        )
+    return payload, canonical({"payload": found["payload"], "payloadType": kind, "signatures": holding})
+
+
+def with_keys(envelope: bytes, keys: Iterable[PublicKey]) -> dict[str, Any]:
+    """The envelope as JSON, with the public keys that its signatures do not carry and that are among these."""
+    found, known = json.loads(envelope), {key.id: key.text for key in keys}
+    for each in found.get("signatures", ()):
+        if isinstance(each, dict) and each.get("keyid") in known:
+            each.setdefault("public", known[each["keyid"]])
+    return found
+
+
+def _carried(signature: Mapping[str, Any]) -> PublicKey | None:
+    try:
+        return PublicKey(signature["public"])
+    except (KeyError, AttributeError, TypeError, UsageError):
+        return None
 
 
 def statement(release: Release) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, Tag
 from adapterhub.index import ANY, Row
 from adapterhub.manifest import File, Manifest, Release, digest_of
 from adapterhub_registry import rows, seals, tables
+from adapterhub_registry.accounts import Accounts
 from adapterhub_registry.engine import Engine
 from adapterhub_registry.tables import (
     adapters,
@@ -29,9 +31,7 @@ from adapterhub_registry.tables import (
     tags,
 )
 
-LOST = (
-    "adapterhub repair --rebuild makes it again from the blobs; adapterhub restore brings a backup into another folder"
-)
+LOST = "adapterhub repair --rebuild makes it again from the blobs; adapterhub restore FILE brings a backup elsewhere"
 
 
 class Database:
@@ -47,6 +47,7 @@ class Database:
             raise IntegrityError(f"{path} is lost: there are blobs, and nothing lists them", LOST)
         self._engine = Engine(Path(path), create, url, foreign)
         self.path = self._engine.path
+        self.accounts = Accounts(self._engine)
         version = self._version()
         if version is None and not create and url is None:
             raise IntegrityError(f"{self.path} is empty: it lists nothing", LOST)
@@ -244,11 +245,7 @@ class Database:
             seals.set_on(connection, ())
 
     def lease(self, digests: Iterable[str], until: float) -> None:
-        with self._engine.write() as connection:
-            for digest in digests:
-                connection.execute(delete(leases).where(leases.c.digest == digest))
-                if until:
-                    connection.execute(insert(leases).values(digest=digest, until=until))
+        rows.lease(self._engine.write, digests, until, time.time())
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -274,10 +271,8 @@ class Database:
         """To be called last in every transaction, with the names whose rows are others now."""
         names = sorted(set(names))
         rows.refresh(connection, names)
-        if (
-            connection.execute(update(state).where(state.c.key == "serial").values(value=state.c.value + 1)).rowcount
-            == 0
-        ):
+        grown = update(state).where(state.c.key == "serial").values(value=state.c.value + 1)
+        if connection.execute(grown).rowcount == 0:
             connection.execute(insert(state).values(key="serial", value=1))
         seals.set_on(connection, names)
 

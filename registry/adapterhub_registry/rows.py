@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
-from sqlalchemy import Boolean, Connection, Select, Table, delete, func, insert, literal, select, tuple_, union_all
+from sqlalchemy import Boolean, Connection, Select, Table, delete, func, insert, literal, or_, select, tuple_, union_all
 
 from adapterhub.errors import HubError
 from adapterhub.index import Row, kind
 from adapterhub.manifest import Manifest, Release, check_version, digest_of
-from adapterhub_registry.tables import adapters, blobs, manifests, parents, releases, signatures, tags
+from adapterhub_registry.tables import adapters, blobs, leases, manifests, parents, releases, signatures, tags
 
 LISTED = [releases.c[name] for name in ("name", "version", "digest", "method", "base", "size", "created", "yanked")]
 """What a `Row` shows, but its tags."""
@@ -119,6 +120,20 @@ def refresh(connection: Connection, names: Iterable[str]) -> None:
         connection.execute(delete(adapters).where(adapters.c.name == name))
         if row is not None:
             connection.execute(insert(adapters).values(name=name, newest=row.id, words=_words(row)))
+
+
+def lease(
+    write: Callable[[], AbstractContextManager[Connection]], digests: Iterable[str], until: float, now: float
+) -> None:
+    """Renew the leases on these digests (until 0: end them), and forget those that ended before now. Many are several
+    transactions, between which others get their turn."""
+    wanted = sorted(set(digests))
+    for begin in range(0, len(wanted) or 1, _AT_ONCE):
+        some = wanted[begin : begin + _AT_ONCE]
+        with write() as connection:
+            connection.execute(delete(leases).where(or_(leases.c.until <= now, leases.c.digest.in_(some))))
+            if until and some:
+                connection.execute(insert(leases), [{"digest": digest, "until": until} for digest in some])
 
 
 def _words(row: Any) -> str:

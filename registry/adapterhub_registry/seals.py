@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, func, insert, select
 
 from adapterhub.manifest import digest_of
+from adapterhub_registry import tables
 from adapterhub_registry.tables import adapters, gone, releases, signatures, state, tag_moves, tags
 
 SEAL = "seal "
 _NUMBERS = f"{SEAL}of state"
+_ACCOUNTS = f"{SEAL}of accounts"
 _OF = {
     "releases": select(releases.c.name, releases.c.version, releases.c.digest, releases.c.created, releases.c.yanked),
     "tags": select(tags.c.name, tags.c.tag, tags.c.version),
@@ -33,7 +35,7 @@ _OF = {
 def set_on(connection: Connection, names: Sequence[str]) -> None:
     """Seal the rows of these adapters and the numbers as they are now; all of them where there are no seals yet."""
     if connection.scalar(select(state.c.value).where(state.c.key == _NUMBERS)) is None:
-        connection.execute(delete(state).where(state.c.key.startswith(SEAL)))
+        connection.execute(delete(state).where(state.c.key.startswith(SEAL), state.c.key != _ACCOUNTS))
         _insert(connection, _all(connection))
     for name in names:
         connection.execute(delete(state).where(state.c.key == _key(name)))
@@ -42,9 +44,19 @@ def set_on(connection: Connection, names: Sequence[str]) -> None:
     connection.execute(insert(state).values(key=_NUMBERS, value=_numbers(connection)))
 
 
+def set_on_accounts(connection: Connection) -> None:
+    """Seal the accounts as they are now: a letter that changes by itself could let somebody write what is not theirs."""
+    connection.execute(delete(state).where(state.c.key == _ACCOUNTS))
+    connection.execute(insert(state).values(key=_ACCOUNTS, value=_accounts(connection)))
+
+
 def broken(connection: Connection) -> Iterator[str]:
     """What is not as it was written."""
     kept = dict(connection.execute(select(state.c.key, state.c.value).where(state.c.key.startswith(SEAL))).all())
+    if (accounts := kept.pop(_ACCOUNTS, None)) not in (None, _accounts(connection)):
+        yield "an account changed by itself: adapterhub registry token list shows them"
+    elif accounts is None and connection.scalar(select(func.count()).select_from(tables.accounts)):
+        yield "the seal over the accounts is gone"
     if not kept:
         return
     if kept.pop(_NUMBERS, None) != _numbers(connection):
@@ -73,6 +85,11 @@ def _all(connection: Connection, name: str | None = None) -> dict[str, int]:
         for row in connection.execute(query if name is None else query.where(column == name)):
             found[row[0]] = (found.get(row[0], 0) + _number((table, *row))) % (1 << 63)
     return found
+
+
+def _accounts(connection: Connection) -> int:
+    columns = tables.accounts.c
+    return _number([tuple(row) for row in connection.execute(select(*columns).order_by(columns.name))])
 
 
 def _numbers(connection: Connection) -> int:

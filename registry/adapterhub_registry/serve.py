@@ -1,58 +1,109 @@
-"""Run the server: uvicorn, with a deadline for requests that never end."""
+"""Run the server: uvicorn, with a deadline for whoever never ends a request and never reads an answer."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from adapterhub_registry.clients import Bounded, Clients, full
+
 HEADERS = 30.0
 """Seconds in which a connection must have sent the head of its first, or next, request. uvicorn has no such limit."""
+STALLED = 30.0
+"""Seconds in which a reader must have taken what waits to be sent to it: at most one chunk of an answer."""
 GRACE = 8
 """Seconds that open requests get when the server stops."""
 
 
-class Deadline(H11Protocol):
-    """Closes a connection whose request head does not come in time; bodies have a limit of their own in the handlers."""
+def deadlines(clients: Clients) -> type[H11Protocol]:
+    """The protocol of a server whose clients these are."""
 
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._wait()
+    class Deadline(H11Protocol):
+        """Closes a connection whose request head does not come, or whose answer is not read, in time, and one too many of an
+        address; bodies have a limit of their own."""
 
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._wait()
+        _head: asyncio.TimerHandle | None = None
+        _sending: asyncio.TimerHandle | None = None
 
-    def connection_lost(self, error: Exception | None) -> None:
-        self._timer.cancel()
-        super().connection_lost(error)
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._address = (transport.get_extra_info("peername") or ("",))[0]
+            if clients.enter(self._address):
+                self._wait()
+            else:
+                transport.write(full(clients.connections))
+                transport.close()
 
-    def data_received(self, data: bytes) -> None:
-        before = self.cycle
-        super().data_received(data)
-        if self.cycle is not before:  # a head is complete
-            self._timer.cancel()
+        def connection_lost(self, error: Exception | None) -> None:
+            for timer in (self._head, self._sending):
+                if timer is not None:
+                    timer.cancel()
+            clients.leave(self._address)
+            super().connection_lost(error)
 
-    def _wait(self) -> None:
-        if timer := getattr(self, "_timer", None):
-            timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(HEADERS, self.transport.close)
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            if self.transport.is_closing():
+                return
+            before = self.cycle
+            super().data_received(data)
+            if self.cycle is not before and self._head is not None:  # a head is complete
+                self._head.cancel()
+
+        def pause_writing(self) -> None:
+            self.flow.pause_writing()
+            self._sending = asyncio.get_running_loop().call_later(STALLED, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            if self._sending is not None:
+                self._sending.cancel()
+            self.flow.resume_writing()
+
+        def _wait(self) -> None:
+            if self._head is not None:
+                self._head.cancel()
+            self._head = asyncio.get_running_loop().call_later(HEADERS, self._late)
+
+        def _late(self) -> None:
+            """`close` would wait for a reader to take what is left of the last answer."""
+            self.transport.abort() if self.transport.get_write_buffer_size() else self.transport.close()
+
+    return Deadline
 
 
-def server(app: FastAPI, host: str, port: int) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """Tells the application that it stops, so that bodies under way end with an answer."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI):
+        super().__init__(config)
+        self._application = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._application.state.stopping = True
+        await super().shutdown(sockets)
+
+
+def server(app: FastAPI, host: str, port: int, clients: Clients | None = None) -> Server:
     """A server that is ready to run; port 0 takes a free one."""
+    clients = clients or Clients()
     config = uvicorn.Config(
-        app,
+        Bounded(app, clients),
         host=host,
         port=port,
-        http=Deadline,
+        http=deadlines(clients),
         timeout_graceful_shutdown=GRACE,
         h11_max_incomplete_event_size=64 << 10,
         limit_concurrency=1000,
         log_level="warning",
         server_header=False,
+        lifespan="off",
     )
-    return uvicorn.Server(config)
+    return Server(config, app)

@@ -18,7 +18,7 @@ from sqlalchemy import (
     true,
 )
 
-HEAD = "0002"
+HEAD = "0003"
 """The newest migration."""
 READABLE = {"0002", HEAD}
 """Those after which everything that installing reads is there."""
@@ -140,4 +140,16 @@ state = Table(
     metadata,
     Column("key", String(40), primary_key=True),
     Column("value", BigInteger, nullable=False),
+)
+
+# Who may write to a registry. The token itself is nowhere: it has 256 random bits, so its SHA-256 gives nothing away.
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("hash", String(64), nullable=False),
+    Column("write", String, nullable=False),  # names and namespaces, with spaces between; empty for one that only reads
+    Column("until", String(10)),  # the last day, in UTC
+    Column("created", String(20), nullable=False),
+    UniqueConstraint("hash"),
 )

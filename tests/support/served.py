@@ -9,9 +9,9 @@ from adapterhub_registry.server import make_app
 
 
 @contextmanager
-def serving(hub, token="", key=None, patience=30):
+def serving(hub, token="", key=None, patience=30, clients=None, **more):
     """Its address."""
-    running = server(make_app(hub, token, key, patience), "127.0.0.1", 0)
+    running = server(make_app(hub, token, key, patience, **more), "127.0.0.1", 0, clients)
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     while not running.started:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 
 import httpx
@@ -59,6 +60,8 @@ def _send(http: Http, hub: Packages, blob: File) -> int:
             content=piece,
             headers={"content-range": f"bytes {offset}-{offset + len(piece) - 1}/{blob.size}"},
         )
+        if answer.status_code == 409:
+            time.sleep(0.2)
         offset = _offset(http, path, blob) if answer.status_code in (409, 416) else answer.json()["offset"]
     raise Unreachable(f"{http.url} does not take {blob.digest}", "try again later")
 

@@ -10,6 +10,8 @@ from typing import Any
 
 CONNECTIONS = 256
 """That one address may hold."""
+IN_ALL = 450
+"""Connections of all addresses: a socket and a file for each fit into the 1024 descriptors that a process usually has."""
 REQUESTS = 500
 """A second, on average, from one address..."""
 BURST = 10
@@ -21,14 +23,18 @@ class Clients:
     """Counts what each address holds. An IPv6 client has a whole /64 of them, so that counts as one."""
 
     def __init__(self, connections: int = CONNECTIONS, requests: float = REQUESTS):
-        self.connections, self._rate = connections, requests
+        self._most, self._rate = connections, requests
         self._open: Counter[str] = Counter()
         self._budget: OrderedDict[str, tuple[float, float]] = OrderedDict()  # address -> (requests left, when)
 
-    def enter(self, address: str) -> bool:
-        """Count one more connection; False when there were enough already. `leave` must follow in either case."""
+    def enter(self, address: str) -> bytes:
+        """Count one more connection; the answer to it when there were enough already. `leave` must follow in either case."""
         self._open[who(address)] += 1
-        return self._open[who(address)] <= self.connections
+        if self._open[who(address)] > self._most:
+            return _full(f"your address holds {self._most} connections already", "close some")
+        if self._open.total() > IN_ALL:
+            return _full(f"the registry holds {IN_ALL} connections already", "come again later")
+        return b""
 
     def leave(self, address: str) -> None:
         self._open[who(address)] -= 1
@@ -77,8 +83,8 @@ class Bounded:
         return await self._app(scope, receive, send)
 
 
-def full(most: int) -> bytes:
-    """The answer to a connection too many, before anything of it was read."""
-    told = json.dumps({"error": f"your address holds {most} connections already", "hint": "close some"}).encode()
+def _full(error: str, hint: str) -> bytes:
+    """A whole answer, sent before anything was read."""
+    told = json.dumps({"error": error, "hint": hint}).encode()
     head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(told)}"
     return f"{head}\r\nretry-after: 5\r\nconnection: close\r\n\r\n".encode() + told

@@ -23,8 +23,7 @@ PAGE = 200
 FRESH = timedelta(days=7)
 """How long a signed list counts."""
 CHUNK = 128 << 10
-"""Bytes of a blob that are sent at once: a reader has `serve.STALLED` seconds for each, so whoever reads slowly is no
-stalled one."""
+"""Bytes of a blob that are sent at once. Few, because whoever reads slowly has `serve.STALLED` seconds for what waits."""
 _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
 
 

@@ -10,12 +10,15 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from adapterhub_registry.clients import Bounded, Clients, full
+from adapterhub_registry.clients import Bounded, Clients
 
 HEADERS = 30.0
 """Seconds in which a connection must have sent the head of its first, or next, request. uvicorn has no such limit."""
 STALLED = 30.0
-"""Seconds in which a reader must have taken what waits to be sent to it: at most one chunk of an answer."""
+"""Seconds in which a reader must have taken so much of what waits to be sent that there is room for more: a third of..."""
+SENDING = 512 << 10
+"""...the bytes that the system keeps for each connection. Without a bound they grow to megabytes, and a slow reader, who takes
+long for a third of them, looks like one who never reads."""
 GRACE = 8
 """Seconds that open requests get when the server stops."""
 
@@ -32,12 +35,14 @@ def deadlines(clients: Clients) -> type[H11Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            if (connected := transport.get_extra_info("socket")) is not None:
+                connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENDING)
             self._address = (transport.get_extra_info("peername") or ("",))[0]
-            if clients.enter(self._address):
-                self._wait()
-            else:
-                transport.write(full(clients.connections))
+            if refusal := clients.enter(self._address):
+                transport.write(refusal)
                 transport.close()
+            else:
+                self._wait()
 
         def connection_lost(self, error: Exception | None) -> None:
             for timer in (self._head, self._sending):
@@ -47,8 +52,10 @@ def deadlines(clients: Clients) -> type[H11Protocol]:
             super().connection_lost(error)
 
         def on_response_complete(self) -> None:
+            before = self.cycle
             super().on_response_complete()
-            self._wait()
+            if self.cycle is before:  # else the head of the next request was here already
+                self._wait()
 
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
@@ -101,7 +108,7 @@ def server(app: FastAPI, host: str, port: int, clients: Clients | None = None) -
         http=deadlines(clients),
         timeout_graceful_shutdown=GRACE,
         h11_max_incomplete_event_size=64 << 10,
-        limit_concurrency=1000,
+        ws="none",
         log_level="warning",
         server_header=False,
         lifespan="off",

@@ -13,7 +13,6 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError
 from adapterhub.incoming import Incoming
 from adapterhub.manifest import File, check_digest
@@ -27,6 +26,8 @@ LARGEST_PIECE = 64 << 20
 LARGEST_BLOB = 64 << 30
 LARGEST_ASK = 100_000
 """Blobs that may be asked about at once."""
+HELD = 256 << 10
+"""Bytes of a body that wait in memory for the disk: many uploads at once take little."""
 LEASE = 24 * 3600
 """Seconds for which gc leaves a whole blob alone that a push will need."""
 PART_LEASE = 15 * 60
@@ -67,10 +68,11 @@ def add_uploads(app: FastAPI, hub: Packages, access: Access) -> None:
                 if wanted.size == 0:
                     store.take(wanted, [], "the upload")
                 there = store.fault(wanted) is None or _finished(Incoming(store, wanted))
-                index.lease([digest], time.time() + (LEASE if there else PART_LEASE))
                 if there:
+                    index.lease([digest], time.time() + LEASE)
                     return {"there": True}
-                offset = Incoming(store, wanted).offset
+                if offset := Incoming(store, wanted).offset:
+                    index.lease([digest], time.time() + PART_LEASE)
                 _check_room(hub, wanted.size - offset)
                 return {"offset": offset}
 
@@ -88,18 +90,18 @@ def add_uploads(app: FastAPI, hub: Packages, access: Access) -> None:
         held = bytearray()
         async for chunk in pieces(request, end - begin + 1):
             held += chunk
-            if len(held) >= durable.CHUNK:  # what has come is on disk: many uploads at once take no memory
-                await run_in_threadpool(arriving.take, bytes(held))
-                held.clear()
+            if len(held) >= HELD:
+                await run_in_threadpool(arriving.take, held)
+                held = bytearray()
         if held:
-            await run_in_threadpool(arriving.take, bytes(held))
+            await run_in_threadpool(arriving.take, held)
         if arriving.offset <= end:
             raise HTTPException(400, f"the piece ended at byte {arriving.offset} of {end + 1}; go on from there")
         return JSONResponse({"offset": end + 1}, 201 if end + 1 == size else 202)
 
     @app.delete("/v1/uploads/{digest}")
     def cancel(digest: str, account: Account = writer) -> dict[str, Any]:
-        incoming = Incoming(store, _blob(digest, 0))
+        incoming = Incoming(store, File(digest=check_digest(digest), size=0))
         with store.shared(), incoming.held(wait=False) as mine:
             if not mine:
                 raise HTTPException(409, "a piece of it is just being taken")
@@ -129,19 +131,16 @@ class _Arriving:
         self.offset = begin
         self._leased = 0.0
 
-    def take(self, data: bytes) -> None:
+    def take(self, data: bytes | bytearray) -> None:
         incoming = Incoming(self._store, self._blob)
-        with self._store.shared(), incoming.held(wait=False) as mine:
-            if not mine:
-                raise HTTPException(409, "another upload of it is under way")
-            if incoming.offset != self.offset:
-                raise HTTPException(416, f"{incoming.offset} bytes are here, the piece begins at {self.offset}")
+        with self._store.shared():  # gc waits
             try:
                 self._lease(PART_LEASE)
-                incoming.append([data])
-                self.offset += len(data)
+                with incoming.held(wait=False) as mine:
+                    if not mine:
+                        raise HTTPException(409, "another upload of it is under way")
+                    self._write(incoming, data)
                 if self.offset == self._blob.size:
-                    incoming.finish()
                     self._lease(LEASE)
             except IntegrityError as error:
                 raise HTTPException(400, str(error)) from None
@@ -152,6 +151,14 @@ class _Arriving:
                 with suppress(HubError):
                     self._hub.index.lease([self._blob.digest], 0)
                 raise HTTPException(507, f"{FULL}; nothing of {self._blob.digest} was kept") from None
+
+    def _write(self, incoming: Incoming, data: bytes | bytearray) -> None:
+        if incoming.offset != self.offset:
+            raise HTTPException(416, f"{incoming.offset} bytes are here, the piece begins at {self.offset}")
+        incoming.append([data])
+        self.offset += len(data)
+        if self.offset == self._blob.size:
+            incoming.finish()
 
     def _lease(self, seconds: float) -> None:
         """Renewed when a third of it is over, not with every chunk."""

@@ -111,13 +111,13 @@ class Database:
             .where(parents.c.needed, here.c.id.is_(None))
         )
         with self._engine.read() as connection:
-            return sorted((f"{name}@{version}", label) for name, version, label in connection.execute(query))
+            return sorted((f"{name}@{version}", str(label)) for name, version, label in connection.execute(query))
 
     def files(self) -> dict[File, list[str]]:
         needed: dict[File, list[str]] = {}
         with self._engine.read() as connection:
-            for digest, size, split, name, version in rows.needed(connection):
-                needed.setdefault(File(digest=digest, size=size, parts=split), []).append(f"{name}@{version}")
+            for file, label in rows.needed(connection):
+                needed.setdefault(file, []).append(label)
         return needed
 
     def record(self, digest: str) -> bytes | None:
@@ -131,9 +131,12 @@ class Database:
     def check(self, manifests: bool = True) -> list[str]:
         with self._engine.read() as connection:
             found = self._engine.faults(connection)
-            found += rows.all_contradictions(connection) if manifests else ()
-            found += rows.unlisted(connection)
-            found += seals.broken(connection) if manifests else ()
+            try:
+                found += rows.all_contradictions(connection) if manifests else ()
+                found += rows.unlisted(connection)
+                found += seals.broken(connection) if manifests else ()
+            except (TypeError, ValueError) as error:  # a damaged file may hold a number where a text should be
+                found.append(f"a row is damaged: {error}")
         return found
 
     def serial(self) -> int:

@@ -8,11 +8,12 @@ from typing import Any
 import msgspec
 from sqlalchemy import Boolean, Connection, Select, Table, delete, func, insert, literal, select, tuple_, union_all
 
-from adapterhub.errors import HubError
+from adapterhub.errors import HubError, IntegrityError, ManifestError
 from adapterhub.index import Row, kind
-from adapterhub.manifest import Manifest, Release, check_version, digest_of
+from adapterhub.manifest import File, Manifest, Release, check_digest, check_version, digest_of
 from adapterhub_registry.tables import adapters, blobs, manifests, parents, releases, signatures, tags
 
+REPAIR = "adapterhub verify lists all damage; restore a backup, or adapterhub repair --rebuild"
 LISTED = [releases.c[name] for name in ("name", "version", "digest", "method", "base", "size", "created", "yanked")]
 """What a `Row` shows, but its tags."""
 _AT_ONCE = 500
@@ -83,8 +84,10 @@ def add(connection: Connection, release: Release, now: str) -> None:
             connection.execute(insert(table), [row | {"release": key} for row in rows])
 
 
-def needed(connection: Connection) -> Iterable[Any]:
-    """(digest, size, parts, name, version) of every blob that a release needs: its files, its manifest, its signatures."""
+def needed(connection: Connection) -> Iterator[tuple[File, str]]:
+    """Every file that a release needs: its own, its manifest, its signatures; and the release's name@version.
+
+    Raises IntegrityError for what no blob can be."""
     at = (releases.c.name, releases.c.version)
     whole = literal(False, Boolean)
     lists = (
@@ -92,7 +95,11 @@ def needed(connection: Connection) -> Iterable[Any]:
         select(releases.c.digest, func.length(manifests.c.data), whole, *at).select_from(releases.join(manifests)),
         select(signatures.c.digest, func.length(signatures.c.envelope), whole, *at).join_from(signatures, releases),
     )
-    return connection.execute(union_all(*lists).order_by("name", "version"))
+    for digest, size, split, name, version in connection.execute(union_all(*lists).order_by("name", "version")):
+        try:
+            yield File(digest=check_digest(digest), size=size + 0, parts=split), f"{name}@{version}"
+        except (TypeError, ManifestError):
+            raise IntegrityError(f"the index names {digest!r} as a file of {name}@{version}", REPAIR) from None
 
 
 def record(connection: Connection, digest: str) -> bytes | None:

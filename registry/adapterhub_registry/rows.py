@@ -11,6 +11,7 @@ from sqlalchemy import Boolean, Connection, Select, Table, delete, func, insert,
 from adapterhub.errors import HubError, IntegrityError, ManifestError
 from adapterhub.index import Row, kind
 from adapterhub.manifest import File, Manifest, Release, check_digest, check_version, digest_of
+from adapterhub_registry import seals
 from adapterhub_registry.tables import adapters, blobs, manifests, parents, releases, signatures, tags
 
 REPAIR = "adapterhub verify lists all damage; restore a backup, or adapterhub repair --rebuild"
@@ -134,6 +135,17 @@ def _words(row: Any) -> str:
     except HubError:
         licence = ""
     return f"{row.name} {row.method} {row.base} {licence}".lower()
+
+
+def faults(connection: Connection, manifests: bool) -> Iterator[str]:
+    """What is wrong with the rows; with `manifests` also what contradicts them, and what changed by itself."""
+    try:
+        yield from unlisted(connection)
+        if manifests:
+            yield from all_contradictions(connection)
+            yield from seals.broken(connection)
+    except (TypeError, ValueError) as error:  # a damaged file may hold a number where a text should be
+        yield f"a row is damaged: {error}"
 
 
 def all_contradictions(connection: Connection) -> Iterator[str]:

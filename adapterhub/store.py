@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,11 +17,10 @@ from adapterhub import durable, parts
 from adapterhub.errors import HubError, IntegrityError
 from adapterhub.formats.safetensors_header import extent
 from adapterhub.manifest import File, check_digest, digest_of
+from adapterhub.pool import WORKERS, each
 
 DATABASE = "hub.db"
 """The file that makes a folder a hub; the index lives in it, the blobs beside it."""
-WORKERS = 4
-"""Blobs that are written or fetched side by side: a disk commits what several wait for at once."""
 _BLOB = re.compile("[0-9a-f]{64}")
 _REPAIR = "adapterhub repair mends it from where it came; adapterhub verify lists all damage"
 
@@ -210,13 +210,15 @@ class Store:
         for digest in digests:
             durable.remove(self.path(digest))
 
-    def stray(self, needed: Collection[File]) -> Iterator[Path]:
+    def stray(self, needed: Iterable[File]) -> Iterator[Path]:
         """What no needed file is made of, and what killed writers left. Only while `alone`.
 
         Raises IntegrityError when a list of parts is damaged: then nobody knows what is needed."""
-        keep = {blob.digest.removeprefix("sha256:") for file in needed for blob in self.blobs(file)}
+        keep = {bytes.fromhex(blob.digest[7:]) for file in needed for blob in self.blobs(file)}  # of a million, 100 MB
         for folder in sorted(self.folder.glob("*")):
-            yield from (path for path in sorted(folder.glob("*")) if path.name not in keep)
+            for name in sorted(os.listdir(folder)):
+                if not _BLOB.fullmatch(name) or bytes.fromhex(name) not in keep:
+                    yield folder / name
 
     def fault(self, blob: File, hashing: bool = True) -> str | None:
         """What is wrong with a blob on disk; the length is looked at before anything is hashed."""
@@ -273,24 +275,6 @@ def hashed(chunks: Iterable[bytes], blob: File, source: Path | str) -> Iterator[
             f"{source} is not {blob.digest} of {blob.size} bytes",
             "it was changed on the way; get it again from its source",
         )
-
-
-def each(function: Callable, items: Iterable) -> list:
-    """The results, several computed side by side; the first error ends it, once what runs has ended."""
-    items = list(items)
-    if len(items) < 2:
-        return [function(item) for item in items]
-    # A pool that is interrupted while it starts a thread forgets that thread: none is at work until all have started.
-    begin: Future[bool] = Future()
-    with ThreadPoolExecutor(WORKERS) as pool:
-        try:
-            waiting = [pool.submit(lambda item: begin.result() and function(item), item) for item in items]
-            begin.set_result(True)
-            return [future.result() for future in waiting]
-        except BaseException:
-            begin.cancel()
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _chunks(source: Path) -> Iterator[bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,10 @@ class Database:
             for file, label in rows.needed(connection):
                 needed.setdefault(file, []).append(label)
         return needed
+
+    def stored(self) -> Iterator[File]:
+        with self._engine.read() as connection:
+            yield from rows.stored(connection)
 
     def record(self, digest: str) -> bytes | None:
         with self._engine.read() as connection:

@@ -6,7 +6,20 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
-from sqlalchemy import Boolean, Connection, Select, Table, delete, func, insert, literal, select, tuple_, union_all
+from sqlalchemy import (
+    Boolean,
+    Connection,
+    Select,
+    Table,
+    delete,
+    func,
+    insert,
+    literal,
+    select,
+    tuple_,
+    union,
+    union_all,
+)
 
 from adapterhub.errors import HubError, IntegrityError, ManifestError
 from adapterhub.index import Row, kind
@@ -89,18 +102,32 @@ def needed(connection: Connection) -> Iterator[tuple[File, str]]:
     """Every file that a release needs: its own, its manifest, its signatures; and the release's name@version.
 
     Raises IntegrityError for what no blob can be."""
-    at = (releases.c.name, releases.c.version)
+    lists = _files(releases.c.name, releases.c.version)
+    for digest, size, split, name, version in connection.execute(union_all(*lists).order_by("name", "version")):
+        yield _file(digest, size, split), f"{name}@{version}"
+
+
+def stored(connection: Connection) -> Iterator[File]:
+    """The files of `needed`, each once, as they are read: a million of them take no memory."""
+    streamed = connection.execution_options(stream_results=True, yield_per=1000)
+    for row in streamed.execute(union(*_files())):
+        yield _file(*row)
+
+
+def _files(*at: Any) -> tuple[Select, ...]:
     whole = literal(False, Boolean)
-    lists = (
+    return (
         select(blobs.c.digest, blobs.c.size, blobs.c.parts, *at).select_from(blobs.join(releases)),
         select(releases.c.digest, func.length(manifests.c.data), whole, *at).select_from(releases.join(manifests)),
         select(signatures.c.digest, func.length(signatures.c.envelope), whole, *at).join_from(signatures, releases),
     )
-    for digest, size, split, name, version in connection.execute(union_all(*lists).order_by("name", "version")):
-        try:
-            yield File(digest=check_digest(digest), size=size + 0, parts=split), f"{name}@{version}"
-        except (TypeError, ManifestError):
-            raise IntegrityError(f"the index names {digest!r} as a file of {name}@{version}", REPAIR) from None
+
+
+def _file(digest: Any, size: Any, split: Any) -> File:
+    try:
+        return File(digest=check_digest(digest), size=size + 0, parts=split)
+    except (TypeError, ManifestError):
+        raise IntegrityError(f"the index names {digest!r} as a file of a release", REPAIR) from None
 
 
 def record(connection: Connection, digest: str) -> bytes | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Literal
 
 from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, NotFound, UsageError
-from adapterhub.manifest import File
 from adapterhub.packages import Packages
 from adapterhub.progress import shown
 from adapterhub.records import complete, expected, put
@@ -118,11 +117,11 @@ def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AG
     with hub.store.alone():
         if faults := hub.index.check(manifests=False):
             raise IntegrityError(f"the index is damaged: {faults[0]}", "adapterhub verify lists all damage")
-        needed = hub.index.files()
-        _sure(hub, needed, force)
+        count = sum(1 for _ in hub.index.stored())
+        _sure(hub, count, force)
         if not dry_run:
             complete(hub)
-        found = [*_strays(hub, needed, force), *_trainings(hub.root / "training", days)]
+        found = [*_strays(hub, force), *_trainings(hub.root / "training", days)]
         if not dry_run:
             unsynced: set[Path] = set()
             for stray in found:
@@ -131,7 +130,7 @@ def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AG
                 else:
                     durable.remove(stray.path, unsynced)
             durable.sync(unsynced)
-            hub.index.remember(ROOTS, len(needed))
+            hub.index.remember(ROOTS, count)
             hub.index.lease((), 0)  # those that ended
     return found
 
@@ -140,25 +139,25 @@ def reclaimable(hub: Packages) -> int:
     """Bytes that gc would free; 0 while others are at work, or when it would refuse."""
     with suppress(HubError), hub.store.alone(wait=False) as held:
         if held:
-            return sum(stray.size for stray in _strays(hub, hub.index.files(), False))
+            return sum(stray.size for stray in _strays(hub, False))
     return 0
 
 
-def _sure(hub: Packages, needed: Collection[File], force: bool) -> None:
+def _sure(hub: Packages, count: int, force: bool) -> None:
     before = hub.index.remembered(ROOTS) or 0
-    if force or (needed and 2 * len(needed) >= before):
+    if force or (count and 2 * count >= before):
         return
-    if needed or next(hub.store.stray(()), None) is not None:
+    if count or next(hub.store.stray(()), None) is not None:
         raise HubError(
-            f"{hub.root / DATABASE} lists {len(needed)} files"
+            f"{hub.root / DATABASE} lists {count} files"
             + (f", {before} at the last gc" if before else " although there are blobs"),
             "if you removed the others yourself: --force; if not, restore the index from a copy",
         )
 
 
-def _strays(hub: Packages, needed: Collection[File], force: bool) -> Iterator[Stray]:
+def _strays(hub: Packages, force: bool) -> Iterator[Stray]:
     leased = {digest.removeprefix("sha256:") for digest in hub.index.leased(time.time())}
-    for path in hub.store.stray(needed):
+    for path in hub.store.stray(hub.index.stored()):
         if path.name not in leased:
             yield _stray(path, "half-written" if path.suffix == durable.TEMPORARY else "needed by no release")
     for folder in (hub.root, hub.root / "incoming"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,6 +69,9 @@ class Index(Protocol):
 
     def files(self) -> dict[File, list[str]]:
         """Every file that a release needs, its manifest and its signatures among them, and which ("name@version") need it."""
+
+    def stored(self) -> Iterator[File]:
+        """The files of `files`, each once, one after the other: a million of them take no memory."""
 
     def record(self, digest: str) -> bytes | None:
         """The manifest or the signature's envelope with this digest, checked; None when there is neither."""

@@ -29,7 +29,7 @@ def put(store: Store, documents: Iterable[bytes]) -> None:
 def complete(hub: Packages, most: int | None = None) -> None:
     """Put those that the store lacks, at most so many. Only while the store is `shared` or `alone`."""
     lacking = []
-    for file in hub.index.files():
+    for file in hub.index.stored():
         if not hub.store.path(file.digest).exists() and (data := hub.index.record(file.digest)) is not None:
             lacking.append(data)
             if len(lacking) == most:

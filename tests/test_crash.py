@@ -46,7 +46,9 @@ def before(room):
 
 
 EVERY = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in ("init", "install from a hub", "repair", "restore") else [])
+    pytest.param(
+        name, marks=[pytest.mark.slow] if name in ("init", "install from a hub", "sync", "repair", "restore") else []
+    )
     for name in COMMANDS
 ]
 AGAIN = {"remove", "export", "yank", "rebuild", "backup", "restore"}

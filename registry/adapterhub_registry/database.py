@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Database:
                 if version is not None and url is None:  # a reader of the file under our write lock
                     durable.write_file(path.with_name(f"{path.name}.{version}.backup"), path)
                 upgrade(connection, self.path)
+                seals.set_on(connection, ())
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -117,14 +118,18 @@ class Database:
             .where(parents.c.needed, here.c.id.is_(None))
         )
         with self._engine.read() as connection:
-            return sorted((f"{name}@{version}", label) for name, version, label in connection.execute(query))
+            return sorted((f"{name}@{version}", str(label)) for name, version, label in connection.execute(query))
 
     def files(self) -> dict[File, list[str]]:
         needed: dict[File, list[str]] = {}
         with self._engine.read() as connection:
-            for digest, size, split, name, version in rows.needed(connection):
-                needed.setdefault(File(digest=digest, size=size, parts=split), []).append(f"{name}@{version}")
+            for file, label in rows.needed(connection):
+                needed.setdefault(file, []).append(label)
         return needed
+
+    def stored(self) -> Iterator[File]:
+        with self._engine.read() as connection:
+            yield from rows.stored(connection)
 
     def record(self, digest: str) -> bytes | None:
         with self._engine.read() as connection:
@@ -136,11 +141,7 @@ class Database:
 
     def check(self, manifests: bool = True) -> list[str]:
         with self._engine.read() as connection:
-            found = self._engine.faults(connection)
-            found += rows.all_contradictions(connection) if manifests else ()
-            found += rows.unlisted(connection)
-            found += seals.broken(connection) if manifests else ()
-        return found
+            return [*self._engine.faults(connection), *rows.faults(connection, manifests)]
 
     def serial(self) -> int:
         return self.remembered("serial") or 0

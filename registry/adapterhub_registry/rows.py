@@ -7,13 +7,29 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
-from sqlalchemy import Boolean, Connection, Select, Table, delete, func, insert, literal, or_, select, tuple_, union_all
+from sqlalchemy import (
+    Boolean,
+    Connection,
+    Select,
+    Table,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    tuple_,
+    union,
+    union_all,
+)
 
-from adapterhub.errors import HubError
+from adapterhub.errors import HubError, IntegrityError, ManifestError
 from adapterhub.index import Row, kind
-from adapterhub.manifest import Manifest, Release, check_version, digest_of
+from adapterhub.manifest import File, Manifest, Release, check_digest, check_version, digest_of
+from adapterhub_registry import seals
 from adapterhub_registry.tables import adapters, blobs, leases, manifests, parents, releases, signatures, tags
 
+REPAIR = "adapterhub verify lists all damage; restore a backup, or adapterhub repair --rebuild"
 LISTED = [releases.c[name] for name in ("name", "version", "digest", "method", "base", "size", "created", "yanked")]
 """What a `Row` shows, but its tags."""
 _AT_ONCE = 500
@@ -84,16 +100,36 @@ def add(connection: Connection, release: Release, now: str) -> None:
             connection.execute(insert(table), [row | {"release": key} for row in rows])
 
 
-def needed(connection: Connection) -> Iterable[Any]:
-    """(digest, size, parts, name, version) of every blob that a release needs: its files, its manifest, its signatures."""
-    at = (releases.c.name, releases.c.version)
+def needed(connection: Connection) -> Iterator[tuple[File, str]]:
+    """Every file that a release needs: its own, its manifest, its signatures; and the release's name@version.
+
+    Raises IntegrityError for what no blob can be."""
+    lists = _files(releases.c.name, releases.c.version)
+    for digest, size, split, name, version in connection.execute(union_all(*lists).order_by("name", "version")):
+        yield _file(digest, size, split), f"{name}@{version}"
+
+
+def stored(connection: Connection) -> Iterator[File]:
+    """The files of `needed`, each once, as they are read: a million of them take no memory."""
+    streamed = connection.execution_options(stream_results=True, yield_per=1000)
+    for row in streamed.execute(union(*_files())):
+        yield _file(*row)
+
+
+def _files(*at: Any) -> tuple[Select, ...]:
     whole = literal(False, Boolean)
-    lists = (
+    return (
         select(blobs.c.digest, blobs.c.size, blobs.c.parts, *at).select_from(blobs.join(releases)),
         select(releases.c.digest, func.length(manifests.c.data), whole, *at).select_from(releases.join(manifests)),
         select(signatures.c.digest, func.length(signatures.c.envelope), whole, *at).join_from(signatures, releases),
     )
-    return connection.execute(union_all(*lists).order_by("name", "version"))
+
+
+def _file(digest: Any, size: Any, split: Any) -> File:
+    try:
+        return File(digest=check_digest(digest), size=size + 0, parts=split)
+    except (TypeError, ManifestError):
+        raise IntegrityError(f"the index names {digest!r} as a file of a release", REPAIR) from None
 
 
 def record(connection: Connection, digest: str) -> bytes | None:
@@ -142,6 +178,17 @@ def _words(row: Any) -> str:
     except HubError:
         licence = ""
     return f"{row.name} {row.method} {row.base} {licence}".lower()
+
+
+def faults(connection: Connection, manifests: bool) -> Iterator[str]:
+    """What is wrong with the rows; with `manifests` also what contradicts them, and what changed by itself."""
+    try:
+        yield from unlisted(connection)
+        if manifests:
+            yield from all_contradictions(connection)
+            yield from seals.broken(connection)
+    except (TypeError, ValueError) as error:  # a damaged file may hold a number where a text should be
+        yield f"a row is damaged: {error}"
 
 
 def all_contradictions(connection: Connection) -> Iterator[str]:

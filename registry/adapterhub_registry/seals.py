@@ -1,7 +1,7 @@
 """Seals: a digest of all rows about one adapter, kept beside them, by which `verify` sees a row that changed by itself.
 
 SQLite notices a page that is torn, not a letter in a row that became another; and no manifest vouches for tags, yanks,
-dates, removed versions. One more seal is over the numbers in the table `state`. A hub of before there were seals gets all
+dates, removed versions. One more seal is over the numbers in the table `state` and the form of the tables. A hub of before there were seals gets all
 of them with its next change. Leases have none: they end by themselves.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, delete, func, insert, select, text
 
 from adapterhub.manifest import digest_of
 from adapterhub_registry import tables
@@ -60,7 +60,7 @@ def broken(connection: Connection) -> Iterator[str]:
     if not kept:
         return
     if kept.pop(_NUMBERS, None) != _numbers(connection):
-        yield "its serial number or another of its numbers changed by itself"
+        yield "its serial number, another of its numbers or the form of a table changed by itself"
     now = _all(connection)
     for name in sorted(now, key=repr):
         if kept.pop(_key(name), None) != now[name]:
@@ -94,7 +94,10 @@ def _accounts(connection: Connection) -> int:
 
 def _numbers(connection: Connection) -> int:
     query = select(state.c.key, state.c.value).where(state.c.key.not_like(f"{SEAL}%")).order_by(state.c.key)
-    return _number([tuple(row) for row in connection.execute(query)])
+    found = [tuple(row) for row in connection.execute(query)]
+    if connection.dialect.name == "sqlite":  # the tables themselves are rows there
+        found += [tuple(row) for row in connection.execute(text("SELECT type, name, tbl_name, sql FROM sqlite_master"))]
+    return _number(found)
 
 
 def _key(name: object) -> str:

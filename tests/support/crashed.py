@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import adapterhub
-from adapterhub import care
+from adapterhub import care, sync
 from adapterhub.backup import backup, restore
 from adapterhub.errors import HubError
 from adapterhub.manifest import Base, File, Made, Manifest, Parent, digest_of
@@ -57,6 +57,10 @@ def make_before(folder):
         torn.store.path(blob.digest).write_bytes(b"torn")
     torn.store.path(parent.digest).unlink()
     backup(other, folder / "kept.tar")
+    (folder / "project").mkdir()
+    (folder / "project" / "adapterhub.toml").write_text(
+        '[adapters]\n"me/child" = "*"\n[sources.other]\npath = "../other"\n'
+    )
     return folder
 
 
@@ -111,11 +115,17 @@ def _hub(folder):
     return adapterhub.open(folder / "hub")
 
 
+def _sync(folder):
+    hub, project = _hub(folder), folder / "project"
+    sync.sync(hub, project, sync.lock(hub, project, sync.Options())[0], sync.Options())
+
+
 COMMANDS = {
     "publish": lambda folder: publish(_hub(folder), "me/new", TENSORS[:-1] + b"\x08"),
     "publish parts": lambda folder: publish(_hub(folder), "me/new", large(8)),
     "install a bundle": lambda folder: _hub(folder).install(folder / "bundle"),
     "install from a hub": lambda folder: _hub(folder).install(f"{folder / 'other'}:me/child"),
+    "sync": _sync,
     "merge": lambda folder: _hub(folder).merge(["me/l1", "me/l2"], name="me/merged"),
     "compress": lambda folder: _hub(folder).compress("me/l1", codec="svd", options={"rank": 1}, name="me/compressed"),
     "remove": lambda folder: _hub(folder).remove("me/going"),

@@ -1,4 +1,4 @@
-"""Several things at once, and the first error ends it."""
+"""Work on several things side by side."""
 
 from __future__ import annotations
 

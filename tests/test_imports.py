@@ -15,6 +15,8 @@ FILES = {
     for path in (folder / package).rglob("*.py")
 }
 LIGHT = [
+    "bounded",
+    "claims",
     "errors",
     "manifest",
     "expression",
@@ -49,19 +51,21 @@ LIGHT = [
 ]
 """These never import torch, not even through others: `--help`, `list` and `install` are made of them."""
 MAY = {
+    "bounded": "",
+    "claims": "",
     "errors": "",
-    "manifest": "errors",
+    "manifest": "bounded claims errors",
     "expression": "errors manifest",
     "durable": "errors",
     "boundary": "errors",
     "plugins": "boundary errors lock project settings",
     "form_contracts": "boundary modification",
     "index": "errors manifest",
-    "parts": "errors manifest formats",
+    "parts": "bounded errors manifest formats",
     "store": "errors manifest durable parts formats",
-    "settings": "durable errors",
-    "trust": "compose durable errors expression index manifest packages settings store trust",
-    "sources": "compose durable errors huggingface hub incoming index manifest packages parts progress requirement settings store sources trust",
+    "settings": "bounded durable errors",
+    "trust": "bounded compose durable errors expression index manifest packages settings store trust",
+    "sources": "bounded compose durable errors huggingface hub incoming index manifest packages parts progress requirement settings store sources trust",
     "weights": "errors",
     "sites": "errors weights",
     "magnitude": "",

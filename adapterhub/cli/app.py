@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from adapterhub.cli import care, doctor, locked, look, make, packages, plugins, project, run, share, trust, versions
-from adapterhub.cli.output import SCHEMA_VERSION, clean, note
+from adapterhub.cli.output import SCHEMA_VERSION, note, shown
 from adapterhub.errors import REFUSALS, HubError
 
 EPILOG = """\b
@@ -142,7 +142,7 @@ def execute(arguments: Sequence[str]) -> int:
             error = {"kind": kind, "message": message, "hint": hint, "code": code}
             print(json.dumps({"schema_version": SCHEMA_VERSION, "error": error}), file=sys.stderr)
         else:
-            print(f"error: {clean(message)}" + (f"\nhint: {clean(hint)}" if hint else ""), file=sys.stderr)
+            print(f"error: {shown(message)}" + (f"\nhint: {shown(hint)}" if hint else ""), file=sys.stderr)
         return code
 
     try:

@@ -12,7 +12,7 @@ import typer
 
 import adapterhub
 from adapterhub.cli.make import BASE, DEVICE, DTYPE
-from adapterhub.cli.output import Json, clean, json_out, note, out, table
+from adapterhub.cli.output import Json, clean, json_out, note, table
 from adapterhub.cli.packages import Force
 from adapterhub.errors import UsageError
 from adapterhub.manifest import check_seed
@@ -56,7 +56,7 @@ def run(
     (completion,) = model.complete([text], max_new_tokens=max_new_tokens, **sampling)
     if as_json:
         return json_out({"base": base, "adapters": expression, "prompt": text, "completion": completion})
-    out(completion)
+    print(clean(completion))  # all of it: it is what was asked for
 
 
 def chat(

@@ -125,5 +125,9 @@ class YankedWarning(UserWarning):
     """A version is used that its publisher has taken out of choice."""
 
 
+class ContextWarning(UserWarning):
+    """Rows, or what is generated, are longer than the base was trained for."""
+
+
 class ScanWarning(UserWarning):
     """An adapter's weights are unlike those of others."""

@@ -290,6 +290,7 @@ def _check(*, epochs, steps, lr, batch_size, warmup, save_every) -> None:
 def _examples(data: Data, model: Model, max_length: int) -> list[Example]:
     examples, cut = encode(data, model.tokenizer, max_length)
     check_vocabulary(examples, model.base)
+    model.context.check_rows(examples, model.advance())
     if cut:
         warnings.warn(
             f"{data.path}: {cut} of {len(examples)} rows are longer than {max_length} tokens and are cut",

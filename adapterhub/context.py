@@ -7,6 +7,7 @@ before. Rotary and relative positions do not end: beyond what a base was trained
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -74,6 +75,10 @@ class Context:
             )
         if self.trained is not None and len(longest.ids) + advance > self.trained:
             warnings.warn(f"{told}, and this base was trained for {self.trained}", ContextWarning, stacklevel=3)
+
+    def room(self, prompt: int, advance: int = 0) -> int:
+        """How many new tokens a prompt of so many leaves; at least one, which `check_call` then refuses."""
+        return sys.maxsize if self.learned is None else max(1, self.learned - prompt - advance + 1)
 
     def check_call(self, config: Any, args: tuple, kwargs: Mapping[str, Any], advance: int = 0) -> None:
         """The same of a call of `generate`, whose beams are refused: of its longest prompt with the new tokens, the last of which is not read again. config:

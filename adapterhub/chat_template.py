@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -86,11 +87,13 @@ class _Worker:
             line = json.dumps([None if template == self._template else template, *request]).encode()
             self._template = template
             try:
-                self._process.stdin.write(line + b"\n")
-                self._process.stdin.flush()
-            except OSError:  # it ended: its last answer, or none, says so
-                pass
-            answer = self._read(SECONDS)
+                with suppress(OSError):  # it ended: no answer says so
+                    self._process.stdin.write(line + b"\n")
+                    self._process.stdin.flush()
+                answer = self._read(SECONDS)
+            except BaseException:  # interrupted: its answer, when it comes, would be taken for the next one's
+                self.end()
+                raise
         if answer is None:
             raise DataError(f"the chat template takes more than {SECONDS} s, or more memory than it may have", HINT)
         texts, problem = json.loads(answer)
@@ -147,6 +150,7 @@ atexit.register(_worker.end)
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever waits
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory()

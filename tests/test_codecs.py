@@ -31,7 +31,7 @@ def compeft(tensors, **options):
 @pytest.mark.parametrize("name", plugins.names("codecs"))
 def test_laws(name):
     results = check_part("codecs", name)
-    assert len(results) == 8
+    assert len(results) == 9
     assert [r for r in results if r.verdict != "passed"] == []
 
 

@@ -34,17 +34,23 @@ class Adapter:
     """Decoded, by their stored names, on the CPU."""
 
     @classmethod
-    def load(cls, hub: Hub, release: Release) -> Adapter:
-        """From the hub's blobs: hash and header checked, codecs undone. Not for compositions, which have no tensors."""
+    def load(cls, hub: Hub, release: Release, sites: Sequence[Site] | None = None) -> Adapter:
+        """From the hub's blobs: hash and header checked, codecs undone within bounds (`adapterhub.decoding`). sites: those of the
+        base that it is for, where there is one. Not for compositions, which have no tensors."""
         manifest = release.manifest
         if "tensors" not in manifest.files:
             raise IntegrityError(f"{release} holds no tensors", "get it again from its source")
+        from adapterhub import decoding
         from adapterhub.tensors import load as load_tensors
 
+        file = manifest.files["tensors"]
         with hub.store.shared():
-            tensors = load_tensors(hub.store.read(manifest.files["tensors"]))
-        for codec in reversed(manifest.codecs):
-            tensors = make(part("codecs", codec.name, manifest, codec)).decode(tensors)
+            tensors = load_tensors(hub.store.read(file))
+        if manifest.codecs:
+            chain = [(c.name, make(part("codecs", c.name, manifest, c))) for c in reversed(manifest.codecs)]
+            tensors = decoding.decode(chain, tensors, manifest, decoding.room(manifest, file.size, hub, sites))
+        if sites is None:
+            decoding.check_sparse(tensors, manifest, hub)
         return cls(manifest, tensors)
 
     def modifications(self) -> Modifications:

@@ -136,6 +136,7 @@ class Attachment:
         kwargs = self._padding.accounted(mask if flat else None, rows, seen, tokens, kwargs, ids)
         if plan.advances:
             kwargs = self._padding.advanced(plan.advances, kwargs, seen, tokens, given.device)
+        self._padding.context.check_pass(seen, tokens, max(plan.advances, default=0), kwargs)
         sequences = self._continued(plan, cache, seen) if seen else None
         if sequences is None:
             sequences = Sequences(plan, states=None if torch.is_grad_enabled() else {})

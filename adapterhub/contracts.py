@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from adapterhub import plugins
 from adapterhub.boundary import Wrong, guard, guarded
 from adapterhub.data import Data
+from adapterhub.decoding import check_shapes
 from adapterhub.encoding import Example
 from adapterhub.manifest import canonical
 from adapterhub.method import Given, Measurement, Method, Stage
@@ -291,6 +292,6 @@ HOOKS: Mapping[str, Mapping[str, Callable[..., Any] | None]] = {
     },
     "verifiers": {"verify": verdict},
     "mergers": {"combine": combined},
-    "codecs": {"encode": tensors, "decode": tensors},
+    "codecs": {"encode": tensors, "gives": check_shapes, "decode": tensors},
 }  # fmt: skip
 """Group -> hook -> the check of what it returns; None: whatever it returns is dropped."""

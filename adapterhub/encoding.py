@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adapterhub.chat_template import render
 from adapterhub.data import Data, Row
-from adapterhub.errors import UsageError
+from adapterhub.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,10 +122,9 @@ def _rendered(data: Data, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple
             "write prompt and completion rows",
         )
     try:
-        before = tokenizer.apply_chat_template(list(row.messages[:-1]), tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(list(row.messages), tokenize=False)
-    except Exception as error:  # a template is the base's own program: it raises what it likes
-        raise data.fault(row.line, f"the chat template refuses it: {error}", "check roles and their order") from None
+        before, whole = render(tokenizer, [(row.messages[:-1], True), (row.messages, False)])
+    except DataError as error:
+        raise data.fault(row.line, str(error), error.hint) from None
     if not whole.startswith(before):
         raise data.fault(
             row.line,

@@ -148,5 +148,9 @@ class NameWarning(UserWarning):
     """A name that readers take for another one."""
 
 
+class ContextWarning(UserWarning):
+    """Rows, or what is generated, are longer than the base was trained for."""
+
+
 class ScanWarning(UserWarning):
     """An adapter's weights are unlike those of others."""

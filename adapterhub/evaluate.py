@@ -73,6 +73,7 @@ def evaluate(
         model, expression = load(hub, base, expression, dtype=dtype, device=device, force=force), None
     examples, cut = encode(read, model.tokenizer, max_length)
     check_vocabulary(examples, model.base)
+    model.context.check_rows(examples, model.advance(expression))
     result: dict[str, Any] = {"data": read.digest, "n": len(examples), "truncated": cut}
     rows: list[dict[str, Any]] = [{"line": example.line} for example in examples]
     measured = _Measured(model, expression, read, examples, batch_size, rows)
@@ -145,7 +146,7 @@ class _Measured:
         tokenizer, pad = self.model.tokenizer, pad_token(self.model.tokenizer)
         ends = self.model.base.generation_config.eos_token_id
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-        for places in self._batches("exact match", self.size):
+        for places in self._within(self._batches("exact match", self.size)):
             examples = [self.examples[i] for i in places]
             ids, mask = pad_left([example.prompt for example in examples], pad)
             out = self.model.generate(
@@ -198,6 +199,14 @@ class _Measured:
         order = sorted(range(len(self.examples)), key=lambda i: -len(self.examples[i].ids))
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         yield from track(batches, what, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+    def _within(self, batches: Iterator[list[int]]) -> Iterator[list[int]]:
+        """A batch in single rows where one row's prompt and another's answer would pass the positions that the base has."""
+        for places in batches:
+            both = [(len(self.examples[i].prompt), len(self.examples[i].completion)) for i in places]
+            longest = sum(map(max, zip(*both, strict=True)))
+            fits = longest + self.model.advance(self.adapters) <= (self.model.context.learned or math.inf)
+            yield from [places] if fits else [[place] for place in places]
 
     def _share(self, metric: str) -> dict[str, Any]:
         right = sum(row[metric] for row in self.rows)

@@ -6,7 +6,6 @@ It names sources, not addresses; those stand in adapterhub.toml. Lines come in o
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import msgspec
 
 from adapterhub import durable
+from adapterhub.bounded import read_toml
 from adapterhub.errors import HubError, ManifestError, NotFound, UsageError
 from adapterhub.expression import Ref as Reading
 from adapterhub.expression import parse, substitute
@@ -144,12 +144,12 @@ def read(folder: Path) -> Lock:
     """The lock in a project's folder. Raises NotFound; UsageError for a file that is no lock; HubError for a newer one."""
     path = folder / LOCK
     try:
-        found: Mapping[str, Any] = tomllib.loads(path.read_bytes().decode().replace("\r\n", "\n"))
+        found: Mapping[str, Any] = read_toml(path.read_bytes())
     except FileNotFoundError:
         raise NotFound(f"there is no {path}", "adapterhub lock makes it") from None
     except OSError as error:
         raise NotFound(f"{path} cannot be read: {error.strerror}", "check the file") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise StaleLock(f"{path} is no lock: {error}", "restore it, or make it again: adapterhub lock") from None
     if type(found.get("version")) is int and found["version"] > VERSION:
         raise HubError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from adapterhub import claims
+from adapterhub.bounded import read_json
 from adapterhub.errors import ManifestError, UsageError
 
 PART = r"[a-z0-9][a-z0-9._-]*"
@@ -165,6 +167,7 @@ class Manifest(Struct):
         yield from (made.name for made in (self.method, *self.codecs) if made is not None)
         yield from (text for pair in self.plugins.items() for text in pair)
         yield from (shown for path, forms in self.forms.items() for shown in (path, *forms))
+        yield from self.files
 
     def encode(self) -> bytes:
         """Canonical JSON: keys sorted, no spaces, UTF-8. The same manifest gives the same bytes everywhere."""
@@ -175,15 +178,16 @@ class Manifest(Struct):
         """The manifest in these bytes. Raises ManifestError unless they are its canonical JSON."""
         again = "get the adapter again from its source"
         try:
-            found = json.loads(data, object_pairs_hook=_no_duplicates)
+            found = read_json(data, claims.LARGEST)
             format = found.get("format", 1) if isinstance(found, dict) else 1
             if type(format) is int and format > 1:
                 raise ManifestError(f"manifest format {format} is newer than this adapterhub", "update adapterhub")
             manifest = msgspec.convert(found, cls)
             if manifest.format != 1:
                 raise ValueError(f"there is no format {manifest.format}")
+            claims.check(manifest)
             same = manifest.encode() == data
-        except (ValueError, msgspec.ValidationError, RecursionError) as error:
+        except (ValueError, msgspec.ValidationError) as error:
             raise ManifestError(f"not a manifest of an adapter: {error}", again) from None
         if not same:
             raise ManifestError(f"the manifest of {manifest.name!r} is not written canonically", again)
@@ -197,8 +201,9 @@ class Manifest(Struct):
         if any(file.size < 0 for file in manifest.needs):
             raise ManifestError(f"{manifest.name}@{manifest.version} has a file of negative size", again)
         for shown in manifest._shown():
-            if not shown.isprintable():
-                raise ManifestError(f"{manifest.name}@{manifest.version} holds {shown!r}: control characters", again)
+            if not shown.isprintable() or len(shown) > claims.LINE:
+                what = f"holds {ascii(shown)[:80]}: control characters, or more than {claims.LINE} of them"
+                raise ManifestError(f"{manifest.name}@{manifest.version} {what}", again)
         return manifest
 
 
@@ -234,10 +239,3 @@ def check_digest(text: str) -> str:
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", text):
         raise ManifestError(f"{text[:80]!r} is not a digest", "a digest is sha256: and 64 lower-case hex digits")
     return text
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adapterhub.context import ABSOLUTE, Context
 from adapterhub.errors import BatchError
 from adapterhub.sites import family
 
-_ABSOLUTE = re.compile(r"(^|\.)(wpe|\w*position\w*embed\w*|\w*embed\w*position\w*)$")
-"""Modules that give each place of a row a vector of its own, learned or of waves."""
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
 """What configs call the number of tokens that an attention reaches back."""
 
@@ -23,14 +21,14 @@ class Padding:
     """How one model comes to its tokens' positions."""
 
     def __init__(self, base: nn.Module):
-        config = base.config.get_text_config()
+        config, self.context = base.config.get_text_config(), Context.of(base)
         takes = inspect.signature(base.forward).parameters
         self._own = family(base.config.model_type).own_positions
         self._pad = getattr(config, "pad_token_id", None)
         self._both = base.config.is_encoder_decoder
         self._takes_positions = "position_ids" in takes and not self._own
         self._takes_decoder_positions = "decoder_position_ids" in takes
-        self._absolute = any(_ABSOLUTE.search(path) for path, _ in base.named_modules())
+        self._absolute = any(ABSOLUTE.search(path) for path, _ in base.named_modules())
         self._distances = bool(getattr(config, "relative_attention", False))
         windows = [getattr(config, name, None) for name in _WINDOWS]
         self._window = min((window for window in windows if isinstance(window, int) and window > 0), default=None)

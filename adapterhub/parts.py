@@ -6,9 +6,9 @@ travel side by side. The list of parts is a blob too, and its digest names the f
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 
+from adapterhub.bounded import read_json
 from adapterhub.errors import IntegrityError
 from adapterhub.formats.safetensors_header import MAX_TENSORS, read_layout
 from adapterhub.manifest import File, canonical, check_digest
@@ -43,7 +43,7 @@ def encode(parts: list[File]) -> bytes:
 def decode(data: bytes, file: File) -> list[File]:
     """The parts of `file`, whose list this is. Raises IntegrityError for what is no list of its parts."""
     try:
-        found = json.loads(data)
+        found = read_json(data, LARGEST_LIST)
         if type(found) is not list or not 1 < len(found) <= 2 * MAX_TENSORS:
             raise ValueError("it has no parts, or too many")
         parts = [File(digest=check_digest(digest), size=size) for digest, size in found]

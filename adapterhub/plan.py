@@ -134,6 +134,11 @@ def build(
     )
 
 
+def furthest(plan: Plan) -> int:
+    """How many positions prefixes take before a row's tokens, at most."""
+    return max((plan if plan.for_rows is None else plan.for_rows(1)).advances, default=0)
+
+
 def copied(plan: Plan, adapters: Iterable[Modifications]) -> int:
     """Bytes of the tensors that a plan holds besides those of its adapters: what was gathered, joined or scaled for it."""
     plan = plan if plan.for_rows is None else plan.for_rows(1)

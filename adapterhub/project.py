@@ -18,7 +18,6 @@ namespaces = ["acme"]                                    # acme/... is looked fo
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from adapterhub import durable
+from adapterhub.bounded import read_toml
 from adapterhub.errors import NameInUse, NotFound, UsageError
 from adapterhub.expression import parse, references
 from adapterhub.manifest import PART
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 FILE = "adapterhub.toml"
 LOCK = "adapterhub.lock"
+LARGEST = 1 << 20
+"""Bytes of adapterhub.toml."""
 
 
 class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,14 +96,14 @@ def read(folder: Path) -> Project:
     """The project in a folder. Raises UsageError, naming the place, for a file that does not say it right."""
     path = folder / FILE
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = read_toml(path.read_bytes(), LARGEST)
         project = msgspec.convert(found, Project)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is no TOML: {error}", "mend it") from None
     except OSError as error:
         raise NotFound(f"{path} cannot be read: {error.strerror}", "check the file") from None
     except msgspec.ValidationError as error:
         raise UsageError(f"{path}: {error}", _near(found)) from None
+    except ValueError as error:
+        raise UsageError(f"{path} is no TOML: {error}", "mend it") from None
     _check(project, path)
     return project
 
@@ -119,7 +121,7 @@ def edited(folder: Path) -> Iterator[TOMLDocument]:
     yield document
     after = tomlkit.dumps(document)
     try:
-        _check(msgspec.convert(tomllib.loads(after), Project), path)
+        _check(msgspec.convert(read_toml(after, LARGEST), Project), path)
     except msgspec.ValidationError as error:
         raise UsageError(f"{path} would not be right: {error}", "nothing was changed") from None
     if after != text:

@@ -70,7 +70,7 @@ class Residents:
         release = self.hub.resolve(key)
         record = release.manifest.base
         check_base(record, self.hub.store.read(record.sketch), self.fingerprint, force=self.force)
-        parts = Adapter.load(self.hub, release).modifications()
+        parts = Adapter.load(self.hub, release, self.sites).modifications()
         parts = current(parts, self.base.config.model_type, key, self._at)
         check_fit(parts, self.sites, key)
         return parts

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from adapterhub.adapter import Modifications, check_fit
 from adapterhub.attach import Attachment
 from adapterhub.compose import pin
+from adapterhub.context import Context
 from adapterhub.device import precision
 from adapterhub.encoding import opened, pad_left, pad_token, repeated
-from adapterhub.errors import BatchError, NotFoldable, UsageError
+from adapterhub.errors import NotFoldable, UsageError
 from adapterhub.expression import Ensemble, Node, Ref, references
 from adapterhub.fold import fold
 from adapterhub.forward import Plan
 from adapterhub.manifest import Reference, Release, check_name, check_version
 from adapterhub.modification import Modification, named_tensors
-from adapterhub.plan import assemble, batch, copied, placed, stacked
+from adapterhub.plan import assemble, batch, copied, furthest, placed, stacked
 from adapterhub.plan_cache import PlanCache
 from adapterhub.residents import Residents
 from adapterhub.sites import sites
@@ -80,20 +81,17 @@ class Model:
         force: bool = False,
     ):
         self.base, self.tokenizer, self.hub, self.fingerprint = base, tokenizer, hub, fingerprint
-        self.sites = sites(base)
+        self.sites, self.context = sites(base), Context.of(base)
         self._residents = Residents(base, self.sites, hub, fingerprint, force)
         self._attachment = Attachment.of(base)
         self._attached = True
         self._training_mode = False
         self._default: str | None = None
-        self._trainable: dict[str, Modifications] = {}
-        """By "name@version"; they hold nn.Parameters."""
+        self._trainable: dict[str, Modifications] = {}  # by "name@version"; they hold nn.Parameters
         self._new: Modifications = {}
-        self._bare = False
-        """Inside of `without_new`."""
+        self._bare = False  # True inside of `without_new`
         self._plans = PlanCache.beside(self.base)
-        self._looked_up = 0
-        """How often names were looked up: a cache that was filled before is not continued after."""
+        self._looked_up = 0  # how often names were: a cache that was filled before is not continued after
 
     @property
     def device(self) -> torch.device:
@@ -192,8 +190,15 @@ class Model:
 
     def keeps_state(self, adapters: Adapters = None) -> bool:
         """Whether a key-value cache of these adapters cannot be repeated or cut: it has streaming state, or lanes."""
-        plan = self._plan(self._default if adapters is None else adapters, None)
-        return plan.stateful or plan.for_rows is not None
+        return (plan := self._planned(adapters)).stateful or plan.for_rows is not None
+
+    def advance(self, adapters: Adapters = None) -> int:
+        """How many positions these adapters' prefixes take before the tokens, at most."""
+        return furthest(self._planned(adapters))
+
+    def _planned(self, adapters: Adapters) -> Plan:
+        adapters = self._default if adapters is None else adapters
+        return self._plan(adapters, None if isinstance(adapters, str | None) else len(adapters))
 
     # --- calls, as transformers has them -----------------------------------------------------------------------
 
@@ -205,17 +210,13 @@ class Model:
     def generate(self, *args, adapters: Adapters = None, **kwargs) -> Tensor:
         """transformers' generate. num_return_sequences repeats each row's adapters with it; beams are refused."""
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.base.generation_config
-        beams = kwargs.get("num_beams") or config.num_beams or 1
-        if beams > 1:
-            raise BatchError(
-                "beam search moves rows between adapters, and is refused", "use num_beams=1; sampling works"
-            )
         repeats = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
         if adapters is not None and not isinstance(adapters, str):
             adapters = [expression for expression in adapters for _ in range(repeats)]
             if self.base.config.is_encoder_decoder:  # its encoder runs before transformers repeats the rows
                 args, kwargs = repeated(args, kwargs, repeats)
         with torch.no_grad(), self.running(adapters):
+            self.context.check_call(config, args, kwargs, self.advance(adapters))
             return self.base.generate(*args, **kwargs)
 
     def complete(
@@ -226,8 +227,7 @@ class Model:
             raise UsageError("this base has no tokenizer", "tokenise yourself and call generate(input_ids=...)")
         if isinstance(texts, str) or not texts:
             raise UsageError(f"texts is {texts!r}", "give a list of at least one text")
-        ids = [opened(self.tokenizer, text) for text in texts]
-        if not all(ids):
+        if not all(ids := [opened(self.tokenizer, text) for text in texts]):
             raise UsageError("an empty text gives the model nothing to go on from", "give at least one token each")
         pad = pad_token(self.tokenizer)
         batch, mask = (tensor.to(self.device) for tensor in pad_left(ids, pad))
@@ -271,8 +271,7 @@ class Model:
         raise UsageError(f"{text!r} is not trainable here", f"trainable: {', '.join(self._trainable) or 'nothing'}")
 
     def save(self, name: str, version: str | None = None) -> Release:
-        """A new version of a trainable adapter with its tensors as they are now. Its parents: the version it goes on
-        from, and the adapters it was trained over."""
+        """A new version of a trainable adapter, with its tensors as they are now, made from the one it goes on from."""
         from adapterhub.publish import publish_next
 
         if version is not None:

@@ -6,7 +6,6 @@ In the platform's configuration folder, or in ADAPTERHUB_CONFIG. A project's ada
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from adapterhub import durable
+from adapterhub.bounded import read_toml
 from adapterhub.errors import HubError, UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+LARGEST = 1 << 20
+"""Bytes of config.toml."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,13 +56,13 @@ def load() -> Settings:
     """What the user has set; nothing when there is no file. Raises UsageError for a file that does not say it right."""
     path = config_file()
     try:
-        found: Mapping[str, Any] = tomllib.loads(path.read_text())
+        found: Mapping[str, Any] = read_toml(path.read_bytes(), LARGEST)
         return msgspec.convert(found, Settings)
     except FileNotFoundError:
         return Settings()
     except OSError as error:
         raise HubError(f"{path} cannot be read: {error.strerror}", "check its permissions") from None
-    except (ValueError, RecursionError, msgspec.ValidationError) as error:
+    except (ValueError, msgspec.ValidationError) as error:
         raise UsageError(f"{path} is no configuration: {error}", "mend it, or move it away") from None
 
 

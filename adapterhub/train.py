@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from adapterhub import durable, plugins
+from adapterhub import claims, durable, plugins
 from adapterhub.adapter import require_effect
 from adapterhub.compose import joined_licences
 from adapterhub.data import Data, read
@@ -261,7 +261,7 @@ def _published(hub: Hub, version: str | None, run: Mapping[str, Any]) -> Release
         release = hub.resolve(Reference(row.name, row.version))
         found = msgspec.structs.asdict(release.manifest)
         found["recipe"] = {key: value for key, value in found["recipe"].items() if key != "found"}  # it follows
-        found["eval"] = release.manifest.metrics.get("eval", {}).get("data")
+        found["eval"] = claims.figures(release.manifest.metrics).get("eval", {}).get("data")
         if _bytes({key: found[key] for key in run}) == _bytes(run):
             return release
         if version is not None:
@@ -290,6 +290,7 @@ def _check(*, epochs, steps, lr, batch_size, warmup, save_every) -> None:
 def _examples(data: Data, model: Model, max_length: int) -> list[Example]:
     examples, cut = encode(data, model.tokenizer, max_length)
     check_vocabulary(examples, model.base)
+    model.context.check_rows(examples, model.advance())
     if cut:
         warnings.warn(
             f"{data.path}: {cut} of {len(examples)} rows are longer than {max_length} tokens and are cut",

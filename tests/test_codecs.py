@@ -31,7 +31,7 @@ def compeft(tensors, **options):
 @pytest.mark.parametrize("name", plugins.names("codecs"))
 def test_laws(name):
     results = check_part("codecs", name)
-    assert len(results) == 8
+    assert len(results) == 9
     assert [r for r in results if r.verdict != "passed"] == []
 
 
@@ -200,12 +200,13 @@ def index_of(encoded, change):
     ("change", "problem"),
     [
         (lambda text: text.replace(b"[50,20]", b"[50000000,20000000]"), "claim to be"),
+        (lambda text: text.replace(b"[50,20]", b"[" + b"50," * 1_048_577 + b"20]"), "more than 65536 tensors"),
         (lambda text: text.replace(b"[50,20]", b"[-50,-20]"), "shape"),
         (lambda text: text.replace(b"[50,20]", b"[5,20]"), "kept of 100 entries"),
         (lambda text: text.replace(b"[50,20]", b"[" + b"1," * 50 + b"1]"), "shape"),
         (lambda text: text.replace(b"float32", b"complex"), "complex"),
         (lambda text: text.replace(b'"counts":[500]', b'"counts":[501]'), "stands at 1000 of 1000"),
-        (lambda text: text.replace(b'"counts":[500]', b'"counts":[]'), "zip"),
+        (lambda text: text.replace(b'"counts":[500]', b'"counts":[]'), "one length"),
         (lambda text: text.replace(b'"counts":[500]', b'"counts":[-1]'), "bytes for"),
         (lambda text: b" " * (1 << 25) + text, "too large|JSON|truncated"),
         (lambda text: b"[" * 100_000, "Expected `object`"),

@@ -15,6 +15,8 @@ FILES = {
     for path in (folder / package).rglob("*.py")
 }
 LIGHT = [
+    "bounded",
+    "claims",
     "errors",
     "manifest",
     "expression",
@@ -55,8 +57,10 @@ LIGHT = [
 ]
 """These never import torch, not even through others: `--help`, `list` and `install` are made of them."""
 MAY = {
+    "bounded": "",
+    "claims": "",
     "errors": "",
-    "manifest": "errors",
+    "manifest": "bounded claims errors",
     "expression": "errors manifest",
     "locks": "errors",
     "durable": "errors locks",
@@ -64,13 +68,13 @@ MAY = {
     "plugins": "boundary errors folders lock project settings",
     "form_contracts": "boundary modification",
     "index": "errors manifest",
-    "parts": "errors manifest formats",
+    "parts": "bounded errors manifest formats",
     "pool": "",
     "store": "errors manifest durable parts pool formats",
-    "settings": "durable errors",
+    "settings": "bounded durable errors",
     "folders": "durable errors settings",
-    "trust": "compose durable errors expression index manifest packages settings store trust",
-    "sources": "compose durable errors huggingface hub incoming index manifest packages parts progress requirement settings store sources trust",
+    "trust": "bounded compose durable errors expression index manifest packages settings store trust",
+    "sources": "bounded compose durable errors huggingface hub incoming index manifest packages parts progress requirement settings store sources trust",
     "weights": "errors",
     "sites": "errors weights",
     "magnitude": "",

@@ -12,7 +12,7 @@ import pytest
 from crashed import TENSORS, first_schema, large, publish
 
 import adapterhub
-from adapterhub import care, parts
+from adapterhub import care, parts, store
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, ManifestError, UsageError
 from adapterhub.manifest import File, Manifest, canonical, digest_of
@@ -86,13 +86,26 @@ def test_a_share_of_the_blobs_is_another_one_every_day_and_all_in_time(hub):
 
 
 @pytest.mark.parametrize("size", [0, 1, -1, "n+1"])
-def test_C2_a_file_of_another_length(hub, size):
-    for path in stored(hub).values():
+def test_C2_a_file_of_another_length(hub, size, monkeypatch):
+    """It is found by its length: nothing of it is hashed, however long it is (a list's length is written nowhere)."""
+
+    def hashed(chunks, blob, source):
+        assert source != path, "a file of the wrong length was hashed"
+        yield from chunks
+
+    monkeypatch.setattr(store, "hashed", hashed)
+    for kind, path in stored(hub).items():
         data = path.read_bytes()
-        if not data:
+        if not data or kind == "a list of parts":
             continue
         path.write_bytes(data + b"x" if size == "n+1" else data[:size])
-        assert {p.path for _, p in hub.store.verify(hub.index.files())} == {path}
+        for hashing in (True, False):
+            [found] = {p for _, p in hub.store.verify(hub.index.files(), lambda blob, yes=hashing: yes)}
+            assert found.path == path and f"{path.stat().st_size} bytes instead of {len(data)}" in found.reason
+        with pytest.raises(IntegrityError):
+            for name in ("me/whole", "me/parts"):
+                for file in hub.resolve(name).manifest.needs:
+                    hub.store.read(file)
         path.write_bytes(data)
 
 

@@ -23,7 +23,7 @@ from adapterhub.recipe import Recipe
 from adapterhub.testing import check, check_part, codecs, forms, ingredients, mergers, methods
 from adapterhub.verifier import Verdict, Verifier
 from tests.support import acme
-from tests.support.wrong_codecs import Half, Hashing, Remembering
+from tests.support.wrong_codecs import Half, Hashing, Lying, Remembering, Silent, Trying
 
 # --- forms -------------------------------------------------------------------------------------------------------
 
@@ -233,6 +233,9 @@ MUTANTS = [
     (ingredients.twice, Tiring, "asked again"),
     (mergers.generators, Jittering, "combine moved the global generator of torch"),
     (codecs.generators, Shuffling, "encode moved the global generator of numpy"),
+    (codecs.bounded, Silent, "no gives: nobody can bound"),
+    (codecs.bounded, Lying, "it tells other shapes"),
+    (codecs.bounded, Trying, r"telling takes \d+ bytes"),
     (codecs.fresh_process, Hashing, "a fresh process decodes .* to something else"),
     (codecs.fresh_process, Remembering, "a fresh process decodes .* to something else"),
 ]
@@ -249,7 +252,7 @@ def test_the_law_fails_on_it(law, part, says):
 @pytest.mark.parametrize(("law", "part"), [
     (forms.decode, OneByOne), (forms.rows, OneByOne), (forms.widths, OneByOne), (forms.rows, AnyWidth),
     (ingredients.verdicts, Tiring), (ingredients.verdicts, Guessing),
-    (codecs.kept, Hashing), (codecs.tolerance, Hashing), (codecs.deterministic, Hashing),
+    (codecs.hostile, Silent), (codecs.hostile, Lying), (codecs.hostile, Trying), (codecs.kept, Hashing), (codecs.tolerance, Hashing), (codecs.deterministic, Hashing),
     (mergers.order, Jittering),
 ])  # fmt: skip
 def test_the_laws_beside_it_do_not(law, part):

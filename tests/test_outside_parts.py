@@ -68,7 +68,7 @@ def test_both_hold_their_laws(outside):
         "        print(r.group, r.part, r.law, r.verdict, r.detail)\n"
     )
     declined = [line for line in lines if " declined " in line]
-    assert len(lines) == 6 + 8 and declined == ["mergers strongest weighted_sum declined declares linear = False"]
+    assert len(lines) == 6 + 9 and declined == ["mergers strongest weighted_sum declined declares linear = False"]
     assert all(" passed " in line for line in lines if line not in declined), lines
 
 

@@ -342,7 +342,7 @@ def test_expressions_that_explode_are_stopped(changes, plain, tiny_model):
     start = time.process_time()
     with pytest.raises(ManifestError, match="pattern"):
         read(plain, model)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 4
 
 
 def test_matching_is_res():

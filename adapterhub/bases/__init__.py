@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from adapterhub import durable, plugins
 from adapterhub import project as projects
 from adapterhub.boundary import Wrong, guard
+from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
 from adapterhub.formats.safetensors_header import read_layout
 
@@ -100,12 +101,10 @@ def _known(name: str) -> ResolvedBase:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a checkpoint in order: those that its index names, else the one file."""
-    import json
-
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            names = sorted(set(read_json(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise IntegrityError(f"{index} is not an index of safetensors", "get the base model again") from None
         if not all(type(name) is str and name == Path(name).name for name in names):
@@ -132,10 +131,8 @@ def check_folder(folder: Path) -> None:
 
 def quantised(folder: Path) -> str:
     """How the weights in a folder are quantised, as its config.json has it ("bitsandbytes", "gptq"); "" if they are not."""
-    import json
-
     try:
-        said = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
+        said = read_json((folder / "config.json").read_bytes(), strict=False).get("quantization_config")
     except (OSError, ValueError, AttributeError):  # whoever loads it says what is wrong
         return ""
     return str(said.get("quant_method") or "an unnamed method") if isinstance(said, dict) else ""

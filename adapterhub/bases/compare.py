@@ -7,7 +7,6 @@ leaves values on a grid, with errors spread evenly over a step. Training does ne
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adapterhub.bases.sketch import unpack
+from adapterhub.bounded import read_json
 from adapterhub.formats.safetensors_header import read_layout
 
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
@@ -73,8 +73,8 @@ def compare_sketches(recorded: bytes, current: bytes) -> Verdict:
     structure, rows = unpack(recorded)
     other_structure, other_rows = unpack(current)
     if structure != other_structure:
-        return Verdict("another", math.inf, _first_difference(json.loads(structure), json.loads(other_structure)))
-    shapes = json.loads(structure)
+        return Verdict("another", math.inf, _first_difference(read_json(structure), read_json(other_structure)))
+    shapes = read_json(structure)
     far = {name: _relative(rows[name].double(), other_rows[name].double()) for name in rows}
     values = {name: math.prod(shape) for name, shape in shapes.items()}
     distance = math.sqrt(sum(values[name] * far[name] ** 2 for name in far) / max(1, sum(values.values())))

@@ -6,7 +6,6 @@ The recipe, and what it cannot tell, is in docs/fingerprint.md.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from adapterhub import plugins, weights
 from adapterhub.bases import ResolvedBase, load_model, quantised, sketch
 from adapterhub.bases.compare import Verdict, compare_sketches
 from adapterhub.bases.tokenizer import tokenizer_digest
+from adapterhub.bounded import read_json
 from adapterhub.errors import IncompatibleBase, IntegrityError
 from adapterhub.manifest import Base, File, digest_of
 
@@ -62,7 +62,7 @@ def fingerprint(source: ResolvedBase | Path | PreTrainedModel, name: str = "", n
     if isinstance(source, Path):
         blob = sketch.of_folder(source)
         try:
-            config = json.loads((source / "config.json").read_bytes())
+            config = read_json((source / "config.json").read_bytes(), strict=False)
             architecture = config.get("model_type", "")
         except (OSError, ValueError, AttributeError):
             raise IntegrityError(f"{source} has no readable config.json", "get the base model again") from None

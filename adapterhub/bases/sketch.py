@@ -8,7 +8,6 @@ tensor's precision; no rows at all where the numbers are not known), and `__stru
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from adapterhub import durable, tensors, weights
 from adapterhub.bases import cache_folder, weight_files
+from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, UnsafeFile
 from adapterhub.formats.safetensors_header import DTYPES, read_layout
 from adapterhub.manifest import canonical
@@ -111,12 +111,17 @@ def unpack(sketch: bytes) -> tuple[bytes, dict[str, Tensor]]:
     rows = tensors.load(sketch)
     try:
         structure = rows.pop(STRUCTURE).numpy().tobytes()
-        shapes = json.loads(structure)
+        shapes = read_json(structure)
     except (KeyError, ValueError, TypeError):
         shapes = None
     if not isinstance(shapes, dict) or shapes.keys() != rows.keys() or not all(t.dim() == 2 for t in rows.values()):
         raise IntegrityError("the record of the base model is damaged", "get the adapter again from its source")
     return structure, rows
+
+
+def shapes(sketch: bytes) -> dict[str, list[int]]:
+    """{tensor: shape} as a sketch says; what it says is checked only by comparing it with a base. Raises IntegrityError."""
+    return read_json(unpack(sketch)[0])
 
 
 def _pick(name: str, shape: tuple[int, ...]) -> list[int]:

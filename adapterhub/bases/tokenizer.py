@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from adapterhub.bounded import read_json
 from adapterhub.manifest import canonical, digest_of
 
 _ASIDE = ("version", "padding", "truncation", "post_processor")
@@ -27,7 +27,7 @@ def tokenizer_digest(folder: Path) -> str:
 def _digest(path: Path, size: int, changed: int) -> str:
     """By the file's identity: it may have megabytes, and a process asks again for every adapter."""
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path.read_bytes(), 256 << 20, strict=False)
         return digest_of(canonical({key: _plain(value) for key, value in found.items() if key not in _ASIDE}))
     except (OSError, ValueError, AttributeError, RecursionError):
         return ""

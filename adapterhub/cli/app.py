@@ -30,7 +30,7 @@ from adapterhub.cli import (
     trust,
     versions,
 )
-from adapterhub.cli.output import SCHEMA_VERSION, clean, note
+from adapterhub.cli.output import SCHEMA_VERSION, note, shown
 from adapterhub.errors import REFUSALS, DiskFull, HubError, NotTrusted
 
 EPILOG = """\b
@@ -162,7 +162,7 @@ def execute(arguments: Sequence[str]) -> int:
             error = {"kind": kind, "message": message, "hint": hint, "code": code}
             print(json.dumps({"schema_version": SCHEMA_VERSION, "error": error}), file=sys.stderr)
         else:
-            print(f"error: {clean(message)}" + (f"\nhint: {clean(hint)}" if hint else ""), file=sys.stderr)
+            print(f"error: {shown(message)}" + (f"\nhint: {shown(hint)}" if hint else ""), file=sys.stderr)
         return code
 
     try:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from adapterhub.claims import figures
 from adapterhub.index import kind
 from adapterhub.manifest import Manifest, Release
 
@@ -18,27 +19,41 @@ SCHEMA_VERSION = 1
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
-# C0 but tab and line feed, DEL and C1, and what reorders a line: all could make a terminal show what is not there.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+LINE = 4000
+"""Characters of one line that we print: what strangers wrote may be a megabyte long."""
+# C0 but tab and line feed, DEL and C1, and what reorders a line: all could make a terminal show what is not there. Lone surrogates
+# cannot be printed.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 def clean(text: object) -> str:
-    """Text that no terminal takes for a command."""
-    return _CONTROL.sub("", str(text))
+    """Text that no terminal takes for a command: control characters as Python escapes them."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def shown(text: object) -> str:
+    """Clean, and no line longer than LINE."""
+    return "\n".join(map(_cut, clean(text).split("\n")))
 
 
 def one_line(text: object) -> str:
-    """Clean, and without line breaks, so that foreign text cannot look like a line of ours."""
-    return re.sub(r"\s+", " ", clean(text))
+    """Clean, short, and without line breaks, so that foreign text cannot look like a line of ours."""
+    return _cut(clean(re.sub(r"\s+", " ", str(text))))
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= LINE else f"{line[:LINE]}... ({len(line) - LINE} characters more)"
 
 
 def out(text: object = "") -> None:
-    print(clean(text))
+    print(shown(text))
 
 
 def note(text: object) -> None:
     """What a person wants to know and a script does not."""
-    print(clean(text), file=sys.stderr)
+    print(shown(text), file=sys.stderr)
 
 
 def json_out(document: Mapping[str, Any]) -> None:
@@ -90,11 +105,13 @@ def releases_out(releases: Sequence[Release], as_json: bool) -> None:
 
 def _told(manifest: Manifest) -> str:
     """What the verb measured, in a few words."""
-    metrics = manifest.metrics
-    if "compress" in metrics:
-        lost = metrics["compress"]
+    known = figures(manifest.metrics)
+    if "compress" in known:
+        lost = known["compress"]
         times = lost["bytes_bf16"] / lost["bytes_after"]
         return f"\n  {times:.1f} times smaller than in bf16; relative error of a site: median {lost['median_error']:.3f}, worst {lost['worst_error']:.3f}"
-    if "merge" in metrics:
-        return f"\n  relative error {metrics['merge']['relative_error']:.1e}, largest rank {metrics['merge']['largest_rank']}"
-    return f"\n  loss at the end {metrics['train_loss']:.3f}" if "train_loss" in metrics else ""
+    if "merge" in known:
+        return (
+            f"\n  relative error {known['merge']['relative_error']:.1e}, largest rank {known['merge']['largest_rank']}"
+        )
+    return f"\n  loss at the end {known['train_loss']:.3f}" if "train_loss" in known else ""

@@ -12,7 +12,7 @@ import typer
 
 import adapterhub
 from adapterhub.cli.make import BASE, DEVICE, DTYPE
-from adapterhub.cli.output import Json, clean, json_out, note, out, table
+from adapterhub.cli.output import Json, clean, json_out, note, table
 from adapterhub.cli.packages import Force
 from adapterhub.errors import UsageError
 from adapterhub.manifest import check_seed
@@ -56,7 +56,7 @@ def run(
     (completion,) = model.complete([text], max_new_tokens=max_new_tokens, **sampling)
     if as_json:
         return json_out({"base": base, "adapters": expression, "prompt": text, "completion": completion})
-    out(completion)
+    print(clean(completion))  # all of it: it is what was asked for
 
 
 def chat(
@@ -110,6 +110,8 @@ def _answer(model: Model, messages: list[dict[str, str]], max_new_tokens: int, s
     """The model's turn, printed as it comes."""
     from transformers import TextStreamer
 
+    from adapterhub.chat_template import render
+
     said: list[str] = []
 
     class Printer(TextStreamer):
@@ -117,9 +119,9 @@ def _answer(model: Model, messages: list[dict[str, str]], max_new_tokens: int, s
             said.append(text)
             print(clean(text), end="\n" if stream_end else "", flush=True)
 
-    inputs = model.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(model.device)
+    [text] = render(model.tokenizer, [(messages, True)])
+    inputs = model.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+    max_new_tokens = min(max_new_tokens, model.context.room(inputs["input_ids"].shape[1], model.advance()))
     printer = Printer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
         model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=printer, **sampling)

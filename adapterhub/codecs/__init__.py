@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""What tensors are without their numbers: {name: (dtype, shape)}."""
 
 SMALL = 64
 """What a codec that rounds keeps exactly: floating tensors with fewer entries (scales, narrow biases). Integers always."""
@@ -19,6 +23,11 @@ def absolute(name: str) -> bool:
     """Whether a tensor says how large something of the base becomes, not by how much it changes (DoRA's magnitudes): rounded
     by a hundredth it moves the whole weight by as much. A codec that rounds keeps it exactly."""
     return name.endswith(".magnitude")
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """What these tensors are without their numbers."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 class Codec:
@@ -41,6 +50,14 @@ class Codec:
         """Fewer bytes. Deterministic: equal tensors give equal bytes. Raises CodecError for what it cannot carry."""
         raise NotImplementedError
 
+    def gives(self, tensors: Mapping[str, Tensor]) -> Shapes:
+        """What `decode` makes of these tensors, {name: (dtype, shape)}, told from the encoded tensors without making it.
+
+        Whoever decodes a stranger's file holds this against what the base's sites can take, before `decode` allocates
+        anything (`adapterhub.decoding`). The default suits codecs that only rewrite tensors. Raises CodecError."""
+        return shapes_of(tensors)
+
     def decode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors again, by their names, in their dtype. The default suits codecs that only rewrite tensors."""
+        """The tensors again, by their names, in their dtype, as `gives` says; the memory for it is a few times theirs. The
+        default suits codecs that only rewrite tensors."""
         return dict(tensors)

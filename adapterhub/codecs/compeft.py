@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapterhub.codecs import SMALL, Codec, absolute, rice
+from adapterhub.codecs import SMALL, Codec, Shapes, absolute, rice
 from adapterhub.errors import CodecError, UsageError
 
 DTYPES = {
@@ -30,8 +31,10 @@ DTYPES = {
         *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     )
 }
+MOST_TENSORS = 65_536
+"""As many as a file may hold that is not packed."""
 LARGEST_INDEX = 1 << 24
-"""Bytes of the index when unpacked: names and shapes of a hundred thousand tensors."""
+"""Bytes of the index when unpacked: names and shapes of so many tensors."""
 
 
 class Index(msgspec.Struct, forbid_unknown_fields=True):
@@ -97,37 +100,57 @@ class ComPEFT(Codec):
             )
         return {"compeft.index": _bytes_tensor(packed), "compeft.stream": _bytes_tensor(b"".join(stream))}
 
+    def gives(self, tensors: Mapping[str, Tensor]) -> Shapes:
+        with _refused():
+            index, _ = _read(tensors)
+            columns = zip(index.names, index.dtypes, index.shapes, strict=True)
+            return {name: (DTYPES[dtype], tuple(shape)) for name, dtype, shape in columns}
+
     def decode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        try:
-            return _decode(tensors)
-        except (ValueError, KeyError, zlib.error, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise CodecError(
-                f"these are no tensors of compeft: {error}", "get the adapter again from its source"
-            ) from None
+        with _refused():
+            return _decode(*_read(tensors))
 
 
-def _decode(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@contextmanager
+def _refused() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, OverflowError, zlib.error, msgspec.MsgspecError) as error:
+        raise CodecError(f"these are no tensors of compeft: {error}", "get the adapter again from its source") from None
+
+
+def _read(tensors: Mapping[str, Tensor]) -> tuple[Index, bytes]:
+    """The index, checked against itself and against how many entries so many bytes may stand for; and the stream."""
     packed = _tensor_bytes(tensors["compeft.index"])
     stream = _tensor_bytes(tensors["compeft.stream"])
     inflate = zlib.decompressobj()
-    index = msgspec.json.decode(inflate.decompress(packed, LARGEST_INDEX), type=Index)
+    told = inflate.decompress(packed, LARGEST_INDEX)
     if len(tensors) != 2 or not inflate.eof or inflate.unused_data:
         raise ValueError("the index is too large or cut off, or other tensors stand beside it")
+    if told.count(b",") + told.count(b"[") > 16 * MOST_TENSORS:  # before JSON makes objects of it
+        raise ValueError(f"the index names more than {MOST_TENSORS} tensors")
+    index = msgspec.json.decode(told, type=Index)
     shapes = index.shapes
     if any(len(shape) > 8 or min(shape, default=0) < 0 for shape in shapes):
         raise ValueError("a shape is none")
     if len(set(index.names)) != len(index.names):
         raise ValueError("a name stands twice")
-    entries = [math.prod(shape) for shape in shapes]
-    if sum(entries) > rice.most_entries(len(packed) + len(stream)):
-        raise ValueError(f"{len(packed) + len(stream)} bytes claim to be {sum(entries)} entries")
+    if len({*map(len, (index.names, index.dtypes, shapes, index.counts, index.rice, index.sizes))}) != 1:
+        raise ValueError("its columns are not of one length")
+    entries = sum(math.prod(shape) for shape in shapes)
+    if entries > rice.most_entries(len(packed) + len(stream)):
+        raise ValueError(f"{len(packed) + len(stream)} bytes claim to be {entries} entries")
+    return index, stream
+
+
+def _decode(index: Index, stream: bytes) -> dict[str, Tensor]:
     decoded, start = {}, 0
-    for name, dtype, shape, number, count, parameter, size in zip(
-        index.names, index.dtypes, shapes, entries, index.counts, index.rice, index.sizes, strict=True
+    for name, dtype, shape, count, parameter, size in zip(
+        index.names, index.dtypes, index.shapes, index.counts, index.rice, index.sizes, strict=True
     ):
-        data = stream[start : start + size]
+        data, number = stream[start : start + max(size, 0)], math.prod(shape)
         start += len(data)
-        if size < 0 or len(data) != size:
+        if len(data) != size:
             raise ValueError("the stream ends early")
         kind = DTYPES[dtype]
         flat = _exact(data, kind, number) if count < 0 else _unpack(data, kind, parameter, count, number)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterhub.codecs import SMALL, Codec, absolute
+from adapterhub.codecs import SMALL, Codec, Shapes, absolute, shapes_of
 from adapterhub.errors import CodecError
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -48,6 +48,15 @@ class Int8(Codec):
                 "int8 finds no tensor of 64 numbers or more in float32, bfloat16 or float16", "keep it as it is"
             )
         return encoded
+
+    def gives(self, tensors: Mapping[str, Tensor]) -> Shapes:
+        plain = {name: t for name, t in tensors.items() if not name.endswith((".int8", *ENDS))}
+        told = shapes_of(plain)
+        for own, _, dtype in (name.rpartition(".steps.") for name in tensors if name.endswith(ENDS)):
+            if f"{own}.int8" not in tensors:
+                raise _broken(own)
+            told[own] = DTYPES[dtype], tuple(tensors[f"{own}.int8"].shape)
+        return told
 
     def decode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         steps = {name: name.rpartition(".steps.") for name in tensors if name.endswith(ENDS)}

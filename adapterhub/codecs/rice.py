@@ -30,15 +30,21 @@ def decode(data: bytes, b: int, count: int, entries: int) -> tuple[np.ndarray, n
     """(positions, negative) of `count` entries among `entries`. Raises ValueError for bytes that no encoder writes."""
     if not 0 <= b <= LARGEST_PARAMETER or not 0 <= count <= entries:
         raise ValueError(f"{count} kept of {entries} entries with parameter {b}")
+    unary = count + (entries >> b)
+    """Bits of the quotients at most: the gaps add up to less than the entries."""
+    if len(data) > unary + count * (b + 1) + 7 >> 3:  # before a byte of it becomes eight
+        raise ValueError(f"the stream holds {len(data)} bytes for {count} entries")
     bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
-    ends = np.flatnonzero(bits)[:count]
+    ends = np.flatnonzero(bits[:unary])[:count]
     if len(ends) < count:
         raise ValueError("the stream ends early")
     start = int(ends[-1]) + 1 if count else 0
     signs = start + count * b
     if len(data) != -(-(signs + count) // 8) or bits[signs + count :].any():
         raise ValueError(f"the stream holds {len(data)} bytes for {count} entries")
-    remainders = bits[start:signs].reshape(count, b) @ (1 << np.arange(b, dtype=np.int64)[::-1])
+    remainders = np.zeros(count, dtype=np.int64)
+    for place in range(b):
+        remainders = (remainders << 1) | bits[start + place : signs : b]
     positions = np.cumsum((np.diff(ends, prepend=-1) - 1 << b) + remainders + 1) - 1
     if count and positions[-1] >= entries:
         raise ValueError(f"an entry stands at {positions[-1]} of {entries}")

@@ -1,62 +1,80 @@
 """Regular expressions from a file that nobody vouches for, matched under a limit.
 
-Python's matcher can take exponential time, and cannot be interrupted. So this file runs itself as a process of its own,
-which the operating system ends after a second of computing. It imports the standard library only.
+Python's matcher can take exponential time, and cannot be interrupted. The library `regex` can, and reads an expression as `re` does
+once what only it knows is refused. It copies what is repeated (`(a{1000}){1000}` a million times), so sizes are bounded first.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import resource
-import subprocess
-import sys
+import time
 from collections.abc import Sequence
+from re import _constants, _parser
+from typing import Any
 
-SECONDS = 1
-MEMORY = 512 << 20
+SECONDS = 2
+"""Of computing, for all the expressions and texts of a call together."""
+LENGTH = 200_000
+"""Characters of the expressions of a call together."""
+SIZE = 400_000
+"""Characters, sets and groups in them, each as often as it is repeated."""
+_REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT)
+_FOREIGN = re.compile(r"\{[^\d,}]|\[:")
+"""Fuzzy matching and POSIX classes: `regex` knows them, and `re` reads them as plain characters."""
 
 
 class BadExpression(ValueError):
-    """An expression that does not compile, or that took too long."""
+    """An expression that does not compile, that is too large, or that took too long."""
 
 
 def match(expressions: Sequence[str], texts: Sequence[str], whole: bool = False) -> list[dict[str, str]]:
     """For each expression {text: group "idx" ("" without one)} of the texts that it matches: from their start
     (`re.match`), or as a whole (`re.fullmatch`). Raises BadExpression."""
-    if not expressions:
-        return []
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", __file__],
-        input=json.dumps([list(expressions), list(texts), whole]).encode(),
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        raise BadExpression(f"an expression takes more than {SECONDS} s")
-    problem, found = json.loads(done.stdout)
-    if problem:
-        raise BadExpression(problem)
+    compiled = _compiled(expressions)
+    end, found = time.process_time() + SECONDS, []
+    for expression in compiled:
+        hits, run = {}, expression.fullmatch if whole else expression.match
+        for text in texts:
+            try:
+                hit = run(text, timeout=max(1e-3, end - time.process_time()))
+            except (TimeoutError, MemoryError):
+                hit = None
+                end = 0.0
+            if time.process_time() > end:
+                raise BadExpression(f"an expression takes more than {SECONDS} s")
+            if hit:
+                hits[text] = hit.groupdict().get("idx") or ""
+        found.append(hits)
     return found
 
 
-def _match(expressions: list[str], texts: list[str], whole: bool) -> list[dict[str, str]]:
-    found = []
-    for expression in map(re.compile, expressions):
-        hits = {text: (expression.fullmatch if whole else expression.match)(text) for text in texts}
-        found.append({text: hit.groupdict().get("idx") or "" for text, hit in hits.items() if hit})
-    return found
+def _compiled(expressions: Sequence[str]) -> list[Any]:
+    import regex
 
-
-def _main() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if sum(map(len, expressions)) > LENGTH:
+        raise BadExpression(f"the expressions have more than {LENGTH} characters")
+    size = 0
+    for expression in expressions:
+        try:
+            re.compile(expression)
+            size += _size(_parser.parse(expression))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise BadExpression(f"{type(error).__name__}: {error}") from None
+        if size > SIZE:
+            raise BadExpression(f"what is repeated in them comes to more than {SIZE} characters")
+        if foreign := _FOREIGN.search(expression):
+            raise BadExpression(f"{foreign[0]!r} in it is written as no expression of Python's is: escape it")
     try:
-        answer = (None, _match(*json.load(sys.stdin)))
-    except (re.error, OverflowError, RecursionError) as error:
-        answer = (f"{type(error).__name__}: {error}", None)
-    json.dump(answer, sys.stdout)
+        return [regex.compile(expression) for expression in expressions]
+    except (regex.error, OverflowError, RecursionError, MemoryError) as error:
+        raise BadExpression(f"{type(error).__name__}: {error}") from None
 
 
-if __name__ == "__main__":
-    _main()
+def _size(node: Any) -> int:
+    """What the compiled expression comes to when repeated parts are copied."""
+    if isinstance(node, tuple) and len(node) == 2 and node[0] in _REPEATS:
+        low, high, inner = node[1]
+        return max(low, 0 if high is _constants.MAXREPEAT else high, 1) * _size(inner)
+    if isinstance(node, _parser.SubPattern | list | tuple):
+        return 1 + sum(map(_size, node))
+    return 0

@@ -5,15 +5,14 @@ What has no exact counterpart here is refused by name. Limits: 1 MiB, finite num
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from adapterhub.bounded import TooMuch, read_json
 from adapterhub.errors import HubError, ManifestError, NotFound, UnsafeFile
 from adapterhub.formats.peft_types import CACHES, PROMPTS, TUNERS
 from adapterhub.formats.peft_types import REFUSED as REFUSED_TYPES
@@ -113,34 +112,15 @@ def warn_unknown(raw: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def _parse(data: bytes) -> dict[str, Any]:
-    if len(data) > MAX_CONFIG:
-        raise UnsafeFile(f"{CONFIG} has more than {MAX_CONFIG} bytes", AGAIN)
     try:
-        raw = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
-    except RecursionError:
-        raise UnsafeFile(f"{CONFIG} is nested too deeply", AGAIN) from None
+        raw = read_json(data, MAX_CONFIG)
+    except TooMuch as error:
+        raise UnsafeFile(f"{CONFIG} is refused: {error}", AGAIN) from None
     except ValueError as error:
         raise ManifestError(f"{CONFIG} is not valid: {error}", AGAIN) from None
     if type(raw) is not dict:
         raise ManifestError(f"{CONFIG} is not a table", AGAIN)
     return raw
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number")
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return value
 
 
 def _refusals(raw: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from adapterhub.errors import IncompatibleBase, NotFoldable
+from adapterhub.forms.low_rank import check_rank
 from adapterhub.modification import Modification, Step, project, times
 from adapterhub.sites import Site
 
@@ -38,6 +39,7 @@ class DoRA(Modification):
                 f"DoRA tensors of shapes {[tuple(s) for s in shapes]} do not fit a site of {inputs} to {outputs}",
                 "install the base that the adapter was made for",
             )
+        check_rank(rank, site)
 
     def bind(self, weight: Tensor | None) -> None:
         self._weight, self._ratio = weight, None

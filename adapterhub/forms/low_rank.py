@@ -13,6 +13,18 @@ from adapterhub.errors import IncompatibleBase
 from adapterhub.modification import Modification, Step, project, times
 from adapterhub.sites import Site
 
+MOST_RANK, TIMES = 512, 4
+"""The largest rank at a site: so much anywhere, else so many times what the weight there can use."""
+
+
+def check_rank(rank: int, site: Site) -> None:
+    """Raise IncompatibleBase for a rank far beyond what a weight of these widths can use: it only takes memory."""
+    if rank > max(MOST_RANK, TIMES * min(site.inputs, site.outputs)):
+        raise IncompatibleBase(
+            f"rank {rank} at a weight of {site.outputs} x {site.inputs}, which can use {min(site.inputs, site.outputs)}",
+            "make it smaller without loss where it was made: adapterhub compress --codec svd",
+        )
+
 
 class LowRank(Modification):
     """down (r, inputs), up (outputs, r), scale (). Whatever way it was made: LoRA, rsLoRA, PiSSA, a merge, an SVD."""
@@ -32,6 +44,7 @@ class LowRank(Modification):
                 f"low-rank tensors of shapes {tuple(self.up.shape)} and {tuple(self.down.shape)} do not fit a site of {inputs} to {outputs}",
                 "install the base that the adapter was made for",
             )
+        check_rank(rank, site)
         if rank > min(inputs, outputs):
             warnings.warn(
                 f"rank {rank} is more than a weight of {outputs} x {inputs} can use: rank {min(inputs, outputs)} holds the same "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from itertools import pairwise
 
+from adapterhub.bounded import read_json
 from adapterhub.errors import IntegrityError
 from adapterhub.formats.safetensors_header import read_layout
 from adapterhub.manifest import File, Release, canonical, check_digest, digest_of
@@ -48,7 +48,7 @@ def encode(layout: Layout) -> bytes:
 def decode(data: bytes, repo: str) -> Layout:
     """Raises IntegrityError for what is no layout, or names files outside the two that hold bytes."""
     try:
-        found = json.loads(data)
+        found = read_json(data, LARGEST)
         layout = {check_digest(digest): [(p, int(o), int(n)) for p, o, n in pieces] for digest, pieces in found.items()}
         if any(p not in (REST, TENSORS) or o < 0 or n < 0 for pieces in layout.values() for p, o, n in pieces):
             raise ValueError("it names other files")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, NameInUse, NotFound
 from adapterhub.huggingface import layout
 from adapterhub.huggingface.card import card
@@ -58,7 +59,7 @@ def contents(hub: Packages, release: Release, repo: str, before: str = "") -> di
         if one != release:
             files[f"{OURS}manifests/{digits}.json"] = one.manifest.encode()
         if envelopes := hub.index.signatures(one.digest):
-            files[f"{OURS}signatures/{digits}.json"] = canonical([json.loads(envelope) for envelope in envelopes])
+            files[f"{OURS}signatures/{digits}.json"] = canonical([read_json(envelope) for envelope in envelopes])
     kind = None
     if config is not None and tensors is not None:
         kind = str(config["peft_type"])

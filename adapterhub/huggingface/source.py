@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from packaging.version import Version
 
 from adapterhub import parts
+from adapterhub.bounded import read_json
 from adapterhub.errors import IntegrityError, NotFound
 from adapterhub.huggingface import layout
 from adapterhub.huggingface.push import LARGEST, MANIFEST, OURS
@@ -44,7 +44,7 @@ class Pushed:
     def signatures(self, digest: str) -> list[bytes]:
         path = f"{OURS}signatures/{digest.removeprefix('sha256:')}.json"
         try:
-            found = json.loads(self.repo.read(path, self.commit, LARGEST))
+            found = read_json(self.repo.read(path, self.commit, LARGEST))
             return [canonical(envelope) for envelope in found if isinstance(envelope, dict)]
         except NotFound:
             return []

@@ -6,7 +6,6 @@ its squared norm. A scan finds what is broken or absurd. It cannot find a backdo
 
 from __future__ import annotations
 
-import json
 import warnings
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from adapterhub.adapter import Modifications
 from adapterhub.bases import sketch
+from adapterhub.bounded import read_json
 from adapterhub.changes import change_of
 from adapterhub.errors import NotFoldable, ScanWarning, UnsafeFile
 from adapterhub.factors import product_norm
@@ -30,7 +30,7 @@ def scan(parts: Modifications, base: bytes) -> dict[str, Any]:
     """{"sites", "measured", "rank", "relative", "site"}: how many sites; at how many the change of a weight could be held against
     the base's; the largest rank; the largest norm of a change over that of its weight, and where. base: its sketch."""
     structure, rows = sketch.unpack(base)
-    shapes = json.loads(structure)
+    shapes = read_json(structure)
     report: dict[str, Any] = {"sites": len(parts), "measured": 0, "rank": 0, "relative": 0.0, "site": ""}
     for path, here in sorted(parts.items()):
         report["rank"] = max([report["rank"], *(len(part.down) for part in here if isinstance(part, LowRank))])

@@ -8,13 +8,13 @@ signatures/<digest>.json  the envelopes of a signed release, by its manifest's d
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Collection
 from pathlib import Path
 
 from adapterhub import durable, parts
+from adapterhub.bounded import read_json
 from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile
 from adapterhub.manifest import File, Manifest, Release, canonical, digest_of
 from adapterhub.packages import Packages
@@ -90,7 +90,7 @@ class Bundle:
         if not (self.folder / name).exists():
             return []
         try:
-            found = json.loads(self._bytes(name, LARGEST_SIGNATURES))
+            found = read_json(self._bytes(name, LARGEST_SIGNATURES))
             return [canonical(envelope) for envelope in found if isinstance(envelope, dict)]
         except (ValueError, TypeError, RecursionError):
             raise ManifestError(f"{self.folder / name} holds no signatures", AGAIN) from None
@@ -127,7 +127,7 @@ def write(hub: Packages, root: Release, folder: Path) -> None:
             name = "manifest.json" if release == root else f"manifests/{_hex(release.digest)}.json"
             durable.write_bytes(out / name, release.manifest.encode())
             if envelopes := hub.index.signatures(release.digest):
-                signed = canonical([json.loads(envelope) for envelope in envelopes])
+                signed = canonical([read_json(envelope) for envelope in envelopes])
                 durable.write_bytes(out / f"signatures/{_hex(release.digest)}.json", signed)
 
 

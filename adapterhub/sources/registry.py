@@ -4,7 +4,6 @@ transfer that broke goes on where it stopped."""
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -15,6 +14,7 @@ from urllib.parse import quote
 from packaging.version import Version
 
 from adapterhub import durable, parts, settings
+from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
 from adapterhub.incoming import Incoming
 from adapterhub.manifest import File, Manifest, Release, canonical, check_digest, check_version, digest_of
@@ -83,7 +83,7 @@ class Registry:
 
     def signatures(self, digest: str) -> list[bytes]:
         try:
-            found = json.loads(self._bytes(f"/v1/signatures/{check_digest(digest)}"))
+            found = read_json(self._bytes(f"/v1/signatures/{check_digest(digest)}"))
             return [canonical(envelope) for envelope in found if isinstance(envelope, dict)]
         except (ValueError, TypeError, RecursionError):
             raise IntegrityError(f"{self.label} gives no signatures for {digest}", AGAIN) from None
@@ -150,7 +150,7 @@ class Registry:
             found = self._signed(data)
         else:
             try:
-                found = json.loads(data)
+                found = read_json(data)
                 if isinstance(found, dict) and "payload" in found:  # signed, and we have no key to hold it against
                     from adapterhub.trust.signature import LIST, opened
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterhub import durable
 from adapterhub.adapter import modifications_of
-from adapterhub.codecs import Codec
+from adapterhub.codecs import Codec, shapes_of
 from adapterhub.compress import site_errors
 from adapterhub.errors import CodecError, HubError
 from adapterhub.tensors import dump, load
@@ -162,9 +165,69 @@ def odd(codec: type[Codec], device: str) -> None:
             assert tensor.any() or not decoded[name].any(), f"{name} was zero and is not"
 
 
+def bounded(codec: type[Codec], device: str) -> None:
+    """It tells what decoding gives before it gives it, of sound files and of damaged ones, and telling takes no memory to speak of:
+    so a small file cannot ask for more than the sites account for."""
+    silent = codec.decode is not Codec.decode and codec.gives is Codec.gives
+    assert not silent, "it has a decode of its own and no gives: nobody can bound what a hostile file makes it allocate"
+    large = {"model.layers.2.o_proj.dense.0.weight": torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))}
+    encoded = load(dump(_encoded(codec, sample() | large)))
+    with _Tally() as tally:
+        codec().gives(encoded)
+    held = sum(tensor.nbytes for tensor in encoded.values())
+    assert tally.bytes <= 1.5 * held + (64 << 10), f"telling takes {tally.bytes} bytes, the file has {held}"
+    encoded = load(dump(_encoded(codec, sample())))
+    for case in (encoded, *_damaged(encoded)):
+        try:
+            told = codec().gives(case)
+        except HubError:
+            told = None
+        try:
+            decoded = codec().decode(case)
+        except HubError:
+            continue
+        unlike = "a damaged file comes out otherwise than it tells" if case is not encoded else "it tells other shapes"
+        assert shapes_of(decoded) == told, unlike
+
+
+class _Tally(TorchDispatchMode):
+    """Counts the bytes that torch and Python allocate inside."""
+
+    def __enter__(self) -> _Tally:
+        self.bytes = 0
+        self._traced = tracemalloc.is_tracing()
+        if not self._traced:
+            tracemalloc.start()
+        tracemalloc.reset_peak()
+        self._before = tracemalloc.get_traced_memory()[0]
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.bytes += tracemalloc.get_traced_memory()[1] - self._before
+        if not self._traced:
+            tracemalloc.stop()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        owned = {id(t.untyped_storage()) for t in args if isinstance(t, Tensor)}
+        if isinstance(result, Tensor) and id(result.untyped_storage()) not in owned:
+            self.bytes += result.nbytes
+        return result
+
+
 def hostile(codec: type[Codec], device: str) -> None:
     """Damaged files are decoded to something or refused with a HubError; nothing else ever comes out."""
-    encoded = load(dump(_encoded(codec, sample())))
+    for case in _damaged(load(dump(_encoded(codec, sample())))):
+        try:
+            codec().decode(case)
+        except HubError:
+            continue
+        except Exception as error:
+            raise AssertionError(f"a damaged file gave {type(error).__name__}: {error}") from error
+
+
+def _damaged(encoded: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     cases = [{k: t for k, t in encoded.items() if k != name} for name in list(encoded)[:8]]
     for name, tensor in list(encoded.items())[:8]:
@@ -175,13 +238,7 @@ def hostile(codec: type[Codec], device: str) -> None:
             place = torch.randint(tensor.numel(), (3,), generator=generator)
             damaged.view(-1)[place] = torch.randint(256, (3,), generator=generator, dtype=torch.uint8).to(tensor.dtype)
             cases.append({**encoded, name: damaged})
-    for case in cases:
-        try:
-            codec().decode(case)
-        except HubError:
-            continue
-        except Exception as error:
-            raise AssertionError(f"a damaged file gave {type(error).__name__}: {error}") from error
+    return cases
 
 
 def generators(codec: type[Codec], device: str) -> None:
@@ -238,4 +295,4 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-LAWS = (kept, tolerance, smaller, deterministic, odd, hostile, generators, fresh_process)
+LAWS = (kept, tolerance, smaller, deterministic, odd, bounded, hostile, generators, fresh_process)

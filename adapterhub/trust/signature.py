@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from adapterhub.bounded import read_json
 from adapterhub.errors import IntegrityError, UsageError
 from adapterhub.manifest import Release, canonical
 from adapterhub.trust.keys import PrivateKey, PublicKey
@@ -37,11 +37,11 @@ def opened(envelope: bytes, kind: str, keys: Iterable[PublicKey]) -> tuple[dict[
     try:
         if len(envelope) > LARGEST:
             raise ValueError("it is too large")
-        found = json.loads(envelope)
+        found = read_json(envelope)
         if found["payloadType"] != kind:
             raise ValueError(f"it is about {found['payloadType']!r}"[:100])
         body = base64.b64decode(found["payload"], validate=True)
-        payload = json.loads(body)
+        payload = read_json(body)
         signatures = [base64.b64decode(each["sig"], validate=True) for each in found["signatures"]]
         if not isinstance(payload, dict) or len(signatures) > 16:
             raise ValueError("it is malformed")

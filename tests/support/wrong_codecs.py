@@ -16,6 +16,10 @@ class Half(Codec):
             raise CodecError("16 bits already", "store them as they are")
         return {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
 
+    def gives(self, tensors):
+        wide = torch.float32
+        return {name: (wide if t.is_floating_point() else t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
     def decode(self, tensors):
         return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
@@ -47,3 +51,23 @@ class Remembering(Half):
         return super().decode(tensors) | {
             n: t for n, t in self.scales.items() if n.rpartition(".")[0] + ".up" in tensors
         }
+
+
+class Silent(Codec):
+    """It does not tell what it will give."""
+
+    tolerance = 2**-8
+    encode, decode = Half.encode, Half.decode
+
+
+class Lying(Half):
+    """It tells of what is stored."""
+
+    gives = Codec.gives
+
+
+class Trying(Half):
+    """It finds out by decoding."""
+
+    def gives(self, tensors):
+        return {name: (t.dtype, tuple(t.shape)) for name, t in self.decode(tensors).items()}

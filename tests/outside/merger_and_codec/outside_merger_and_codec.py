@@ -22,6 +22,10 @@ class BF16(Codec):
     def encode(self, tensors, config):
         return {f"{k}.wide" if t.dtype == torch.float32 else k: _narrow(t) for k, t in tensors.items()}
 
+    def gives(self, tensors):
+        found = {k: (torch.float32 if k.endswith(".wide") else t.dtype, tuple(t.shape)) for k, t in tensors.items()}
+        return {k.removesuffix(".wide"): shape for k, shape in found.items()}
+
     def decode(self, tensors):
         return {k.removesuffix(".wide"): t.float() if k.endswith(".wide") else t for k, t in tensors.items()}
 

@@ -1,0 +1,131 @@
+"""What a release says of itself, bounded: how much a manifest may hold, and the shapes of what our own code reads out of it.
+
+Checked once, when a manifest is decoded. Metrics are what their author's code wrote and nothing of ours depends on them: any plain
+values within bounds may stand there, and `figures` picks out those that have the shape that we know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapterhub.manifest import Manifest
+
+LARGEST = 32 << 20
+"""Bytes of a manifest."""
+RELATIONS = ("on", "gate", "compose", "continue", "merge", "compress")
+LINE = 1024
+"""Characters of what a list shows: a licence, a base's name, a path, a reason, a date."""
+TEXT = 1 << 20
+"""Characters of a text elsewhere: an expression, a note in a recipe."""
+COUNTS = {"parents": 20_000, "codecs": 16, "plugins": 1000, "files": 1000, "forms": 65_536}
+VALUES = 1 << 18
+"""Numbers, texts, lists and tables in the recipe, the metrics and the options together."""
+FORMS = 1000
+"""Modifications at one site."""
+_NUMBERS = {
+    "compress": ("bytes_before", "bytes_bf16", "bytes_after", "worst_error", "median_error"),
+    "merge": ("relative_error", "largest_rank"),
+}
+
+
+def check(manifest: Manifest) -> None:
+    """Raise ValueError for what no release says of itself."""
+    for what, most in COUNTS.items():
+        if len(getattr(manifest, what)) > most:
+            raise ValueError(f"it has {len(getattr(manifest, what))} {what} (at most {most})")
+    if any(len(forms) > FORMS for forms in manifest.forms.values()):
+        raise ValueError(f"more than {FORMS} modifications sit at one site")
+    for parent in manifest.parents:
+        if parent.relation not in RELATIONS:
+            raise ValueError(f"{ascii(parent.relation)[:40]} is no relation to a parent")
+    if manifest.compose is not None and len(manifest.compose) > TEXT:
+        raise ValueError(f"its expression has {len(manifest.compose)} characters (at most {TEXT})")
+    made = [one for one in (manifest.method, *manifest.codecs) if one is not None]
+    _check_values([manifest.recipe, manifest.metrics, manifest.base.computes, *(one.options for one in made)])
+    _check_recipe(manifest.recipe)
+
+
+def _check_values(tables: list[Any]) -> None:
+    waiting, count = list(tables), 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > VALUES:
+            raise ValueError(f"its recipe, metrics and options hold more than {VALUES} values")
+        if isinstance(value, str) and len(value) > TEXT:
+            raise ValueError(f"a text in it has {len(value)} characters (at most {TEXT})")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("a number in it is not finite")
+        if isinstance(value, dict):
+            if any(len(key) > LINE for key in value):
+                raise ValueError(f"a key in it has more than {LINE} characters")
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+
+
+def _check_recipe(recipe: Mapping[str, Any]) -> None:
+    """What going on with an adapter reads of how it was made."""
+    beneath, named = recipe.get("beneath"), [recipe.get("objective"), recipe.get("schedule")]
+    if not isinstance(beneath, str | None):
+        raise ValueError("'beneath' in its recipe is no expression")
+    several = recipe.get("recipes", [])
+    if not isinstance(several, list | tuple):
+        raise ValueError("'recipes' in its recipe is no list")
+    for one in (*several, *(one for one in named if one is not None)):
+        if not isinstance(one, dict) or not isinstance(one.get("name"), str):
+            raise ValueError("a part that its recipe tells of has no name")
+
+
+def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the metrics that our own verbs write, each only if it has the shape that they write: "train_loss" a number,
+    "compress" and "merge" tables with their numbers, "eval" a table."""
+    known = {}
+    if _number(metrics.get("train_loss")):
+        known["train_loss"] = metrics["train_loss"]
+    for what, numbers in _NUMBERS.items():
+        table = metrics.get(what)
+        if isinstance(table, dict) and all(_number(table.get(key)) for key in numbers):
+            known[what] = table
+    if isinstance(metrics.get("eval"), dict):
+        known["eval"] = metrics["eval"]
+    if known.get("compress", {}).get("bytes_after", 1) <= 0:
+        del known["compress"]
+    return known
+
+
+def _number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def line(text: object, what: str) -> str:
+    """The text itself, if it is one line that a list may show. Raises ValueError."""
+    if not isinstance(text, str) or len(text) > LINE or not text.isprintable():
+        raise ValueError(f"{what} is {ascii(text)[:80]}, no short printable text")
+    return text
+
+
+def date(text: object, what: str = "the date") -> str:
+    """The text itself, if it is a date and time as ISO 8601 has it. Raises ValueError."""
+    try:
+        datetime.fromisoformat(line(text, what))
+    except ValueError:
+        raise ValueError(f"{what} is {ascii(text)[:80]}, no date") from None
+    return text
+
+
+def count(value: object, what: str) -> int:
+    """The number itself, if it is a whole one from 0 to 2^63. Raises ValueError."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{what} is {ascii(value)[:80]}, no count")
+    return value
+
+
+def plain(text: object, length: int = 300) -> str:
+    """Foreign words for an error of ours: one line, control characters escaped, cut."""
+    words = " ".join(str(text)[: 2 * length].split())
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in words)
+    return escaped if len(escaped) <= length else escaped[:length] + "..."

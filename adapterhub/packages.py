@@ -138,6 +138,8 @@ class Packages:
     @staticmethod
     def names_a_place(text: str) -> bool:
         """Whether a text that is to be installed says where to look, instead of a requirement of what our sources have."""
+        if text.lower().startswith(("http:/", "https:/")):
+            return True
         if "@sha256:" in text:
             return False
         place, colon, _ = text.rpartition(":")

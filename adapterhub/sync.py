@@ -18,7 +18,8 @@ from adapterhub.packages import Packages
 from adapterhub.project import LOCK, Project
 from adapterhub.resolve import Asked, Resolution, Rules, resolve
 from adapterhub.sources import Source
-from adapterhub.sources.table import HERE, Sources, Table, check_tables
+from adapterhub.sources.address import address
+from adapterhub.sources.table import HERE, Sources, Table, own_insecure, own_tables
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,12 @@ def sources(
     hub: Packages, folder: Path | None = None, project: Project | None = None, offline: bool = False
 ) -> Sources:
     """The project's sources, then the user's, then the hub itself."""
-    own = settings.load().sources
-    mine = {name: settings.converted(table, Table, f"[sources.{name}]") for name, table in own.items()}
-    check_tables(mine, settings.config_file())
+    mine = own_tables()
     tables = [(name, table, folder) for name, table in project.sources.items()] if project and folder else []
     tables += [(name, table, settings.config_folder()) for name, table in mine.items()]
     if url := os.environ.get("ADAPTERHUB_REGISTRY"):
-        tables.append(("registry", Table(url=url), settings.config_folder()))
+        insecure = own_insecure(address(url, "ADAPTERHUB_REGISTRY"))
+        tables.append(("registry", Table(url=url, insecure=insecure), settings.config_folder()))
     return Sources(hub, tables, offline or os.environ.get("ADAPTERHUB_OFFLINE", "") not in ("", "0"))
 
 

@@ -61,7 +61,7 @@ MAY = {
     "store": "errors manifest durable parts formats",
     "settings": "durable errors",
     "trust": "compose durable errors expression index manifest packages settings store trust",
-    "sources": "compose durable errors huggingface hub incoming index manifest packages parts progress requirement settings store sources trust",
+    "sources": "compose durable errors huggingface hub incoming index manifest packages parts progress requirement settings store sources trust versions",
     "weights": "errors",
     "sites": "errors weights",
     "magnitude": "",

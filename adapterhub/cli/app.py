@@ -13,7 +13,21 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from adapterhub.cli import care, doctor, locked, look, make, packages, plugins, project, run, share, trust, versions
+from adapterhub.cli import (
+    care,
+    doctor,
+    locked,
+    login,
+    look,
+    make,
+    packages,
+    plugins,
+    project,
+    run,
+    share,
+    trust,
+    versions,
+)
 from adapterhub.cli.output import SCHEMA_VERSION, clean, note
 from adapterhub.errors import REFUSALS, HubError
 
@@ -77,7 +91,7 @@ PANELS = {
         "compose": make.compose,
     },
     "Use them": {"run": run.run, "chat": run.chat, "eval": run.eval_, "explain": look.explain, "demo": run.demo},
-    "Share": {"push": share.push, "serve": share.serve},
+    "Share": {"push": share.push, "serve": share.serve, "login": login.login, "logout": login.logout},
     "Trust": {"sign": trust.sign, "bom": trust.bom, "scan": look.scan},
     "Look after the hub": {
         "verify": care.verify,
@@ -166,7 +180,7 @@ def execute(arguments: Sequence[str]) -> int:
             raise
         _drop_output()  # typer's answer to a broken pipe; its other exits come back as a status
         return 141
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # at a question, typer makes one of the other
         return 130
     except OSError as error:
         if error.errno not in REFUSALS:

@@ -3,9 +3,7 @@ transfer that broke goes on where it stopped."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
@@ -14,13 +12,16 @@ from urllib.parse import quote
 
 from packaging.version import Version
 
-from adapterhub import durable, parts, settings
+from adapterhub import parts
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
 from adapterhub.incoming import Incoming
 from adapterhub.manifest import File, Manifest, Release, canonical, check_digest, check_version, digest_of
 from adapterhub.progress import bar
 from adapterhub.sources import AGAIN, Candidate
+from adapterhub.sources.address import address
 from adapterhub.sources.http import Http
+from adapterhub.sources.serials import check_no_older
+from adapterhub.sources.tokens import token_for
 from adapterhub.store import Store, each
 
 LARGEST = 32 << 20
@@ -33,8 +34,19 @@ class Registry:
     """The registry at an address. With `key`, its lists must be signed by it, be no older than one that was seen before,
     and not have expired."""
 
-    def __init__(self, url: str, name: str = "", key: str = "", offline: bool = False):
-        self.http = Http(url, os.environ.get("ADAPTERHUB_TOKEN", ""), offline)
+    def __init__(
+        self,
+        url: str,
+        name: str = "",
+        key: str = "",
+        offline: bool = False,
+        typed: bool = False,
+        insecure: bool = False,
+    ):
+        """typed: the user wrote the address in this very call, so that ADAPTERHUB_TOKEN is meant for it. insecure: its table
+        allows plain HTTP. Raises UsageError."""
+        there = address(url)
+        self.http = Http(there, token_for(there, typed), offline, insecure)
         self.label = name or self.http.url
         self._key = key
 
@@ -179,7 +191,7 @@ class Registry:
             )
         if type(serial) is not int:
             raise IntegrityError(f"{self.label}: its list has no serial number", AGAIN)
-        _no_older(self.http.url, serial, self.label)
+        check_no_older(self.http.url, serial, self.label)
         return found
 
 
@@ -187,21 +199,3 @@ def _counted(chunks: Iterator[bytes], advance: Callable[[int], None]) -> Iterato
     for chunk in chunks:
         yield chunk
         advance(len(chunk))
-
-
-def _no_older(url: str, serial: int, label: str) -> None:
-    """Remember the highest serial number of each registry. Raises IntegrityError for a lower one."""
-    path = settings.config_folder() / "serials" / hashlib.sha256(url.encode()).hexdigest()[:32]
-    durable.make_folder(path.parent)
-    with durable.lock(path.with_suffix(".lock")):
-        try:
-            seen = int(path.read_text())
-        except (OSError, ValueError):
-            seen = 0
-        if serial < seen:
-            raise IntegrityError(
-                f"{label}: its list has the serial number {serial}, and {seen} was seen before",
-                "somebody shows you an old state of it: ask who runs it",
-            )
-        if serial > seen:
-            durable.write_bytes(path, str(serial).encode())

@@ -17,7 +17,7 @@ from adapterhub.manifest import Base, Release
 from adapterhub.packages import Packages
 from adapterhub.project import LOCK, Project
 from adapterhub.resolve import Asked, Resolution, Rules, resolve
-from adapterhub.sources import Source
+from adapterhub.sources import Source, closure, room
 from adapterhub.sources.address import address
 from adapterhub.sources.table import HERE, Sources, Table, own_insecure, own_tables
 
@@ -36,6 +36,8 @@ class Options:
     """Releases after this time (UTC, ISO 8601) are not seen ..."""
     but: Collection[str] = ()
     """... unless they have one of these names."""
+    max_bytes: int | None = None
+    """What all that comes may announce in bytes."""
 
 
 def sources(
@@ -85,14 +87,16 @@ def sync(hub: Packages, folder: Path, lock: Lock, options: Options) -> tuple[lis
     project = projects.read(folder)
     _require_plugins(lock)
     found = sources(hub, folder, project, options.offline)
-    notes, came = [], []
+    notes: list[str] = []
+    wanted: list[tuple[Source, Release]] = []
     for one in lock.adapter:
         if one.asked:
             notes += _yanked(found, one)
         if not one.asked or _has(hub, one.digest):
             continue
         source = _source(found, one, folder)
-        came += hub.bring(source, [_locked_release(source, one)])
+        wanted.append((source, _locked_release(source, one)))
+    came = _bring(hub, wanted, options.max_bytes)
     for one in lock.adapter:
         if hub.index.find(one.digest) is None:
             raise NotFound(f"{one} ({one.digest}) is locked, and what needs it does not", "adapterhub lock")
@@ -109,10 +113,19 @@ def install(hub: Packages, asked: Sequence[Asked], options: Options) -> tuple[li
     found = sources(hub, folder, project, options.offline)
     rules = Rules(options.exclude_newer, options.but, {}, _copies(hub, found))
     answer = resolve(asked, found, {}, rules)
-    came = []
-    for release, source in answer.chosen.values():
-        came += [release] if source == HERE else hub.bring(found.get(source), [release])
-    return came, answer.notes
+    here = [release for release, source in answer.chosen.values() if source == HERE]
+    wanted = [(found.get(source), release) for release, source in answer.chosen.values() if source != HERE]
+    return here + _bring(hub, wanted, options.max_bytes), answer.notes
+
+
+def _bring(hub: Packages, wanted: Sequence[tuple[Source, Release]], max_bytes: int | None) -> list[Release]:
+    """Bring releases of several sources. Raises HubError, before anything is fetched, when they announce too many bytes."""
+    if max_bytes is not None:
+        every = [one for source, release in wanted for one in closure(source, [release])]
+        room.check_cap(
+            room.announced(hub.store, every), max_bytes, ", ".join(str(release) for _, release in wanted[:5])
+        )
+    return [one for source, release in wanted for one in hub.bring(source, [release])]
 
 
 def stack(hub: Packages, name: str) -> str:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
+from adapterhub.sources.room import check_cap, check_disk
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 TAG = re.compile(r"v((?:0|[1-9]\d{0,8})\.(?:0|[1-9]\d{0,8})\.(?:0|[1-9]\d{0,8}))")
@@ -29,8 +31,9 @@ def check_repo(text: str) -> str:
 class Repo:
     """One repo of the Hub, with the token and cache that huggingface_hub uses."""
 
-    def __init__(self, name: str, offline: bool = False):
-        self.name, self.offline = check_repo(name), offline
+    def __init__(self, name: str, offline: bool = False, max_bytes: int | None = None):
+        """max_bytes: of a file that is downloaded."""
+        self.name, self.offline, self._most = check_repo(name), offline, max_bytes
         self._endpoint = os.environ.get("HF_ENDPOINT") or None
 
     def versions(self) -> dict[str, str]:
@@ -49,12 +52,23 @@ class Repo:
             raise NotFound(f"hf:{self.name} is empty", "push something first")
         return sha
 
-    def file(self, path: str, commit: str, again: bool = False) -> Path:
+    def file(self, path: str, commit: str, again: bool = False, most: int | None = None) -> Path:
         """A file of a commit, downloaded or from the cache; `again`: downloaded anew. Raises NotFound when there is none.
 
-        Its bytes are not checked: huggingface_hub does not, over plain HTTP."""
-        from huggingface_hub import hf_hub_download
+        most: bytes that it may have; IntegrityError for more. Its size, as the Hub lists it, is held against that and the
+        disk before it is downloaded. Its bytes are not checked: huggingface_hub does not, over plain HTTP."""
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
+        if not self.offline and (
+            again or not isinstance(try_to_load_from_cache(self.name, path, revision=commit), str)
+        ):
+            size = self._listed(path, commit).size
+            if most is not None and size > most:
+                raise IntegrityError(
+                    f"hf:{self.name}: {path} has more than {most} bytes", "it is not what it should be"
+                )
+            check_cap(size, self._most, f"hf:{self.name}: {path}")
+            check_disk(Path(constants.HF_HUB_CACHE), size)
         with self._told(f"{path} at {commit[:12]}"):
             found = hf_hub_download(
                 self.name,
@@ -68,28 +82,36 @@ class Repo:
 
     def read(self, path: str, commit: str, most: int, again: bool = False) -> bytes:
         """A small file of a commit."""
-        found = self.file(path, commit, again)
-        if found.stat().st_size > most:
+        found = self.file(path, commit, again, most)
+        with found.open("rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
             raise IntegrityError(f"hf:{self.name}: {path} has more than {most} bytes", "it is not what it should be")
-        return found.read_bytes()
+        return data
 
-    def checked(self, path: str, commit: str) -> Path:
+    def checked(self, path: str, commit: str, most: int | None = None) -> Path:
         """A file whose hash is what the Hub lists for it, for repos without our manifest. Downloaded once more if it is not.
 
-        Raises IntegrityError."""
+        most: bytes that it may have. Raises IntegrityError."""
         if self.offline:
             return self.file(path, commit)
-        with self._told(path):
-            listed = self._api().get_paths_info(self.name, [path], revision=commit)
-        if not listed:
-            raise NotFound(f"hf:{self.name} has no {path}", "look at the repo")
+        listed = self._listed(path, commit)
         for again in (False, True):
-            found = self.file(path, commit, again)
-            if _is_listed(found, listed[0]):
+            found = self.file(path, commit, again, most)
+            if _is_listed(found, listed):
                 return found
         raise IntegrityError(
             f"hf:{self.name}: {path} is not what the Hub lists", "it was changed on the way: try again later"
         )
+
+    def _listed(self, path: str, commit: str) -> RepoFile:
+        """What the Hub lists of a file: its size and its hash. Raises NotFound."""
+        with self._told(path):
+            listed = self._api().get_paths_info(self.name, [path], revision=commit)
+        file = next((one for one in listed if getattr(one, "size", None) is not None), None)
+        if file is None:
+            raise NotFound(f"hf:{self.name} has no {path}", "look at the repo")
+        return file
 
     def has(self, path: str, commit: str) -> bool:
         with self._told(path):

@@ -100,6 +100,16 @@ def open_table(name: str, table: Table, folder: Path, offline: bool = False) -> 
     return named(str(resolved_path(table.path, folder)))
 
 
+def names_a_place(text: str) -> bool:
+    """Whether a text that is to be installed says where to look, instead of a requirement of what our sources have."""
+    if "@sha256:" in text:
+        return False
+    place, colon, _ = text.rpartition(":")
+    folders = [durable.user_path(each) for each in (text, place) if each]
+    there = text.startswith("hf:") or bool(LOOKS.match(text)) or (bool(colon) and "/" in place)
+    return there or any(folder.is_dir() for folder in folders)
+
+
 def from_text(text: str) -> tuple[Source, Candidate]:
     """What a user names by its place: a bundle's folder, or HUB:name[@version], HUB a folder with a hub.db.
 

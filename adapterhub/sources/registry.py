@@ -15,11 +15,12 @@ from packaging.version import Version
 from adapterhub import parts
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
 from adapterhub.incoming import Incoming
-from adapterhub.manifest import File, Manifest, Release, canonical, check_digest, check_version, digest_of
+from adapterhub.manifest import File, Manifest, Release, check_digest, check_version, digest_of
 from adapterhub.progress import bar
 from adapterhub.sources import AGAIN, Candidate
 from adapterhub.sources.address import address
 from adapterhub.sources.http import Http
+from adapterhub.sources.room import check_disk
 from adapterhub.sources.serials import check_no_older
 from adapterhub.sources.tokens import token_for
 from adapterhub.store import Store, each
@@ -90,14 +91,17 @@ class Registry:
             else:
                 blobs[file.digest] = file
         lacking = [blob for blob, fault in zip(blobs.values(), each(store.fault, blobs.values()), strict=True) if fault]
+        check_disk(store.root, sum(blob.size for blob in lacking))
         with bar(f"fetch from {self.label}", sum(blob.size for blob in lacking)) as advance:
             each(lambda blob: self._blob(blob, store, advance), lacking)
 
     def signatures(self, digest: str) -> list[bytes]:
+        from adapterhub.trust.envelopes import listed
+
+        data = self.http.read(f"/v1/signatures/{check_digest(digest)}", LARGEST, cut=True)
         try:
-            found = json.loads(self._bytes(f"/v1/signatures/{check_digest(digest)}"))
-            return [canonical(envelope) for envelope in found if isinstance(envelope, dict)]
-        except (ValueError, TypeError, RecursionError):
+            return list(listed(data))
+        except ValueError:
             raise IntegrityError(f"{self.label} gives no signatures for {digest}", AGAIN) from None
 
     # --- inside ------------------------------------------------------------------------------------------------
@@ -110,9 +114,9 @@ class Registry:
         try:
             return store.read(File(digest=file.digest, size=0))
         except IntegrityError:
-            data = self._bytes(f"/v1/blobs/{file.digest}")
+            data = self.http.read(f"/v1/blobs/{file.digest}", parts.LARGEST_LIST)
             if digest_of(data) != file.digest:
-                data = self._bytes(f"/v1/blobs/{file.digest}")
+                data = self.http.read(f"/v1/blobs/{file.digest}", parts.LARGEST_LIST)
             store.take(File(digest=file.digest, size=len(data)), [data], self.label)
             return data
 

@@ -21,6 +21,9 @@ from adapterhub.sources import Source, closure, room
 from adapterhub.sources.address import address
 from adapterhub.sources.table import HERE, Sources, Table, own_insecure, own_tables
 
+LARGEST_SKETCH = 64 << 20
+"""Bytes of a sketch that is fetched to compare two bases; a base's has a few MB."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -230,6 +233,8 @@ def _copies(hub: Packages, found: Sources):
 
 
 def _fetch_sketch(hub: Packages, found: Sources, base: Base) -> None:
+    if base.sketch.size > LARGEST_SKETCH:
+        return
     for name in found.names():
         try:
             return found.get(name).fetch([base.sketch], hub.store)

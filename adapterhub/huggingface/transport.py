@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
+from adapterhub.sources.address import shown
 from adapterhub.sources.room import check_cap, check_disk
 
 if TYPE_CHECKING:
@@ -153,7 +154,9 @@ class Repo:
 
         place = f"hf:{self.name}" + (f" ({what})" if what else "")
         durable.announce("send", Path(self.name))
+        token = ""
         try:
+            token = "" if self.offline else _token()
             yield
         except errors.GatedRepoError:
             raise Unreachable(f"{place} is gated", "ask for access on its page, then: hf auth login") from None
@@ -173,18 +176,18 @@ class Repo:
                 412: "somebody pushed meanwhile: push again",
             }
             kind = HubError if code in (400, 409, 412) else Unreachable
-            raise kind(f"{place} answers {code}: {_line(error)}", hints.get(code, "try again later")) from None
+            raise kind(f"{place} answers {code}: {_line(error, token)}", hints.get(code, "try again later")) from None
         except HubError:
             raise
         except OSError as error:
             raise Unreachable(
-                f"{place}: {_line(error)}", "check the network and the cache's disk, then try again"
+                f"{place}: {_line(error, token)}", "check the network and the cache's disk, then try again"
             ) from None
         except Exception as error:  # httpx's errors, whichever of its versions the library uses
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "huggingface_hub"):
                 raise
             raise Unreachable(
-                f"{place} cannot be reached: {_line(error)}", "check the network, then try again"
+                f"{place} cannot be reached: {_line(error, token)}", "check the network, then try again"
             ) from None
 
 
@@ -198,5 +201,22 @@ def _is_listed(path: Path, listed: Any) -> bool:
         return hashlib.sha1(b"blob %d\0" % listed.size + file.read()).hexdigest() == listed.blob_id
 
 
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+def _token() -> str:
+    """The token that huggingface_hub sends. Raises UsageError, without it, for what no header can carry: the error of the
+    library that refuses it would hold it."""
+    from huggingface_hub import get_token
+
+    token = get_token() or ""
+    if not re.fullmatch(r"[\x21-\x7e]*", token):
+        raise UsageError(
+            "the token for the Hub holds a space, a control character or a letter beyond ASCII",
+            "set HF_TOKEN again, or: hf auth login",
+        )
+    return token
+
+
+def _line(error: Exception, token: str) -> str:
+    """An error in a line, without the token and without what may be secret in addresses."""
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = text.replace(token, "***") if token else text
+    return re.sub(r"https?://\S+", lambda found: shown(found[0]), text)[:300]

@@ -73,7 +73,7 @@ class Http:
                 max_redirects=5,
                 timeout=httpx.Timeout(30, connect=10),
                 event_hooks={"request": [self._leave]},
-                trust_env=self.address.scheme == "https" or not self.address.loopback,  # no proxy between us and us
+                mounts={self.origin: None} if self.address.loopback else None,  # no proxy between us and us
             )
         except (ValueError, OSError, httpx.InvalidURL):  # the error may hold a proxy's password
             raise UsageError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from adapterhub.errors import HubError, NameInUse, Unreachable, UsageError
+from adapterhub.errors import HubError, IntegrityError, NameInUse, Unreachable, UsageError
 from adapterhub.manifest import File, Reference, Release
 from adapterhub.packages import Packages
 from adapterhub.progress import bar
@@ -80,6 +80,8 @@ def _commit(http: Http, hub: Packages, release: Release) -> bool:
         raise NameInUse(f"{http.url} has {release} already with other content", "publish it under another version")
     if answer.status == 422:
         raise HubError(f"{http.url} does not take {release}{http.told(answer.content)}", "push it again")
+    if answer.field("digest", str) != release.digest:
+        raise IntegrityError(f"{http.url} took another release for {release}", "ask who runs it")
     for envelope in hub.index.signatures(release.digest):
         http.request("POST", f"/v1/signatures/{release.digest}", json=json.loads(envelope))
     return answer.status == 201

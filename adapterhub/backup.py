@@ -7,7 +7,6 @@ same hub gives the same bytes. Trainings under way, and what is half fetched, ar
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapterhub import durable
+from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, IntegrityError, NameInUse
 from adapterhub.manifest import File, canonical, check_digest
 from adapterhub.packages import Packages
@@ -150,7 +150,7 @@ def _read_list(file: BinaryIO, path: Path) -> bytes:
 
 def _decoded(data: bytes, path: Path) -> tuple[File, list[File]]:
     try:
-        found = json.loads(data)
+        found = read_json(data, LARGEST_LIST)
         if found["format"] != 1 or canonical(found) != data:
             raise ValueError("it has another format")
         index, *blobs = [File(digest=check_digest(d), size=size) for d, size in (found["index"], *found["blobs"])]

@@ -158,6 +158,13 @@ def make_folder(path: Path, unsynced: set[Path] | None = None) -> None:
         _settle(path.parent, unsynced)
 
 
+def make_private(path: Path) -> None:
+    """The folder, which nobody but its owner may look into from now on."""
+    make_folder(path)
+    with _told(path, 0):
+        os.chmod(path, 0o700)
+
+
 def remove(path: Path, unsynced: set[Path] | None = None) -> None:
     """Remove a file; one that is gone already is fine."""
     with _told(path, 0), suppress(FileNotFoundError):

@@ -137,40 +137,34 @@ class Packages:
                     if version is not None or not self.index.get(release.name, release.version):
                         raise
 
-    @staticmethod
-    def names_a_place(text: str) -> bool:
-        """Whether a text that is to be installed says where to look, instead of a requirement of what our sources have."""
-        if "@sha256:" in text:
-            return False
-        place, colon, _ = text.rpartition(":")
-        folders = [durable.user_path(each) for each in (text, place) if each]
-        return text.startswith("hf:") or (bool(colon) and "/" in place) or any(folder.is_dir() for folder in folders)
-
-    def install(self, source: str | Path, offline: bool = False) -> list[Release]:
+    def install(self, source: str | Path, offline: bool = False, max_bytes: int | None = None) -> list[Release]:
         """Bring a release with the parents it needs from a bundle's folder, another hub (`HUB:name[@version]`) or the Hub
         (`hf:user/repo[@revision]`); itself first.
 
         Raises IntegrityError for bytes that are not what their digest says, UnsafeFile for what we do not open
-        or what the user's policy wants signed, NameInUse for a version that is here with other content."""
+        or what the user's policy wants signed, NameInUse for a version that is here with other content, HubError for more
+        than max_bytes, or than the disk has room for."""
         text = str(source)
         if text.startswith("hf:"):
             from adapterhub.huggingface.install import install
 
-            return install(self, text.removeprefix("hf:"), offline=offline)
+            return install(self, text.removeprefix("hf:"), offline, max_bytes)
         from adapterhub.sources import from_text
 
         origin, chosen = from_text(text)
-        return self.bring(origin, [origin.release(chosen.name, chosen.version, chosen.digest)])
+        return self.bring(origin, [origin.release(chosen.name, chosen.version, chosen.digest)], max_bytes)
 
-    def bring(self, source: Source, roots: Sequence[Release]) -> list[Release]:
+    def bring(self, source: Source, roots: Sequence[Release], max_bytes: int | None = None) -> list[Release]:
         """Bring these releases of a source, with the parents they need: every byte hashed, all rows at once.
 
-        Raises as `install` does."""
-        from adapterhub.sources import closure
+        max_bytes: what may be announced of what is not here. Raises as `install` does."""
+        from adapterhub.sources import closure, room
+        from adapterhub.trust.envelopes import worth
         from adapterhub.trust.policy import check_signed, policy
 
         releases = closure(source, roots)
-        envelopes = {release.digest: source.signatures(release.digest) for release in releases}
+        room.check_cap(room.announced(self.store, releases), max_bytes, str(releases[0]))
+        envelopes = {each.digest: worth(each, source.signatures(each.digest)) for each in releases}
         rules = policy()
         for release in releases:
             check_signed(release, envelopes[release.digest], rules)

@@ -35,6 +35,8 @@ class Requirement:
     @classmethod
     def parse(cls, text: str) -> Requirement:
         """Raises UsageError for what is no requirement."""
+        if re.match(r"https?:/", text.strip(), re.IGNORECASE):  # it may hold a secret, so it is not repeated
+            raise UsageError("an address does not say which adapter", _HINT)
         found = _FORM.fullmatch(text.strip())
         if found is None:
             raise UsageError(f"{text!r} does not say which adapter", _HINT)

@@ -17,8 +17,12 @@ from adapterhub.manifest import Base, Release
 from adapterhub.packages import Packages
 from adapterhub.project import LOCK, Project
 from adapterhub.resolve import Asked, Resolution, Rules, resolve
-from adapterhub.sources import Source
-from adapterhub.sources.table import HERE, Sources, Table, check_tables
+from adapterhub.sources import Source, closure, room
+from adapterhub.sources.address import address
+from adapterhub.sources.table import HERE, Sources, Table, own_insecure, own_tables
+
+LARGEST_SKETCH = 64 << 20
+"""Bytes of a sketch that is fetched to compare two bases; a base's has a few MB."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +39,20 @@ class Options:
     """Releases after this time (UTC, ISO 8601) are not seen ..."""
     but: Collection[str] = ()
     """... unless they have one of these names."""
+    max_bytes: int | None = None
+    """What all that comes may announce in bytes."""
 
 
 def sources(
     hub: Packages, folder: Path | None = None, project: Project | None = None, offline: bool = False
 ) -> Sources:
     """The project's sources, then the user's, then the hub itself."""
-    own = settings.load().sources
-    mine = {name: settings.converted(table, Table, f"[sources.{name}]") for name, table in own.items()}
-    check_tables(mine, settings.config_file())
+    mine = own_tables()
     tables = [(name, table, folder) for name, table in project.sources.items()] if project and folder else []
     tables += [(name, table, settings.config_folder()) for name, table in mine.items()]
     if url := os.environ.get("ADAPTERHUB_REGISTRY"):
-        tables.append(("registry", Table(url=url), settings.config_folder()))
+        insecure = own_insecure(address(url, "ADAPTERHUB_REGISTRY"))
+        tables.append(("registry", Table(url=url, insecure=insecure), settings.config_folder()))
     return Sources(hub, tables, offline or os.environ.get("ADAPTERHUB_OFFLINE", "") not in ("", "0"))
 
 
@@ -85,14 +90,16 @@ def sync(hub: Packages, folder: Path, lock: Lock, options: Options) -> tuple[lis
     project = projects.read(folder)
     _require_plugins(lock)
     found = sources(hub, folder, project, options.offline)
-    notes, came = [], []
+    notes: list[str] = []
+    wanted: list[tuple[Source, Release]] = []
     for one in lock.adapter:
         if one.asked:
             notes += _yanked(found, one)
         if not one.asked or _has(hub, one.digest):
             continue
         source = _source(found, one, folder)
-        came += hub.bring(source, [_locked_release(source, one)])
+        wanted.append((source, _locked_release(source, one)))
+    came = _bring(hub, wanted, options.max_bytes)
     for one in lock.adapter:
         if hub.index.find(one.digest) is None:
             raise NotFound(f"{one} ({one.digest}) is locked, and what needs it does not", "adapterhub lock")
@@ -109,10 +116,19 @@ def install(hub: Packages, asked: Sequence[Asked], options: Options) -> tuple[li
     found = sources(hub, folder, project, options.offline)
     rules = Rules(options.exclude_newer, options.but, {}, _copies(hub, found))
     answer = resolve(asked, found, {}, rules)
-    came = []
-    for release, source in answer.chosen.values():
-        came += [release] if source == HERE else hub.bring(found.get(source), [release])
-    return came, answer.notes
+    here = [release for release, source in answer.chosen.values() if source == HERE]
+    wanted = [(found.get(source), release) for release, source in answer.chosen.values() if source != HERE]
+    return here + _bring(hub, wanted, options.max_bytes), answer.notes
+
+
+def _bring(hub: Packages, wanted: Sequence[tuple[Source, Release]], max_bytes: int | None) -> list[Release]:
+    """Bring releases of several sources. Raises HubError, before anything is fetched, when they announce too many bytes."""
+    if max_bytes is not None:
+        every = [one for source, release in wanted for one in closure(source, [release])]
+        room.check_cap(
+            room.announced(hub.store, every), max_bytes, ", ".join(str(release) for _, release in wanted[:5])
+        )
+    return [one for source, release in wanted for one in hub.bring(source, [release])]
 
 
 def stack(hub: Packages, name: str) -> str:
@@ -217,6 +233,8 @@ def _copies(hub: Packages, found: Sources):
 
 
 def _fetch_sketch(hub: Packages, found: Sources, base: Base) -> None:
+    if base.sketch.size > LARGEST_SKETCH:
+        return
     for name in found.names():
         try:
             return found.get(name).fetch([base.sketch], hub.store)

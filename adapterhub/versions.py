@@ -33,11 +33,16 @@ def yank(hub: Packages, reference: str, reason: str | None) -> Release:
     wanted = Reference.parse(reference)
     if wanted.at is None:
         raise UsageError(f"{reference} does not say which version", f"write {reference}@X.Y.Z")
-    if reason is not None and (not reason.strip() or not reason.isprintable()):
-        raise UsageError("a yank needs a reason that others can read", "--reason 'wrong labels in the data'")
+    check_reason(reason)
     release = hub.resolve(wanted)
     hub.index.yank(release.name, release.version, reason)
     return release
+
+
+def check_reason(reason: str | None) -> None:
+    """Raise UsageError for a reason that nobody can read; None takes a yank back."""
+    if reason is not None and (not reason.strip() or not reason.isprintable()):
+        raise UsageError("a yank needs a reason that others can read", "--reason 'wrong labels in the data'")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -310,3 +311,31 @@ def test_the_command_in_a_process_of_its_own(server, alice, tiny_folder):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "acme/sql@0.1.0" in done.stdout and "published" in done.stderr
+
+
+def test_the_cap_and_the_disk_are_asked_before_anything_is_downloaded(
+    server, alice, bob, tiny_folder, monkeypatch, tmp_path
+):
+    release = publish(alice, tiny_folder, "acme/sql")
+    push(alice, "acme/sql", "acme/sql")
+    announced = sum(file.size for file in {file.digest: file for file in release.manifest.needs}.values())
+    with pytest.raises(HubError, match="are allowed"):
+        bob.install("hf:acme/sql", max_bytes=announced - 1)
+    large = [path for path in (tmp_path / "cache").rglob("*") if path.name in ("rest", "adapter_model.safetensors")]
+    assert large == [] and bob.releases() == [] and blobs(bob) == set()
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(HubError, match=r"are needed in .*, and 10\.0 kB are free"):
+            bob.install("hf:acme/sql")
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.name in ("rest", "adapter_model.safetensors")]
+    assert bob.install("hf:acme/sql", max_bytes=announced) == [release]
+
+
+def test_a_small_file_that_is_large_is_not_downloaded(server, alice, bob, tiny_folder, tmp_path, monkeypatch):
+    publish(alice, tiny_folder, "acme/sql")
+    push(alice, "acme/sql", "acme/sql")
+    monkeypatch.setattr("adapterhub.huggingface.source.LARGEST", 100)
+    with pytest.raises(IntegrityError, match="more than 100 bytes"):
+        bob.install("hf:acme/sql")
+    assert not [path for path in (tmp_path / "cache").rglob("manifest.json")]

@@ -74,7 +74,7 @@ MAY = {
     "settings": "bounded durable errors",
     "folders": "durable errors settings",
     "trust": "bounded compose durable errors expression index manifest packages settings store trust",
-    "sources": "bounded compose durable errors huggingface hub incoming index manifest packages parts progress requirement settings store sources trust",
+    "sources": "bounded compose durable errors huggingface hub incoming index manifest packages parts progress requirement settings store sources trust versions",
     "weights": "errors",
     "sites": "errors weights",
     "magnitude": "",
@@ -135,7 +135,7 @@ def test_nothing_but_the_cli_imports_the_cli_and_only_open_the_registry():
                 assert name in ("adapterhub.hub", "adapterhub.cli.share")
         if name.startswith("adapterhub_registry"):
             assert {n.split(".")[0] for n in ours(path)} <= {
-                "errors", "manifest", "index", "durable", "store", "adapterhub_registry",
+                "bounded", "errors", "manifest", "index", "durable", "store", "adapterhub_registry",
                 "packages", "incoming", "compose", "formats", "trust",  # the server
             }  # fmt: skip
 

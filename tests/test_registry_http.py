@@ -71,7 +71,7 @@ def call(url, method, path, token=TOKEN, **more):
 
 
 def bring(team, url, name, key=""):
-    source = Registry(url, key=key)
+    source = Registry(url, key=key, typed=True)
     (candidate, *_) = source.candidates(name)
     return team.bring(source, [source.release(name, candidate.version, candidate.digest)])
 
@@ -324,7 +324,7 @@ def test_F9_a_server_that_is_busy_or_away(faults, mine, team, quick):
     with pytest.raises(Unreachable):
         Registry(faults.url).candidates("me/x")
     assert len(faults.status) == 99  # nobody waits for a day
-    for nowhere in ("http://127.0.0.1:1", "http://no.such.host.invalid"):
+    for nowhere in ("http://127.0.0.1:1", "https://no.such.host.invalid"):
         with pytest.raises(Unreachable):
             Registry(nowhere).candidates("me/x")
 

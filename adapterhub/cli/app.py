@@ -19,6 +19,7 @@ from adapterhub.cli import (
     doctor,
     keep,
     locked,
+    login,
     look,
     make,
     packages,
@@ -93,7 +94,7 @@ PANELS = {
         "compose": make.compose,
     },
     "Use them": {"run": run.run, "chat": run.chat, "eval": run.eval_, "explain": look.explain, "demo": run.demo},
-    "Share": {"push": share.push, "serve": share.serve},
+    "Share": {"push": share.push, "serve": share.serve, "login": login.login, "logout": login.logout},
     "Trust": {"sign": trust.sign, "bom": trust.bom, "scan": look.scan},
     "Look after the hub": {
         "verify": care.verify,
@@ -191,7 +192,7 @@ def execute(arguments: Sequence[str]) -> int:
             raise
         _drop_output()  # typer's answer to a broken pipe; its other exits come back as a status
         return 141
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # at a question, typer makes one of the other
         return 130
     except OSError as error:
         if error.errno not in REFUSALS:

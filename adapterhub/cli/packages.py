@@ -11,7 +11,7 @@ import typer
 
 import adapterhub
 from adapterhub.cli.output import Json, json_out, note, one_line, out, record, releases_out, size, table
-from adapterhub.cli.project import But, Newer, Offline, options
+from adapterhub.cli.project import But, MaxBytes, Newer, Offline, options
 from adapterhub.index import kind
 
 PAGE = 200
@@ -50,6 +50,7 @@ def install(
     offline: Offline = False,
     exclude_newer: Newer = None,
     but: But = None,
+    max_bytes: MaxBytes = None,
     as_json: Json = False,
 ) -> None:
     """Bring adapters, and what they need, into the hub, every byte checked.
@@ -60,13 +61,14 @@ def install(
     """
     from adapterhub.requirement import Requirement
     from adapterhub.resolve import Asked
+    from adapterhub.sources import names_a_place
     from adapterhub.sync import install
 
     hub = adapterhub.open()
-    how = options(offline=offline, exclude_newer=exclude_newer, but=but)
-    placed = [text for text in wanted if hub.names_a_place(text)]
+    how = options(offline=offline, exclude_newer=exclude_newer, but=but, max_bytes=max_bytes)
+    placed = [text for text in wanted if names_a_place(text)]
     asked = [Asked(Requirement.parse(text), "the command line") for text in wanted if text not in placed]
-    came = [release for text in placed for release in hub.install(text, offline=offline)]
+    came = [release for text in placed for release in hub.install(text, offline, how.max_bytes)]
     if asked:
         found, notes = install(hub, asked, how)
         came += found

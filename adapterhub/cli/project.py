@@ -27,6 +27,24 @@ But = Annotated[
     list[str] | None, typer.Option("--but", metavar="NAME", help="An exception to --exclude-newer; may be repeated.")
 ]
 
+MaxBytes = Annotated[
+    str | None,
+    typer.Option("--max-bytes", metavar="SIZE", help="Fetch nothing when more than 500MB, 2GB, ... would come."),
+]
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{u}{'I' * i}B": b**n for n, u in enumerate("KMGT", 1) for i, b in enumerate((1000, 1024))},
+}
+
+
+def bytes_of(text: str) -> int:
+    """500MB -> 500000000; 2GiB -> 2147483648. Raises UsageError."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([A-Za-z]{0,3})", text.strip())
+    if found is None or found[2].upper() not in _UNITS:
+        raise UsageError(f"{text!r} is no number of bytes", "write 500MB, 2GB or 1.5GiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
 
 def options(
     locked: bool = False,
@@ -34,6 +52,7 @@ def options(
     offline: bool = False,
     exclude_newer: str | None = None,
     but: Sequence[str] | None = None,
+    max_bytes: str | None = None,
 ) -> Options:
     """The options as `adapterhub.sync` takes them. Raises UsageError."""
     from adapterhub.sync import Options
@@ -44,7 +63,9 @@ def options(
         raise UsageError(f"{exclude_newer!r} is no date", "write 2026-11-01 or 2026-11-01T12:00:00Z (UTC)")
     if exclude_newer and len(exclude_newer) == 10:
         exclude_newer += "T23:59:59Z"
-    return Options(locked, frozen, offline, exclude_newer or "", tuple(but or ()))
+    return Options(
+        locked, frozen, offline, exclude_newer or "", tuple(but or ()), bytes_of(max_bytes) if max_bytes else None
+    )
 
 
 def add(
@@ -127,6 +148,7 @@ def sync(
     offline: Offline = False,
     exclude_newer: Newer = None,
     but: But = None,
+    max_bytes: MaxBytes = None,
     as_json: Json = False,
 ) -> None:
     """Bring into the hub exactly what the lock says, making it first if need be; every byte hashed.
@@ -137,7 +159,7 @@ def sync(
     """
     from adapterhub import project
 
-    _synced(project.find(), options(locked, frozen, offline, exclude_newer, but), None, as_json)
+    _synced(project.find(), options(locked, frozen, offline, exclude_newer, but, max_bytes), None, as_json)
 
 
 def update(

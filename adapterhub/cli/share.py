@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import adapterhub
-from adapterhub.cli.output import note, out
+from adapterhub.cli.output import note, one_line, out
 from adapterhub.errors import NotFound, PluginError, UsageError
+
+if TYPE_CHECKING:
+    from adapterhub.sources.registry import Registry
 
 
 def push(
@@ -23,7 +26,9 @@ def push(
 ) -> None:
     """Publish a release, with what it needs, where others install it from.
 
-    The Hub takes the token of `hf auth login` (or HF_TOKEN), a registry that in ADAPTERHUB_TOKEN.
+    The Hub takes the token of `hf auth login` (or HF_TOKEN), a registry that of `adapterhub login`, or ADAPTERHUB_TOKEN if
+    its address is typed here or stands in ADAPTERHUB_REGISTRY. Tags and yanks come along; a tag that means another
+    version there stays, and you are told.
 
     \b
     Example:
@@ -37,23 +42,30 @@ def push(
     else:
         from adapterhub.sources.registry_push import push as push_to_registry
 
-        release, new = push_to_registry(hub, ref, _address(hub, where))
+        lines: list[str] = []
+        release, new = push_to_registry(hub, ref, registry_at(where), lines.append)
+        for line in lines:
+            note(one_line(line))
     out(f"{release}  {release.digest}")
     note(f"{where}: {'published' if new else 'has it already'}")
 
 
-def _address(hub: adapterhub.Hub, where: str) -> str:
-    if where.startswith(("http://", "https://")):
-        return where
+def registry_at(where: str) -> Registry:
+    """The registry at an address that the user typed, or that a source's name stands for. Raises UsageError, NotFound."""
     from adapterhub import project
+    from adapterhub.sources import named
+    from adapterhub.sources.address import LOOKS, shown
     from adapterhub.sources.registry import Registry
     from adapterhub.sync import sources
 
-    folder = project.nearest()
-    source = sources(hub, folder, project.read(folder) if folder else None).get(where)
+    if LOOKS.match(where):
+        source = named(where)
+    else:
+        folder = project.nearest()
+        source = sources(adapterhub.open(), folder, project.read(folder) if folder else None).get(where)
     if not isinstance(source, Registry):
-        raise UsageError(f"{where} is no registry", "push takes hf:user/repo, an address, or a source with a url")
-    return source.http.url
+        raise UsageError(f"{shown(where)} is no registry", "give the address of one, or a source with a url")
+    return source
 
 
 def serve(

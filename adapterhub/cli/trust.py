@@ -200,6 +200,38 @@ def distrust(namespace: Namespace) -> None:
     out(namespace)
 
 
+@trust.command("forget")
+def forget(
+    where: Annotated[str, typer.Argument(metavar="SOURCE", help="A registry: a source's name, or its address.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Forget the serial number that was seen of a registry's lists, after the registry was restored from a backup.
+
+    Until then an older list than one that was seen is refused: somebody may show an old state again.
+
+    
+    Example:
+      adapterhub trust forget team
+    """
+    import sys
+
+    from adapterhub.cli.share import registry_at
+    from adapterhub.errors import NotFound, UsageError
+    from adapterhub.sources import serials
+
+    url = registry_at(where).http.url
+    seen = serials.remembered(url)
+    if not seen:
+        raise NotFound(f"no serial number of {url} was seen", "adapterhub lock sees one, where its table has a key")
+    if not yes:
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise UsageError(f"nobody is there to ask whether {url} may show older lists than number {seen}", "--yes")
+        if not typer.confirm(f"Take lists of {url} that are older than number {seen}?", err=True):
+            raise typer.Exit(1)
+    serials.forget(url)
+    out(url)
+
+
 def bom(
     expression: Annotated[str, typer.Argument(metavar="EXPRESSION", help="One adapter, or a composition of several.")],
     as_json: Json = False,

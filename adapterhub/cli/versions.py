@@ -11,6 +11,10 @@ from adapterhub.cli.output import Json, json_out, note, out, record, size, table
 from adapterhub.errors import UsageError
 
 Ref = Annotated[str, typer.Argument(metavar="REF", help="name, name@version or name@tag.")]
+At = Annotated[
+    str | None,
+    typer.Option("--at", metavar="SOURCE", help="Not here but at this registry: its address, or a source's name."),
+]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter's name.")]
 
 
@@ -23,6 +27,7 @@ def tag(
             metavar="X.Y.Z", help="Move it only if it means this version now; none: only if it means nothing."
         ),
     ] = None,
+    at: At = None,
 ) -> None:
     """Point a tag at a release, so that me/x@TAG names it.
 
@@ -33,7 +38,13 @@ def tag(
     from adapterhub.index import ANY
 
     expected = ANY if expect is None else None if expect == "none" else expect
-    out(adapterhub.open().tag(ref, name, expected))
+    if at is None:
+        return out(adapterhub.open().tag(ref, name, expected))
+    from adapterhub.cli.share import registry_at
+    from adapterhub.sources import registry_marks
+
+    found = registry_marks.tag(registry_at(at), ref, name, expected)
+    return out(f"{found.name}@{found.version}")
 
 
 def rollback(name: Name, tag: Annotated[str, typer.Argument(metavar="TAG", help="For example: stable.")]) -> None:
@@ -52,6 +63,7 @@ def rollback(name: Name, tag: Annotated[str, typer.Argument(metavar="TAG", help=
 def yank(
     ref: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="The version.")],
     reason: Annotated[str, typer.Option(help="Why nobody should choose it any more.")] = "",
+    at: At = None,
 ) -> None:
     """Take a version out of choice, with a reason. What is locked to it still installs, with a warning.
 
@@ -59,21 +71,29 @@ def yank(
     Example:
       adapterhub yank me/sentiment@0.1.0 --reason "labels were swapped"
     """
-    from adapterhub.versions import yank
-
-    out(f"{yank(adapterhub.open(), ref, reason)} is yanked")
+    out(f"{_yank(ref, reason, at)} is yanked")
 
 
-def unyank(ref: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="The version.")]) -> None:
+def unyank(ref: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="The version.")], at: At = None) -> None:
     """Take a yank back.
 
     \b
     Example:
       adapterhub unyank me/sentiment@0.1.0
     """
-    from adapterhub.versions import yank
+    out(f"{_yank(ref, None, at)} is no longer yanked")
 
-    out(f"{yank(adapterhub.open(), ref, None)} is no longer yanked")
+
+def _yank(ref: str, reason: str | None, at: str | None) -> str:
+    if at is None:
+        from adapterhub.versions import yank
+
+        return str(yank(adapterhub.open(), ref, reason))
+    from adapterhub.cli.share import registry_at
+    from adapterhub.sources import registry_marks
+
+    found = registry_marks.yank(registry_at(at), ref, reason)
+    return f"{found.name}@{found.version}"
 
 
 def log(name: Name, as_json: Json = False) -> None:

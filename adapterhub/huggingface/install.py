@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def install(hub: Packages, text: str, offline: bool = False) -> list[Release]:
+def install(hub: Packages, text: str, offline: bool = False, max_bytes: int | None = None) -> list[Release]:
     """Bring `user/repo` at a revision: a tag, branch or commit; without one its newest version, else the main branch.
 
     A repo of ours comes with its parents, itself first. A plain PEFT repo is imported as user/repo, held against the
     base that its config names. Raises what the parts of it raise."""
     name, _, revision = text.partition("@")
-    repo = Repo(name, offline)
+    repo = Repo(name, offline, max_bytes)
     commit = _commit(repo, revision)
     try:
         pushed = Pushed(repo, commit)
     except NotFound:
         return [_peft(hub, repo, commit)]
-    return hub.bring(pushed, [pushed.root])
+    return hub.bring(pushed, [pushed.root], max_bytes)
 
 
 def _commit(repo: Repo, revision: str) -> str:

@@ -16,6 +16,7 @@ from adapterhub.huggingface.transport import Repo
 from adapterhub.manifest import File, Manifest, Release, canonical, digest_of
 from adapterhub.progress import bar
 from adapterhub.sources import AGAIN, Candidate
+from adapterhub.sources.room import check_disk
 from adapterhub.store import Store
 
 
@@ -66,6 +67,7 @@ class Pushed:
             else:
                 blobs.add(file)
         lacking = [blob for blob in sorted(blobs, key=lambda b: b.digest) if store.fault(blob) is not None]
+        check_disk(store.root, sum(blob.size for blob in lacking))
         with bar(f"fetch {self.label}", sum(blob.size for blob in lacking)) as advance:
             for path in {path for blob in lacking for path, _, _ in self._pieces(blob)}:
                 self.repo.file(path, self.commit)  # once, before several ask for it
@@ -97,7 +99,7 @@ class Pushed:
         """A manifest by its digest; the first, which nobody has named yet, by what the Hub lists for it."""
         for again in (False, True):
             if digest is None:
-                data = self.repo.checked(path, self.commit).read_bytes()
+                data = self.repo.checked(path, self.commit, LARGEST).read_bytes()
             else:
                 data = self.repo.read(path, self.commit, LARGEST, again)
             if digest in (None, digest_of(data)):

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
+from adapterhub.sources.address import shown
+from adapterhub.sources.room import check_cap, check_disk
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 TAG = re.compile(r"v((?:0|[1-9]\d{0,8})\.(?:0|[1-9]\d{0,8})\.(?:0|[1-9]\d{0,8}))")
@@ -29,8 +32,9 @@ def check_repo(text: str) -> str:
 class Repo:
     """One repo of the Hub, with the token and cache that huggingface_hub uses."""
 
-    def __init__(self, name: str, offline: bool = False):
-        self.name, self.offline = check_repo(name), offline
+    def __init__(self, name: str, offline: bool = False, max_bytes: int | None = None):
+        """max_bytes: of a file that is downloaded."""
+        self.name, self.offline, self._most = check_repo(name), offline, max_bytes
         self._endpoint = os.environ.get("HF_ENDPOINT") or None
 
     def versions(self) -> dict[str, str]:
@@ -49,12 +53,23 @@ class Repo:
             raise NotFound(f"hf:{self.name} is empty", "push something first")
         return sha
 
-    def file(self, path: str, commit: str, again: bool = False) -> Path:
+    def file(self, path: str, commit: str, again: bool = False, most: int | None = None) -> Path:
         """A file of a commit, downloaded or from the cache; `again`: downloaded anew. Raises NotFound when there is none.
 
-        Its bytes are not checked: huggingface_hub does not, over plain HTTP."""
-        from huggingface_hub import hf_hub_download
+        most: bytes that it may have; IntegrityError for more. Its size, as the Hub lists it, is held against that and the
+        disk before it is downloaded. Its bytes are not checked: huggingface_hub does not, over plain HTTP."""
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
+        if not self.offline and (
+            again or not isinstance(try_to_load_from_cache(self.name, path, revision=commit), str)
+        ):
+            size = self._listed(path, commit).size
+            if most is not None and size > most:
+                raise IntegrityError(
+                    f"hf:{self.name}: {path} has more than {most} bytes", "it is not what it should be"
+                )
+            check_cap(size, self._most, f"hf:{self.name}: {path}")
+            check_disk(Path(constants.HF_HUB_CACHE), size)
         with self._told(f"{path} at {commit[:12]}"):
             found = hf_hub_download(
                 self.name,
@@ -68,28 +83,36 @@ class Repo:
 
     def read(self, path: str, commit: str, most: int, again: bool = False) -> bytes:
         """A small file of a commit."""
-        found = self.file(path, commit, again)
-        if found.stat().st_size > most:
+        found = self.file(path, commit, again, most)
+        with found.open("rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
             raise IntegrityError(f"hf:{self.name}: {path} has more than {most} bytes", "it is not what it should be")
-        return found.read_bytes()
+        return data
 
-    def checked(self, path: str, commit: str) -> Path:
+    def checked(self, path: str, commit: str, most: int | None = None) -> Path:
         """A file whose hash is what the Hub lists for it, for repos without our manifest. Downloaded once more if it is not.
 
-        Raises IntegrityError."""
+        most: bytes that it may have. Raises IntegrityError."""
         if self.offline:
             return self.file(path, commit)
-        with self._told(path):
-            listed = self._api().get_paths_info(self.name, [path], revision=commit)
-        if not listed:
-            raise NotFound(f"hf:{self.name} has no {path}", "look at the repo")
+        listed = self._listed(path, commit)
         for again in (False, True):
-            found = self.file(path, commit, again)
-            if _is_listed(found, listed[0]):
+            found = self.file(path, commit, again, most)
+            if _is_listed(found, listed):
                 return found
         raise IntegrityError(
             f"hf:{self.name}: {path} is not what the Hub lists", "it was changed on the way: try again later"
         )
+
+    def _listed(self, path: str, commit: str) -> RepoFile:
+        """What the Hub lists of a file: its size and its hash. Raises NotFound."""
+        with self._told(path):
+            listed = self._api().get_paths_info(self.name, [path], revision=commit)
+        file = next((one for one in listed if getattr(one, "size", None) is not None), None)
+        if file is None:
+            raise NotFound(f"hf:{self.name} has no {path}", "look at the repo")
+        return file
 
     def has(self, path: str, commit: str) -> bool:
         with self._told(path):
@@ -131,7 +154,9 @@ class Repo:
 
         place = f"hf:{self.name}" + (f" ({what})" if what else "")
         durable.announce("send", Path(self.name))
+        token = ""
         try:
+            token = "" if self.offline else _token()
             yield
         except errors.GatedRepoError:
             raise Unreachable(f"{place} is gated", "ask for access on its page, then: hf auth login") from None
@@ -151,18 +176,18 @@ class Repo:
                 412: "somebody pushed meanwhile: push again",
             }
             kind = HubError if code in (400, 409, 412) else Unreachable
-            raise kind(f"{place} answers {code}: {_line(error)}", hints.get(code, "try again later")) from None
+            raise kind(f"{place} answers {code}: {_line(error, token)}", hints.get(code, "try again later")) from None
         except HubError:
             raise
         except OSError as error:
             raise Unreachable(
-                f"{place}: {_line(error)}", "check the network and the cache's disk, then try again"
+                f"{place}: {_line(error, token)}", "check the network and the cache's disk, then try again"
             ) from None
         except Exception as error:  # httpx's errors, whichever of its versions the library uses
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "huggingface_hub"):
                 raise
             raise Unreachable(
-                f"{place} cannot be reached: {_line(error)}", "check the network, then try again"
+                f"{place} cannot be reached: {_line(error, token)}", "check the network, then try again"
             ) from None
 
 
@@ -176,5 +201,22 @@ def _is_listed(path: Path, listed: Any) -> bool:
         return hashlib.sha1(b"blob %d\0" % listed.size + file.read()).hexdigest() == listed.blob_id
 
 
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+def _token() -> str:
+    """The token that huggingface_hub sends. Raises UsageError, without it, for what no header can carry: the error of the
+    library that refuses it would hold it."""
+    from huggingface_hub import get_token
+
+    token = get_token() or ""
+    if not re.fullmatch(r"[\x21-\x7e]*", token):
+        raise UsageError(
+            "the token for the Hub holds a space, a control character or a letter beyond ASCII",
+            "set HF_TOKEN again, or: hf auth login",
+        )
+    return token
+
+
+def _line(error: Exception, token: str) -> str:
+    """An error in a line, without the token and without what may be secret in addresses."""
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = text.replace(token, "***") if token else text
+    return re.sub(r"https?://\S+", lambda found: shown(found[0]), text)[:300]

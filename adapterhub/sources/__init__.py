@@ -10,7 +10,8 @@ from adapterhub import durable
 from adapterhub.compose import check_expressions
 from adapterhub.errors import ManifestError, NotFound, UsageError
 from adapterhub.manifest import File, Reference, Release
-from adapterhub.sources.table import Table, resolved_path
+from adapterhub.sources.address import LOOKS, address, shown
+from adapterhub.sources.table import Table, own_insecure, resolved_path
 from adapterhub.store import DATABASE, Store
 
 if TYPE_CHECKING:
@@ -63,10 +64,10 @@ class Source(Protocol):
 
 def named(text: str, offline: bool = False) -> Source:
     """A source as a user writes it: http(s)://..., a bundle's folder, or the folder of a hub. Raises NotFound, UsageError."""
-    if text.startswith(("http://", "https://")):
+    if LOOKS.match(text):
         from adapterhub.sources.registry import Registry
 
-        return Registry(text, offline=offline)
+        return Registry(text, offline=offline, typed=True, insecure=own_insecure(address(text)))
     folder = durable.user_path(text)
     if (folder / DATABASE).is_file():
         from adapterhub.sources.disk import Disk
@@ -80,10 +81,10 @@ def named(text: str, offline: bool = False) -> Source:
         raise UsageError(f"{text} is a PEFT adapter, not a bundle", f"adapterhub import {text} --name NAME")
     if folder.is_dir():
         raise NotFound(
-            f"{text} holds neither {DATABASE} nor manifest.json",
+            f"{shown(text)} holds neither {DATABASE} nor manifest.json",
             "name a hub, or make a bundle: adapterhub export NAME --format bundle",
         )
-    raise NotFound(f"no folder {text}", "give a bundle's or a hub's folder, or the address of a registry")
+    raise NotFound(f"no folder {shown(text)}", "give a bundle's or a hub's folder, or the address of a registry")
 
 
 def open_table(name: str, table: Table, folder: Path, offline: bool = False) -> Source:
@@ -91,7 +92,7 @@ def open_table(name: str, table: Table, folder: Path, offline: bool = False) -> 
     if table.url:
         from adapterhub.sources.registry import Registry
 
-        return Registry(table.url, name=name, key=table.key, offline=offline)
+        return Registry(table.url, name=name, key=table.key, offline=offline, insecure=table.insecure)
     if table.hf:
         from adapterhub.huggingface.source import Owner
 
@@ -99,10 +100,25 @@ def open_table(name: str, table: Table, folder: Path, offline: bool = False) -> 
     return named(str(resolved_path(table.path, folder)))
 
 
+def names_a_place(text: str) -> bool:
+    """Whether a text that is to be installed says where to look, instead of a requirement of what our sources have."""
+    if "@sha256:" in text:
+        return False
+    place, colon, _ = text.rpartition(":")
+    folders = [durable.user_path(each) for each in (text, place) if each]
+    there = text.startswith("hf:") or bool(LOOKS.match(text)) or (bool(colon) and "/" in place)
+    return there or any(folder.is_dir() for folder in folders)
+
+
 def from_text(text: str) -> tuple[Source, Candidate]:
     """What a user names by its place: a bundle's folder, or HUB:name[@version], HUB a folder with a hub.db.
 
     Raises NotFound, UsageError."""
+    if LOOKS.match(text):
+        raise UsageError(
+            "an address is not installed from",
+            'name the registry in adapterhub.toml: [sources.NAME] with url = "...", then: adapterhub install NAME:acme/sql',
+        )
     folder = durable.user_path(text)
     if folder.is_dir():
         if (folder / DATABASE).is_file():
@@ -111,7 +127,7 @@ def from_text(text: str) -> tuple[Source, Candidate]:
         return bundle, bundle.root
     hub, colon, reference = text.rpartition(":")
     if not colon:
-        raise NotFound(f"no folder {text}", "install from a bundle's folder, or from a hub: HUB:name[@version]")
+        raise NotFound(f"no folder {shown(text)}", "install from a bundle's folder, or from a hub: HUB:name[@version]")
     from adapterhub.sources.disk import Disk
 
     disk = Disk(durable.user_path(hub))

@@ -20,6 +20,7 @@ from adapterhub.manifest import File, Manifest, Release, canonical, digest_of
 from adapterhub.packages import Packages
 from adapterhub.progress import bar
 from adapterhub.sources import AGAIN, Candidate, closure
+from adapterhub.sources.room import check_disk
 from adapterhub.store import Store
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
@@ -68,6 +69,7 @@ class Bundle:
         for file in files:
             blobs.add(file if not file.parts else self._listed(file, store, blobs))
         paths = {blob: self._file(f"blobs/{_hex(blob.digest)}") for blob in blobs}
+        check_disk(store.root, sum(blob.size for blob in paths if store.fault(blob, hashing=False) is not None))
         with bar(f"install from {self.label}", sum(blob.size for blob in paths)) as advance:
 
             def take(blob: File, folders: set[Path]) -> None:

@@ -3,8 +3,6 @@ transfer that broke goes on where it stopped."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
@@ -13,14 +11,18 @@ from urllib.parse import quote
 
 from packaging.version import Version
 
-from adapterhub import durable, parts, settings
+from adapterhub import parts
 from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
 from adapterhub.incoming import Incoming
-from adapterhub.manifest import File, Manifest, Release, canonical, check_digest, check_version, digest_of
+from adapterhub.manifest import File, Manifest, Release, check_digest, check_version, digest_of
 from adapterhub.progress import bar
 from adapterhub.sources import AGAIN, Candidate
+from adapterhub.sources.address import address
 from adapterhub.sources.http import Http
+from adapterhub.sources.room import check_disk
+from adapterhub.sources.serials import check_no_older
+from adapterhub.sources.tokens import token_for
 from adapterhub.store import Store, each
 
 LARGEST = 32 << 20
@@ -33,8 +35,19 @@ class Registry:
     """The registry at an address. With `key`, its lists must be signed by it, be no older than one that was seen before,
     and not have expired."""
 
-    def __init__(self, url: str, name: str = "", key: str = "", offline: bool = False):
-        self.http = Http(url, os.environ.get("ADAPTERHUB_TOKEN", ""), offline)
+    def __init__(
+        self,
+        url: str,
+        name: str = "",
+        key: str = "",
+        offline: bool = False,
+        typed: bool = False,
+        insecure: bool = False,
+    ):
+        """typed: the user wrote the address in this very call, so that ADAPTERHUB_TOKEN is meant for it. insecure: its table
+        allows plain HTTP. Raises UsageError."""
+        there = address(url)
+        self.http = Http(there, token_for(there, typed), offline, insecure)
         self.label = name or self.http.url
         self._key = key
 
@@ -78,14 +91,17 @@ class Registry:
             else:
                 blobs[file.digest] = file
         lacking = [blob for blob, fault in zip(blobs.values(), each(store.fault, blobs.values()), strict=True) if fault]
+        check_disk(store.root, sum(blob.size for blob in lacking))
         with bar(f"fetch from {self.label}", sum(blob.size for blob in lacking)) as advance:
             each(lambda blob: self._blob(blob, store, advance), lacking)
 
     def signatures(self, digest: str) -> list[bytes]:
+        from adapterhub.trust.envelopes import listed
+
+        data = self.http.read(f"/v1/signatures/{check_digest(digest)}", LARGEST, cut=True)
         try:
-            found = read_json(self._bytes(f"/v1/signatures/{check_digest(digest)}"))
-            return [canonical(envelope) for envelope in found if isinstance(envelope, dict)]
-        except (ValueError, TypeError, RecursionError):
+            return list(listed(data))
+        except ValueError:
             raise IntegrityError(f"{self.label} gives no signatures for {digest}", AGAIN) from None
 
     # --- inside ------------------------------------------------------------------------------------------------
@@ -98,9 +114,9 @@ class Registry:
         try:
             return store.read(File(digest=file.digest, size=0))
         except IntegrityError:
-            data = self._bytes(f"/v1/blobs/{file.digest}")
+            data = self.http.read(f"/v1/blobs/{file.digest}", parts.LARGEST_LIST)
             if digest_of(data) != file.digest:
-                data = self._bytes(f"/v1/blobs/{file.digest}")
+                data = self.http.read(f"/v1/blobs/{file.digest}", parts.LARGEST_LIST)
             store.take(File(digest=file.digest, size=len(data)), [data], self.label)
             return data
 
@@ -179,7 +195,7 @@ class Registry:
             )
         if type(serial) is not int:
             raise IntegrityError(f"{self.label}: its list has no serial number", AGAIN)
-        _no_older(self.http.url, serial, self.label)
+        check_no_older(self.http.url, serial, self.label)
         return found
 
 
@@ -187,21 +203,3 @@ def _counted(chunks: Iterator[bytes], advance: Callable[[int], None]) -> Iterato
     for chunk in chunks:
         yield chunk
         advance(len(chunk))
-
-
-def _no_older(url: str, serial: int, label: str) -> None:
-    """Remember the highest serial number of each registry. Raises IntegrityError for a lower one."""
-    path = settings.config_folder() / "serials" / hashlib.sha256(url.encode()).hexdigest()[:32]
-    durable.make_folder(path.parent)
-    with durable.lock(path.with_suffix(".lock")):
-        try:
-            seen = int(path.read_text())
-        except (OSError, ValueError):
-            seen = 0
-        if serial < seen:
-            raise IntegrityError(
-                f"{label}: its list has the serial number {serial}, and {seen} was seen before",
-                "somebody shows you an old state of it: ask who runs it",
-            )
-        if serial > seen:
-            durable.write_bytes(path, str(serial).encode())

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from adapterhub import durable
+from adapterhub import durable, settings
 from adapterhub.errors import NotFound, UsageError
 from adapterhub.manifest import PART
 from adapterhub.requirement import SOURCE
+from adapterhub.sources.address import LOOKS, Address, address, shown
 
 if TYPE_CHECKING:
     from adapterhub.packages import Packages
@@ -35,9 +36,11 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """acme/... is looked for here and nowhere else."""
     key: str = ""
     """The public key that signs a registry's lists."""
+    insecure: bool = False
+    """Its url may be plain HTTP, which others on the way can read and change."""
 
 
-def check_tables(tables: Mapping[str, Table], where: Path) -> None:
+def check_tables(tables: Mapping[str, Table], where: Path | str) -> None:
     """Raise UsageError for a table that does not say one thing."""
     owners: dict[str, str] = {}
     for name, table in tables.items():
@@ -47,6 +50,12 @@ def check_tables(tables: Mapping[str, Table], where: Path) -> None:
             )
         if sum(map(bool, (table.url, table.path, table.hf))) != 1:
             raise UsageError(f"{where}: [sources.{name}] needs one of url, path and hf", 'for example path = "../team"')
+        if table.url:
+            address(table.url, f"{where}: [sources.{name}]")
+        if LOOKS.match(table.path):
+            raise UsageError(f"{where}: [sources.{name}] has an address as its path", "write url = ... instead")
+        if table.hf and not re.fullmatch(r"[\w-][\w.-]*", table.hf, re.ASCII):
+            raise UsageError(f"{where}: [sources.{name}] has no owner on the Hub as hf", 'for example hf = "acme"')
         for namespace in table.namespaces:
             if not re.fullmatch(PART, namespace):
                 raise UsageError(
@@ -56,6 +65,20 @@ def check_tables(tables: Mapping[str, Table], where: Path) -> None:
                 raise UsageError(
                     f"{where}: {namespace} is bound to {owners[namespace]} and to {name}", "bind it to one"
                 )
+
+
+def own_tables() -> dict[str, Table]:
+    """The [sources] of the user's config.toml. Raises UsageError."""
+    own = settings.load().sources
+    mine = {name: settings.converted(table, Table, f"[sources.{name}]") for name, table in own.items()}
+    check_tables(mine, settings.config_file())
+    return mine
+
+
+def own_insecure(there: Address) -> bool:
+    """Whether the user's own config.toml, not a project's file, allows plain HTTP to this origin."""
+    own = own_tables().values() if not there.private else ()
+    return any(table.insecure and table.url and address(table.url).origin == there.origin for table in own)
 
 
 class Sources:
@@ -104,7 +127,7 @@ class Sources:
 
             return Disk(self._hub)
         if name not in self._tables:
-            raise NotFound(f"there is no source named {name!r}", f"there are {', '.join(self.names())}")
+            raise NotFound(f"there is no source named {shown(name)!r}", f"there are {', '.join(self.names())}")
         table, folder = self._tables[name]
         return open_table(name, table, folder, self.offline)
 

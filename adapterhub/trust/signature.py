@@ -58,7 +58,7 @@ def proven(envelope: bytes, kind: str, known: Iterable[PublicKey] = ()) -> tuple
 
     Raises IntegrityError for what is no envelope of this kind, and when no signature holds."""
     payload, _ = opened(envelope, kind, ())
-    found = json.loads(envelope)
+    found = read_json(envelope)
     message, keys = _encoded(kind, base64.b64decode(found["payload"])), {key.id: key for key in known}
     holding = []
     for each in found["signatures"]:
@@ -75,7 +75,7 @@ def proven(envelope: bytes, kind: str, known: Iterable[PublicKey] = ()) -> tuple
 
 def with_keys(envelope: bytes, keys: Iterable[PublicKey]) -> dict[str, Any]:
     """The envelope as JSON, with the public keys that its signatures do not carry and that are among these."""
-    found, known = json.loads(envelope), {key.id: key.text for key in keys}
+    found, known = read_json(envelope), {key.id: key.text for key in keys}
     for each in found.get("signatures", ()):
         if isinstance(each, dict) and each.get("keyid") in known:
             each.setdefault("public", known[each["keyid"]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
@@ -13,6 +12,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
+from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, IntegrityError
 from adapterhub.incoming import Incoming
 from adapterhub.manifest import File, check_digest
@@ -42,7 +42,7 @@ def add_uploads(app: FastAPI, hub: Packages, access: Access) -> None:
     @app.post("/v1/missing")
     async def missing(request: Request, account: Account = writer) -> dict[str, Any]:
         try:
-            asked = [_blob(digest, size) for digest, size in json.loads(await body(request, 16 << 20))]
+            asked = [_blob(digest, size) for digest, size in read_json(await body(request, 16 << 20))]
         except (ValueError, TypeError, RecursionError):
             raise HTTPException(400, "the body is a list of [digest, size]") from None
         if len(asked) > LARGEST_ASK:
@@ -59,7 +59,7 @@ def add_uploads(app: FastAPI, hub: Packages, access: Access) -> None:
     @app.post("/v1/uploads/{digest}")
     async def upload(digest: str, request: Request, account: Account = writer) -> dict[str, Any]:
         try:
-            wanted = _blob(digest, json.loads(await body(request, 1000))["size"])
+            wanted = _blob(digest, read_json(await body(request, 1000))["size"])
         except (ValueError, TypeError, KeyError, RecursionError):
             raise HTTPException(400, 'the body is {"size": bytes}') from None
 

@@ -6,6 +6,7 @@ Names that need torch are loaded when first touched, so that `import adapterhub`
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from adapterhub import platforms  # noqa: F401  (first: it refuses a system that lacks what the rest needs)
 from adapterhub.errors import HubError
 from adapterhub.hub import Hub, open
 

@@ -21,6 +21,7 @@ from queue import Empty, Queue
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
+from adapterhub import platforms
 from adapterhub.claims import plain
 from adapterhub.errors import DataError
 
@@ -153,12 +154,12 @@ def _serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever waits
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _limit_memory()
+    platforms.limit_memory(MEMORY)
     answers.write(b"ready\n")
     answers.flush()
     template = ""
     for line in sys.stdin.buffer:
-        _limit_computing()
+        platforms.limit_computing(2 * SECONDS)  # so that a loop ends also where whoever waits for it was killed
         try:
             given, conversations, special = json.loads(line)
             template, texts, most = template if given is None else given, [], TEXT + TIMES * len(line)
@@ -174,28 +175,6 @@ def _serve() -> None:
             answer = json.dumps([None, (str(error) or type(error).__name__)[:2000]])
         answers.write(answer.encode() + b"\n")
         answers.flush()
-
-
-def _limit_memory() -> None:
-    with suppress(Exception):  # a system that does not know these limits; then the time alone is one
-        import resource
-
-        with open("/proc/self/statm") as file:
-            taken = int(file.read().split()[0]) * resource.getpagesize()
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        most = taken + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
-
-
-def _limit_computing() -> None:
-    """So that a loop ends also where whoever waits for it was killed."""
-    with suppress(Exception):
-        import resource
-        import time
-
-        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        most = int(time.process_time()) + 2 * SECONDS
-        resource.setrlimit(resource.RLIMIT_CPU, (most if hard < 0 else min(most, hard), hard))
 
 
 if __name__ == "__main__":

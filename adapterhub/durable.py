@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from adapterhub import platforms
 from adapterhub.errors import DiskFull, HubError, NameInUse, NotFound
 from adapterhub.locks import lock
 
@@ -50,7 +51,7 @@ def write(path: Path, chunks: Iterable[bytes], size: int, unsynced: set[Path] | 
                 for chunk in chunks:
                     _write(handle, temporary, chunk)
                 announce("fsync", temporary)
-                os.fsync(handle)
+                platforms.sync(handle)
             finally:
                 os.close(handle)
             _rename(temporary, path)
@@ -94,7 +95,7 @@ def link(path: Path, source: Path, unsynced: set[Path] | None = None) -> bool:
 
     Raises FileExistsError for a name that is taken."""
     state = source.lstat()
-    if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & 0o022:
+    if not stat.S_ISREG(state.st_mode) or not platforms.is_mine(state) or state.st_mode & 0o022:
         return False  # somebody else could write to it later, or it is a link to what may change
     with _told(path, 0):
         make_folder(path.parent, unsynced)
@@ -130,7 +131,7 @@ def sync(folders: Iterable[Path]) -> None:
 
 def open_plain(path: Path) -> BinaryIO:
     """Open a file to be read. Raises OSError, without waiting, for a pipe, a device or whatever else has no size."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    handle = os.open(path, platforms.READ)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "not a plain file", str(path))
@@ -266,7 +267,7 @@ def _sync(path: Path) -> None:
     announce("fsync", path)
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        platforms.sync(handle)
     finally:
         os.close(handle)
 

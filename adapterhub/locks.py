@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from adapterhub import platforms
 from adapterhub.errors import HubError
 
 PATIENCE = 1.0
@@ -40,19 +40,18 @@ def lock(path: Path, shared: bool = False, wait: bool = True, create: bool = Tru
         yield True
         return
     try:
-        yield _take(handle, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
+        yield _take(handle, path, shared, wait)
     finally:
         os.close(handle)
 
 
-def _take(handle: int, path: Path, how: int, wait: bool) -> bool:
+def _take(handle: int, path: Path, shared: bool, wait: bool) -> bool:
     try:
-        with suppress(BlockingIOError):
-            fcntl.flock(handle, how | fcntl.LOCK_NB)
+        if platforms.flock(handle, shared, wait=False):
             return True
         if wait:
             with _telling(path):
-                fcntl.flock(handle, how)  # Ctrl-C ends it
+                platforms.flock(handle, shared, wait=True)  # Ctrl-C ends it
         return wait
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -80,31 +79,17 @@ def _telling(path: Path) -> Iterator[None]:
 
 
 def _held_by(path: Path) -> str:
-    found = [f"{pid} ({command})" if (command := _command(pid)) else str(pid) for pid in holders(path)]
+    found = [f"{pid} ({command})" if (command := _command(pid)) else str(pid) for pid in platforms.lock_holders(path)]
     if not found:
         return "another program holds"
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return f"process {', '.join(found[:3])}{more} {'holds' if len(found) == 1 else 'hold'}"
 
 
-def holders(path: Path) -> list[int]:
-    """The processes that the kernel says hold a lock on a file; [] where it does not say (only Linux does)."""
-    try:
-        state = path.stat()
-        lines = Path("/proc/locks").read_text().splitlines()
-    except OSError:
-        return []
-    place = f"{os.major(state.st_dev):02x}:{os.minor(state.st_dev):02x}:{state.st_ino}"
-    fields = [line.split() for line in lines]
-    return sorted({int(f[4]) for f in fields if len(f) > 5 and f[1] == "FLOCK" and f[5] == place and f[4].isdigit()})
-
-
 def _command(pid: int) -> str:
     """Which command of ours a process runs, or which program it is: no argument of it, which could be a secret."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = file.read(4096).decode(errors="replace").split("\0")
-    except OSError:
+    words = platforms.command_line(pid)
+    if not words:
         return ""
     for place, word in enumerate(words[:4]):
         if Path(word).name == "adapterhub" or (word == "adapterhub" and words[place - 1] == "-m"):
@@ -117,11 +102,11 @@ def _command(pid: int) -> str:
 def _open(path: Path, shared: bool, create: bool) -> int | None:
     try:
         if create:
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o664)
+            return os.open(path, os.O_RDWR | os.O_CREAT | platforms.NO_LINK, 0o664)
     except OSError as error:
         if not shared or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
     try:
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(path, platforms.READ | platforms.NO_LINK)
     except OSError:
         return None

@@ -126,7 +126,7 @@ def test_B12_a_file_system_without_locks_is_refused_and_doctor_says_so(hub, monk
     def refuse(handle, how):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    monkeypatch.setattr(locks.platforms.fcntl, "flock", refuse)
     before = [path for path in hub.root.rglob("*")]
     for write in (lambda: publish(hub, "me/y"), lambda: hub.remove("me/x"), hub.verify):
         with pytest.raises(HubError, match="has no locks") as caught:

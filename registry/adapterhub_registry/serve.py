@@ -19,6 +19,8 @@ STALLED = 30.0
 SENDING = 512 << 10
 """...the bytes that the system keeps for each connection. Without a bound they grow to megabytes, and a slow reader, who takes
 long for a third of them, looks like one who never reads."""
+RECEIVING = 64 << 10
+"""Bytes that asyncio takes from a connection at once; its default of four times that counts when hundreds send."""
 GRACE = 8
 """Seconds that open requests get when the server stops."""
 
@@ -37,6 +39,7 @@ def deadlines(clients: Clients) -> type[H11Protocol]:
             super().connection_made(transport)
             if (connected := transport.get_extra_info("socket")) is not None:
                 connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENDING)
+            transport.max_size = RECEIVING
             self._address = (transport.get_extra_info("peername") or ("",))[0]
             if refusal := clients.enter(self._address):
                 transport.write(refusal)

@@ -32,7 +32,8 @@ with Steps() as steps:
     crashed.COMMANDS[name](folder)
 print(json.dumps([step for step, *_ in steps.trace]))
 """
-NAMES = [name for name in COMMANDS if name != "init"]
+NAMES = [name for name in COMMANDS if name not in ("init", "rebuild", "backup")]
+"""The last two move and remove whole databases: such calls cannot be told from the database's own."""
 
 
 @pytest.fixture(scope="module")

@@ -35,12 +35,12 @@ BLOBS = 1_000_000
 
 def kills(scale: float = 1.0) -> dict[str, object]:
     """SIGKILL at steps spread over ten commands: the state is the old or the new one, all is sound, and the next run works."""
-    from crashed import make_before
+    from crashed import make_wide
 
     each = max(1, round(KILLS * scale / len(KILLED)))
     done, bad = 0, []
     with _room() as room:
-        before = make_before(room / "before")
+        before = make_wide(room / "before")
         for name in KILLED:
             tried, wrong = _push_killed(before, room, each) if name == "push" else _killed(name, before, room, each)
             done, bad = done + tried, bad + wrong

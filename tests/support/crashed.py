@@ -49,6 +49,18 @@ def make_before(folder):
     publish(other, "me/child", large(2), [parent])
     other.export_bundle("me/child", folder / "bundle")
     first_schema(folder / "fresh")
+    return folder
+
+
+WIDE = ("sync", "repair", "rebuild", "backup", "restore")
+"""Commands that need what `make_wide` adds."""
+
+
+def make_wide(folder):
+    """That, and a hub whose index is damaged, one whose blobs are, a backup, and a project."""
+    make_before(folder)
+    other = adapterhub.open(folder / "other")
+    parent = other.resolve("me/parent")
     shutil.copytree(folder / "other", folder / "lost")
     (folder / "lost" / "hub.db").write_bytes(b"no database" * 100)
     shutil.copytree(folder / "other", folder / "torn")

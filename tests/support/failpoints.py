@@ -124,7 +124,7 @@ def state(folder):
     """What anyone can see of every hub in the folder and of an exported bundle; every hub is sound."""
     seen = {}
     for name in ("hub", "fresh", "registry", "lost", "restored"):
-        if name == "lost" and is_lost(folder / name):
+        if name == "lost" and (folder / name).exists() and is_lost(folder / name):
             continue
         if hub_in(folder / name):
             hub = adapterhub.open(folder / name)

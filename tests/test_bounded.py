@@ -203,3 +203,18 @@ def test_an_older_manifest_of_our_own_verbs_still_reads(plain):
     }
     data = msgspec.structs.replace(plain, recipe=recipe, metrics=metrics).encode()
     assert Release(Manifest.decode(data), digest_of(data)).manifest.recipe == recipe
+
+
+def test_what_a_list_says_of_a_release_is_checked_at_once():
+    for good in (("", None, ()), ("2026-11-30T10:00:00+00:00", "broken", ["stable"])):
+        claims.check_listed(*good)
+    for bad in (
+        ("soon", None, ()),
+        ("", "\x1b[2J", ()),
+        ("", 5, ()),
+        ("", None, "stable"),
+        ("", None, ["a\nb"]),
+        (None, None, ()),
+    ):
+        with pytest.raises(ValueError):
+            claims.check_listed(*bad)

@@ -129,3 +129,16 @@ def plain(text: object, length: int = 300) -> str:
     words = " ".join(str(text)[: 2 * length].split())
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in words)
     return escaped if len(escaped) <= length else escaped[:length] + "..."
+
+
+def check_listed(created: object, yanked: object, tags: object) -> None:
+    """Raise ValueError for what no list of releases says of one: when it came (a date, or "" where it is not known), why it should no
+    longer be chosen (a short text, or None), and its tags."""
+    if created != "":
+        date(created, "the date of a release")
+    if yanked is not None:
+        line(yanked, "the reason of a yank")
+    if not isinstance(tags, list | tuple) or len(tags) > 1000:
+        raise ValueError("its tags are no short list")
+    for tag in tags:
+        line(tag, "a tag")

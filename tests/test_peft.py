@@ -327,8 +327,8 @@ def test_D5_hostile_configs_are_refused_at_once(text, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"target_modules": r"(([a-z._0-9]+)+)+!"},
-        {"rank_pattern": {r"((\w|\.)+)+!": 4}},
+        {"target_modules": r"(([a-z._0-9])+.)+[A-Z]([a-z])+|([a-z._0-9]|[a-z._0-9]{2})+[A-Z]?!?[^a-z]"},
+        {"rank_pattern": {r"([a-z._0-9]|[a-z._0-9]{2})+[A-Z]?!?[^a-z]": 4}},
         {"alpha_pattern": {"(": 4}},
         {"exclude_modules": "("},
         {"layers_to_transform": [0], "layers_pattern": ["("]},

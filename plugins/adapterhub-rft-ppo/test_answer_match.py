@@ -47,11 +47,11 @@ def test_a_pattern_finds_its_last_match_on_any_line():
     assert found.verify("", "#### 4", "so 4").reward == 0
 
 
-@pytest.mark.parametrize("pattern", [r"(?P<answer>(a+)+)$", r"(?P<answer>(\w|\w\w)*)!"])
+@pytest.mark.parametrize("pattern", [r"(?P<answer>(a|aa)+)$", r"(?P<answer>(aa|a)+)$"])
 def test_a_pattern_that_takes_too_long_is_no_answer_and_soon(pattern):
     began = time.monotonic()
     found = verifier(pattern=pattern).verify("", "a", "a" * 60 + "b")
-    assert found.reward == 0 and "more than 1 s" in found.message and "\n" not in found.message
+    assert found.reward == 0 and "more than 2 s" in found.message and "\n" not in found.message
     assert time.monotonic() - began < 10
 
 

@@ -87,9 +87,11 @@ def says(status, body=b"", **headers):
     return answer
 
 
-def endless(status):
+def endless(status, **headers):
     def answer(handler):
         handler.send_response(status)
+        for key, value in headers.items():
+            handler.send_header(key, value)
         handler.end_headers()
         while True:
             handler.wfile.write(b"x" * (1 << 20))
@@ -315,6 +317,10 @@ def test_answers_without_end_are_cut_off(hub, monkeypatch, quick):
             Http(url, TOKEN).read("/x", 10)
         with pytest.raises(NotFound), Http(url, TOKEN).stream("/x"):
             pass
+    with answering(endless(302, location="/x")) as (url, seen):
+        with pytest.raises(Unreachable, match="5 redirects"):
+            Http(url, TOKEN).read("/x", 10)
+        assert len(seen) == 6
     with answering(endless(200)) as (url, _):
         with pytest.raises(IntegrityError, match="more than"):
             Http(url, TOKEN).request("POST", "/x")

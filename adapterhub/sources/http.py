@@ -18,6 +18,8 @@ from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, U
 from adapterhub.sources.address import Address, address
 
 TRIES = 5
+HOPS = 5
+"""Redirects that are followed."""
 PATIENCE = 60.0
 """Seconds that we wait in all between tries; longer is somebody else's decision."""
 LONGEST = 300.0
@@ -69,8 +71,6 @@ class Http:
             self._client = httpx.Client(
                 base_url=self.url,
                 headers={"user-agent": "adapterhub", "accept-encoding": "identity"},
-                follow_redirects=True,
-                max_redirects=5,
                 timeout=httpx.Timeout(30, connect=10),
                 event_hooks={"request": [self._leave]},
                 mounts={self.origin: None} if self.address.loopback else None,  # no proxy between us and us
@@ -87,7 +87,7 @@ class Http:
         cut: give the first `most` bytes instead."""
 
         def once() -> bytes:
-            with self._client.stream("GET", path) as answer:
+            with self._got(path) as answer:
                 self._check(answer, ())
                 data, whole = _body(answer, most)
             if not whole and not cut:
@@ -103,7 +103,7 @@ class Http:
         accept: status codes besides 2xx that the caller understands. Raises NotFound for 404, Unreachable, HubError."""
 
         def once() -> Answer:
-            with self._client.stream(method, path, follow_redirects=False, **more) as answer:
+            with self._client.stream(method, path, **more) as answer:
                 self._check(answer, accept)
                 data, whole = _body(answer, LARGEST_ANSWER)
             if not whole:
@@ -118,12 +118,26 @@ class Http:
         self._online()
         durable.announce("send", Path(path))
         try:
-            with self._client.stream("GET", path, headers=headers) as answer:
+            with self._got(path, headers) as answer:
                 if answer.status_code not in (200, 206, 416):
                     self._check(answer, ())
                 yield answer
         except (_Busy, *_ERRORS) as error:
             raise self._away(error) from None
+
+    @contextmanager
+    def _got(self, path: str, headers: Mapping[str, str] | None = None) -> Iterator[httpx.Response]:
+        """The answer to a GET, where redirects lead; httpx would read the body of each whole."""
+        request = self._client.build_request("GET", path, headers=headers)
+        for _ in range(HOPS + 1):
+            answer = self._client.send(request, stream=True)
+            try:
+                if answer.next_request is None:
+                    return (yield answer)
+            finally:
+                answer.close()
+            request = answer.next_request
+        raise Unreachable(f"{self.url} answers with more than {HOPS} redirects", "ask who runs it")
 
     def told(self, content: bytes) -> str:
         """What the server says is wrong, in a line; it may repeat what we sent, and must not have us print that."""
@@ -148,7 +162,7 @@ class Http:
                 pause = error.after if isinstance(error, _Busy) else 0.0
                 pause = max(pause, 0.2 * 2 ** (TRIES - 1 - left)) * random.uniform(1, 1.25)
                 waited += pause
-                hopeless = isinstance(error, httpx.TooManyRedirects | httpx.UnsupportedProtocol | httpx.InvalidURL)
+                hopeless = isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL)
                 if not left or waited > PATIENCE or hopeless:
                     raise self._away(error) from None
                 time.sleep(pause)

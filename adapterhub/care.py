@@ -131,7 +131,8 @@ def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AG
                     durable.remove(stray.path, unsynced)
             durable.sync(unsynced)
             hub.index.remember(ROOTS, count)
-            hub.index.lease((), 0)  # those that ended
+            if ended := hub.index.leased(0) - hub.index.leased(time.time()):
+                hub.index.lease(ended, 0)
     return found
 
 

@@ -118,21 +118,8 @@ def test_D9_the_estimate_is_that_of_the_whole_weights(tiny_folder):
         assert found == pytest.approx(exact, rel=0.25)
 
 
-def test_D10_adapters_bring_no_template_and_the_bases_is_rendered_in_a_sandbox(tmp_path, tiny_folder, hub):
-    """What a manifest or a PEFT folder says of templates is never rendered; a base's that reaches for Python is refused."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    for template in (
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{% for i in range(1000000000) %}x{% endfor %}",
-    ):
-        tokenizer.chat_template = template
-        begin = time.monotonic()
-        with pytest.raises(Exception, match=r"unsafe|security|Range|range|access"):
-            tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
-        assert time.monotonic() - begin < 5
+def test_D10_an_adapter_brings_no_template(tmp_path, tiny_folder, hub):
+    """What a PEFT folder says of templates is never rendered (a base's is, in bounds: test_chat_template)."""
     folder = lora(tmp_path / "lora", tiny_folder, 0.05)
     (folder / "chat_template.jinja").write_text("{{ 1/0 }}")
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ 1/0 }}"}')

@@ -76,7 +76,7 @@ MAY = {
     "settings": "bounded durable errors",
     "folders": "durable errors settings",
     "trust": "bounded compose durable errors expression index manifest packages settings store trust",
-    "sources": "bounded compose durable errors huggingface hub incoming index manifest packages parts progress requirement settings store sources trust versions",
+    "sources": "bounded claims compose durable errors huggingface hub incoming index manifest packages parts progress requirement settings store sources trust versions",
     "weights": "errors",
     "sites": "errors weights",
     "magnitude": "",

@@ -39,7 +39,8 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def hub(made, tmp_path):
+def hub(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAPTERHUB_HOME", str(tmp_path / "hub"))
     return adapterhub.open(shutil.copytree(made, tmp_path / "hub"))
 
 

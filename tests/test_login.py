@@ -30,6 +30,7 @@ ELSEWHERE = "http://adapters.example"
 def hub(tmp_path, monkeypatch):
     hub = adapterhub.open(tmp_path / "mine", create=True)
     monkeypatch.chdir(hub.root)
+    monkeypatch.setenv("ADAPTERHUB_HOME", str(hub.root))  # the tests write config.toml anew, which lists one's hubs
     monkeypatch.delenv("ADAPTERHUB_TOKEN", raising=False)
     monkeypatch.delenv("ADAPTERHUB_REGISTRY", raising=False)
     return hub
@@ -61,7 +62,8 @@ def config(text):
 
 
 def test_a_token_is_kept_where_only_its_owner_reads(hub, typed, capsys):
-    settings.config_folder().mkdir(mode=0o755)
+    settings.config_folder().mkdir(exist_ok=True)
+    settings.config_folder().chmod(0o755)
     before = os.umask(0)
     try:
         typed(f"{TOKEN}\n")
@@ -146,7 +148,7 @@ def test_files_that_are_no_text_or_have_no_end(hub, typed, capsys):
 @pytest.mark.parametrize("content", ["{", f'["{TOKEN}"]', f'{{"https://a.example": ["{TOKEN}"]}}', "[" * 100_000,
                                      f'{{"https://a.example": "{TOKEN}\\n"}}'])  # fmt: skip
 def test_a_damaged_file_is_named_and_not_repeated(hub, content, capsys):
-    settings.config_folder().mkdir(parents=True)
+    settings.config_folder().mkdir(parents=True, exist_ok=True)
     tokens.path().write_text(content)
     assert execute(["login", "--list"]) == 2
     told = capsys.readouterr()

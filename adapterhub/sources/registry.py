@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from adapterhub import parts
 from adapterhub.bounded import read_json
+from adapterhub.claims import check_listed
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
 from adapterhub.incoming import Incoming
 from adapterhub.manifest import File, Manifest, Release, check_digest, check_version, digest_of
@@ -62,6 +63,7 @@ class Registry:
             for one in listed:
                 check_digest(one.digest)
                 check_version(one.version)
+                check_listed(one.created, one.yanked, one.tags)
             return sorted(listed, key=lambda one: Version(one.version), reverse=True)
         except (KeyError, TypeError, AttributeError, ValueError, HubError) as error:
             raise IntegrityError(

@@ -43,9 +43,10 @@ class Database:
     IntegrityError for that, HubError for a file that is no such database, or a newer one."""
 
     def __init__(self, path: Path, create: bool = False, url: str | None = None, foreign: bool = False):
+        path = Path(path)
         if url is None and not create and not path.is_file():
-            raise IntegrityError(f"{path} is lost: there are blobs, and nothing lists them", LOST)
-        self._engine = Engine(Path(path), create, url, foreign)
+            raise IntegrityError(f"{path} is lost: nothing lists the blobs beside it", LOST)
+        self._engine = Engine(path, create, url, foreign)
         self.path = self._engine.path
         self.accounts = Accounts(self._engine)
         version = self._version()

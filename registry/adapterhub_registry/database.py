@@ -247,9 +247,16 @@ class Database:
             seals.set_on(connection, ())
 
     def lease(self, digests: Iterable[str], until: float) -> None:
-        rows.lease(self._engine.write, digests, until, time.time())
+        wanted, now = sorted(set(digests)), time.time()
+        if wanted or self._ended(now):
+            rows.lease(self._engine.write, wanted, until, now)
 
     # --- inside ------------------------------------------------------------------------------------------------
+
+    def _ended(self, now: float) -> bool:
+        """Whether a lease ended before now."""
+        with self._engine.read() as connection:
+            return connection.scalar(select(leases.c.digest).where(leases.c.until <= now).limit(1)) is not None
 
     def _one(self, *at: Any) -> Release | None:
         query = select(releases.c.name, releases.c.version, releases.c.digest, manifests.c.data)

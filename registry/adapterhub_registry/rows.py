@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -158,12 +158,9 @@ def refresh(connection: Connection, names: Iterable[str]) -> None:
             connection.execute(insert(adapters).values(name=name, newest=row.id, words=_words(row)))
 
 
-def lease(
-    write: Callable[[], AbstractContextManager[Connection]], digests: Iterable[str], until: float, now: float
-) -> None:
+def lease(write: Callable[[], AbstractContextManager[Connection]], wanted: list[str], until: float, now: float) -> None:
     """Renew the leases on these digests (until 0: end them), and forget those that ended before now. Many are several
     transactions, between which others get their turn."""
-    wanted = sorted(set(digests))
     for begin in range(0, len(wanted) or 1, _AT_ONCE):
         some = wanted[begin : begin + _AT_ONCE]
         with write() as connection:

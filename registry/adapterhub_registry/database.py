@@ -30,7 +30,8 @@ from adapterhub_registry.tables import (
 )
 
 LOST = (
-    "adapterhub repair --rebuild makes it again from the blobs; adapterhub restore brings a backup into another folder"
+    "adapterhub repair --rebuild makes it again from the blobs, adapterhub restore brings a backup into another folder;"
+    " to begin anew, move the blobs away, then adapterhub init"
 )
 
 
@@ -43,9 +44,10 @@ class Database:
     IntegrityError for that, HubError for a file that is no such database, or a newer one."""
 
     def __init__(self, path: Path, create: bool = False, url: str | None = None):
-        if url is None and not create and not path.is_file():
+        path = Path(path)
+        if url is None and not create and not path.exists() and (path.parent / "blobs").exists():
             raise IntegrityError(f"{path} is lost: there are blobs, and nothing lists them", LOST)
-        self._engine = Engine(Path(path), create, url)
+        self._engine = Engine(path, create, url)
         self.path = self._engine.path
         version = self._version()
         if version is None and not create and url is None:

@@ -29,11 +29,6 @@ from adapterhub_registry.tables import (
     tags,
 )
 
-LOST = (
-    "adapterhub repair --rebuild makes it again from the blobs, adapterhub restore brings a backup into another folder;"
-    " to begin anew, move the blobs away, then adapterhub init"
-)
-
 
 class Database:
     """An `adapterhub.index.Index` over the SQLite file at `path`, which is made when `create` says so; or over the database at
@@ -46,12 +41,12 @@ class Database:
     def __init__(self, path: Path, create: bool = False, url: str | None = None):
         path = Path(path)
         if url is None and not create and not path.exists() and (path.parent / "blobs").exists():
-            raise IntegrityError(f"{path} is lost: there are blobs, and nothing lists them", LOST)
+            raise IntegrityError(f"{path} is lost: there are blobs, and nothing lists them", rows.LOST)
         self._engine = Engine(path, create, url)
         self.path = self._engine.path
         version = self._version()
         if version is None and not create and url is None:
-            raise IntegrityError(f"{self.path} is empty: it lists nothing", LOST)
+            raise IntegrityError(f"{self.path} is empty: it lists nothing", rows.LOST)
         if version != tables.HEAD:
             from adapterhub_registry.migrate import upgrade
 

@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from adapterhub.errors import NameInUse, NameWarning
 from adapterhub.index import Index, Row
-from adapterhub.manifest import VERSION
+from adapterhub.manifest import VERSION, check_name
 
 _BETWEEN = re.compile("[-_.]+")
 
@@ -20,7 +20,7 @@ def look_alike(index: Index, name: str) -> str | None:
     is there already."""
     owner, slash, own = name.rpartition("/")
     words = [word for word in _BETWEEN.split(own) if word]
-    near = index.names(max(words, key=len))
+    near = index.names(max(words, key=len)) if words else []
     if name in near:
         return None
     for other in near:
@@ -28,6 +28,12 @@ def look_alike(index: Index, name: str) -> str | None:
         if theirs[:2] == (owner, slash) and [word for word in _BETWEEN.split(theirs[2]) if word] == words:
             return other
     return None
+
+
+def check_new(index: Index, name: str) -> str:
+    """The name itself, before long work is done for it. Raises UsageError and NameInUse."""
+    check_look_alike(index, check_name(name))
+    return name
 
 
 def check_look_alike(index: Index, name: str) -> None:

@@ -22,9 +22,10 @@ from adapterhub.device import memory_told
 from adapterhub.encoding import Example, check_vocabulary, encode, grouped, pad_token
 from adapterhub.errors import NameInUse, UsageError
 from adapterhub.ingredients import ingredients
-from adapterhub.manifest import Made, Reference, Release, canonical, check_name, check_seed, check_version, digest_of
+from adapterhub.manifest import Made, Reference, Release, canonical, check_seed, check_version, digest_of
 from adapterhub.method import Stage
 from adapterhub.modification import named_tensors
+from adapterhub.names import check_new
 from adapterhub.publish import publish_tensors
 from adapterhub.recipe import Recipe
 from adapterhub.record import measured_on, metrics_of, recipe_of, told
@@ -111,7 +112,7 @@ def train(
     )
     begin = start(hub, method, options, on, continue_from)
     made_of.check_goes_on(begin.goes_on, objective)
-    name = check_name(name or (begin.goes_on.name if begin.goes_on else ""))
+    name = check_new(hub.index, name or (begin.goes_on.name if begin.goes_on else ""))
     if version is not None:
         check_version(version)
     if base is None:

@@ -98,7 +98,8 @@ def test_A1_A2_killed_at_every_step(name, before, wide, work_in):
                 *(n for n in ("torn", "lost") if (folder / n).exists() and not is_lost(folder / n)),
             ):
                 care.gc(adapterhub.open(folder / hub))
-            assert needless(folder) == [], n
+            left = [path for path in needless(folder) if folder / "project" not in path.parents]  # no folder of gc's
+            assert left == [], n
             assert state(folder) == new
     if new not in old:
         assert seen == sorted(seen) and seen[-1] and not seen[0]  # old, old, ..., new: one step makes it so

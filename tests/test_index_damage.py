@@ -253,3 +253,9 @@ def test_a_hub_that_has_both_goes_on_and_an_install_warns(hub, tmp_path):
     for name in ("me/a-b", "me/a_b"):
         publish(hub, name, TENSORS[:-1] + bytes([random.Random(name).randrange(9)]))
         assert hub.resolve(name).version == "0.2.0"
+
+
+def test_a_training_is_refused_before_it_begins(hub, tmp_path):
+    publish(hub, "me/a-b")
+    with pytest.raises(NameInUse, match="differs from me/a-b"):
+        hub.train("smollm2", "lora", tmp_path / "no data", name="me/a_b")

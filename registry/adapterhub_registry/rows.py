@@ -30,6 +30,10 @@ from adapterhub_registry import seals
 from adapterhub_registry.tables import adapters, blobs, leases, manifests, parents, releases, signatures, tags
 
 REPAIR = "adapterhub verify lists all damage; restore a backup, or adapterhub repair --rebuild"
+LOST = (
+    "adapterhub repair --rebuild makes it again from the blobs, adapterhub restore brings a backup into another folder;"
+    " to begin anew, move the blobs away, then adapterhub init"
+)
 LISTED = [releases.c[name] for name in ("name", "version", "digest", "method", "base", "size", "created", "yanked")]
 """What a `Row` shows, but its tags."""
 _AT_ONCE = 500

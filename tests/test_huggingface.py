@@ -328,6 +328,11 @@ def test_the_cap_and_the_disk_are_asked_before_anything_is_downloaded(
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(HubError, match=r"are needed in .*, and 10\.0 kB are free"):
             bob.install("hf:acme/sql")
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+        with pytest.raises(
+            HubError, match=r"are needed in .*cache, and 10 bytes are free"
+        ):  # huggingface_hub's own copy
+            Repo("acme/sql").file("adapterhub/rest", "main")
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.name in ("rest", "adapter_model.safetensors")]
     assert bob.install("hf:acme/sql", max_bytes=announced) == [release]
 

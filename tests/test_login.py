@@ -14,6 +14,7 @@ from fault_server import Faults, faulty
 from served import serving
 
 import adapterhub
+from adapterhub import project as projects
 from adapterhub import settings
 from adapterhub.cli.app import execute
 from adapterhub.errors import UsageError
@@ -229,6 +230,8 @@ def test_no_address_with_a_secret_is_taken_or_repeated(hub, wrong, capsys, monke
     told = json.dumps(wrong)
     (hub.root / "adapterhub.toml").write_text(f'[adapters]\n"me/y" = "*"\n[sources.s]\nurl = {told}\n')
     assert execute(["lock"]) == 2 and execute(["lock", "--json"]) == 2
+    with pytest.raises(UsageError):  # before anything asks for that source
+        projects.read(hub.root)
     (hub.root / "adapterhub.toml").write_text(f'[adapters]\n"me/y" = "*"\n[sources.s]\npath = {told}\n')
     assert execute(["lock"]) == 2
     (hub.root / "adapterhub.toml").unlink()
@@ -358,7 +361,6 @@ def test_plain_http_beyond_this_machine_needs_a_word_in_its_table(hub, typed, ca
 
 
 def test_with_that_word_it_is_spoken(hub, typed):
-    from adapterhub import project as projects
     from adapterhub.sources import named
     from adapterhub.sync import sources
 

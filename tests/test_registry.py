@@ -143,8 +143,8 @@ def test_an_empty_file_becomes_a_database_only_when_one_is_made(tmp_path):
     [
         (lambda path: path.write_bytes(b"this is no database" * 100), "no sound database"),
         (lambda path: sqlite3.connect(path).execute("CREATE TABLE songs (id)"), "something else"),
-        (lambda path: path.mkdir(), "is lost"),
-        (lambda path: None, "is lost"),
+        (lambda path: path.mkdir(), "unable to open"),
+        (lambda path: None, "unable to open"),
     ],
     ids=["text", "another database", "a folder", "nothing"],
 )

@@ -31,11 +31,6 @@ from adapterhub_registry.tables import (
     tags,
 )
 
-<<<<<<< HEAD
-LOST = "adapterhub repair --rebuild makes it again from the blobs; adapterhub restore FILE brings a backup elsewhere"
-
-=======
->>>>>>> h-index
 
 class Database:
     """An `adapterhub.index.Index` over the SQLite file at `path`, which is made when `create` says so; or over the database at
@@ -45,35 +40,22 @@ class Database:
     killed while it made the hub leaves: with `create` it is filled, without it the hub's contents are lost. Raises
     IntegrityError for that, HubError for a file that is no such database, or a newer one."""
 
-<<<<<<< HEAD
     def __init__(self, path: Path, create: bool = False, url: str | None = None, foreign: bool = False):
-        path = Path(path)
-        if url is None and not create and not path.is_file():
-            raise IntegrityError(f"{path} is lost: nothing lists the blobs beside it", LOST)
-        self._engine = Engine(path, create, url, foreign)
-=======
-    def __init__(self, path: Path, create: bool = False, url: str | None = None):
         path = Path(path)
         if url is None and not create and not path.exists() and (path.parent / "blobs").exists():
             raise IntegrityError(f"{path} is lost: there are blobs, and nothing lists them", rows.LOST)
-        self._engine = Engine(path, create, url)
->>>>>>> h-index
+        self._engine = Engine(path, create, url, foreign)
         self.path = self._engine.path
         self.accounts = Accounts(self._engine)
         version = self._version()
         if version is None and not create and url is None:
-<<<<<<< HEAD
-            raise IntegrityError(f"{self.path} is empty: it lists nothing", LOST)
+            raise IntegrityError(f"{self.path} is empty: it lists nothing", rows.LOST)
         if foreign and version not in tables.READABLE:
             raise HubError(
                 f"{self.path} was made by another version of adapterhub",
                 "if it is a hub of yours, a command in its folder brings it up to date: adapterhub list",
             )
         if version != tables.HEAD and not foreign:
-=======
-            raise IntegrityError(f"{self.path} is empty: it lists nothing", rows.LOST)
-        if version != tables.HEAD:
->>>>>>> h-index
             from adapterhub_registry.migrate import upgrade
 
             with self._engine.write() as connection:

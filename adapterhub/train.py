@@ -107,9 +107,8 @@ def train(
             "training in several processes is not supported yet (WORLD_SIZE is set)",
             "start it as one process, without torchrun",
         )
-    made_of, options = ingredients(
-        objective, [recipes] if isinstance(recipes, str) else recipes, schedule, options or {}
-    )
+    recipes = [recipes] if isinstance(recipes, str) else recipes
+    made_of, options = ingredients(objective, recipes, schedule, options or {})
     begin = start(hub, method, options, on, continue_from)
     made_of.check_goes_on(begin.goes_on, objective)
     name = check_new(hub.index, name or (begin.goes_on.name if begin.goes_on else ""))

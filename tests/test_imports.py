@@ -138,7 +138,7 @@ def test_nothing_but_the_cli_imports_the_cli_and_only_open_the_registry():
         if name.startswith("adapterhub_registry"):
             assert {n.split(".")[0] for n in ours(path)} <= {
                 "bounded", "errors", "manifest", "index", "durable", "store", "adapterhub_registry",
-                "packages", "incoming", "compose", "formats", "trust",  # the server
+                "packages", "names", "incoming", "compose", "formats", "trust",  # the server
             }  # fmt: skip
 
 

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 import adapterhub
-from adapterhub import durable
+from adapterhub import durable, folders
 from adapterhub.cli.output import Json, json_out, note, size
+from adapterhub.hub import open_source
 
 
 def backup(
@@ -47,6 +48,8 @@ def restore(
     from adapterhub.backup import restore
 
     folder = restore(durable.user_path(file), durable.user_path(directory))
+    open_source(folder).releases()  # a backup may be a stranger's: nothing but tables and indexes becomes one's own
+    folders.add("hubs", folder)
     if as_json:
         return json_out({"hub": str(folder.resolve())})
     note(f"{folder.resolve()} is a hub as it was; a registry's clients may have seen a later state of it")

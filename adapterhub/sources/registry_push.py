@@ -82,7 +82,9 @@ def _offset(http: Http, path: str, blob: File) -> int | None:
 def _commit(http: Http, hub: Packages, release: Release) -> bool:
     answer = http.request("PUT", "/v1/releases", accept=(409, 422), content=release.manifest.encode())
     if answer.status == 409:
-        raise NameInUse(f"{http.url} has {release} already with other content", "publish it under another version")
+        raise NameInUse(
+            f"{http.url} does not take {release}{http.told(answer.content)}", "publish it under another version or name"
+        )
     if answer.status == 422:
         raise HubError(f"{http.url} does not take {release}{http.told(answer.content)}", "push it again")
     if answer.field("digest", str) != release.digest:

@@ -101,13 +101,10 @@ class Database:
         return self._one(releases.c.digest == digest)
 
     def children(self, digest: str) -> list[str]:
-        query = (
-            select(releases.c.name, releases.c.version)
-            .select_from(releases.join(parents))
-            .where(parents.c.digest == digest)
-        )
+        query = select(releases.c.name, releases.c.version).select_from(releases.join(parents))
         with self._engine.read() as connection:
-            return sorted(f"{name}@{version}" for name, version in connection.execute(query))
+            found = connection.execute(query.where(parents.c.digest == digest))
+            return sorted(f"{name}@{version}" for name, version in found)
 
     def missing_parents(self) -> list[tuple[str, str]]:
         here = releases.alias()
@@ -150,9 +147,8 @@ class Database:
             return connection.scalar(select(state.c.value).where(state.c.key == key))
 
     def tag_moves(self, name: str, tag: str) -> list[str | None]:
-        query = select(tag_moves.c.version).where(tag_moves.c.name == name, tag_moves.c.tag == tag)
         with self._engine.read() as connection:
-            return list(connection.scalars(query.order_by(tag_moves.c.id)))
+            return rows.moves(connection, name, tag)
 
     def signatures(self, digest: str) -> list[bytes]:
         query = select(signatures.c.envelope).join(releases).where(releases.c.digest == digest)

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from adapterhub.errors import (
+    DiskFull,
     ExpressionError,
     HubError,
     ManifestError,
@@ -65,6 +66,8 @@ def add_faults(app: FastAPI) -> None:
 def is_full(error: BaseException | None) -> bool:
     """Whether it came of a full disk, however it was put in words since."""
     while error is not None:
+        if isinstance(error, DiskFull):
+            return True
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         if isinstance(error, sqlite3.Error) and "disk is full" in str(error):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,7 +27,17 @@ from adapterhub.errors import HubError, IntegrityError, ManifestError
 from adapterhub.index import Row, kind
 from adapterhub.manifest import File, Manifest, Release, check_digest, check_version, digest_of
 from adapterhub_registry import seals
-from adapterhub_registry.tables import adapters, blobs, leases, manifests, parents, releases, signatures, tags
+from adapterhub_registry.tables import (
+    adapters,
+    blobs,
+    leases,
+    manifests,
+    parents,
+    releases,
+    signatures,
+    tag_moves,
+    tags,
+)
 
 REPAIR = "adapterhub verify lists all damage; restore a backup, or adapterhub repair --rebuild"
 LOST = (
@@ -227,3 +237,9 @@ def unlisted(connection: Connection) -> Iterator[str]:
     named = set(connection.scalars(select(releases.c.name).distinct()))
     for name in sorted(named ^ {name for name, count in listed.items() if count}):
         yield f"the table adapters does not agree with the releases of {name}"
+
+
+def moves(connection: Connection, name: str, tag: str) -> list[str | None]:
+    """The versions that a tag has named, oldest first; None where it was taken away."""
+    query = select(tag_moves.c.version).where(tag_moves.c.name == name, tag_moves.c.tag == tag)
+    return list(connection.scalars(query.order_by(tag_moves.c.id)))

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from adapterhub.errors import IntegrityError, NotFound
 from adapterhub.index import ANY
 from adapterhub.manifest import TAG, Manifest, Release, check_digest, check_name, check_version, digest_of
+from adapterhub.names import check_look_alike
 from adapterhub.packages import Packages
 from adapterhub.trust.keys import PrivateKey, PublicKey
 from adapterhub.trust.policy import known_keys
@@ -115,6 +116,7 @@ def _commit(hub: Packages, data: bytes, account: Account) -> JSONResponse:
         if "tensors" in release.manifest.files:
             file = release.manifest.files["tensors"]
             read_header(hub.store.header(file), file.size)
+        check_look_alike(hub.index, release.name)
         hub.add([release])
     return JSONResponse({"digest": release.digest}, 201)
 

@@ -119,10 +119,10 @@ def no_locks(scale: float = 1.0) -> dict[str, object]:
     from crashed import publish
 
     import adapterhub
-    from adapterhub import care, locks
+    from adapterhub import care, platforms
     from adapterhub.errors import HubError
 
-    refused, real = 0, locks.fcntl.flock
+    refused, real = 0, platforms.fcntl.flock
     with _room() as room:
         hub = adapterhub.open(room / "hub", create=True)
         publish(hub)
@@ -131,7 +131,7 @@ def no_locks(scale: float = 1.0) -> dict[str, object]:
             def refuse(handle: int, how: int, code: int = code) -> None:
                 raise OSError(code, os.strerror(code))
 
-            locks.fcntl.flock = refuse
+            platforms.fcntl.flock = refuse
             try:
                 for change in (lambda: publish(hub, "me/y"), lambda: hub.remove("me/x"), lambda: care.gc(hub)):
                     try:
@@ -141,7 +141,7 @@ def no_locks(scale: float = 1.0) -> dict[str, object]:
                         refused += 1
                 assert [str(row) for row in hub.releases()] == ["me/x@0.1.0"]
             finally:
-                locks.fcntl.flock = real
+                platforms.fcntl.flock = real
         assert hub.verify() == []
     assert refused == 9
     return {"refused in words": refused, "silent": 0}

@@ -1,6 +1,6 @@
 """A registry under load, and killed: the runs of benchmarks/soak.py, scaled down. What each holds stands there."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,13 +10,10 @@ SOAK = Path(__file__).resolve().parent.parent / "benchmarks" / "soak.py"
 
 @pytest.fixture(scope="module")
 def soak():
-    spec = importlib.util.spec_from_file_location("soak", SOAK)
-    module = importlib.util.module_from_spec(spec)
-    import sys
+    sys.path.insert(0, str(SOAK.parent))
+    import soak
 
-    sys.modules["soak"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return soak
 
 
 @pytest.mark.slow

@@ -1,12 +1,8 @@
-"""Long tests of a hub on a disk, for `soak.py`: {id: function}. Each function takes a scale (1.0: full length), returns what it
-measured as {words: value}, and raises AssertionError where a promise is broken.
-
-    python benchmarks/soak_hub.py KILLS 0.1
-"""
+"""Long runs of a hub on a disk, for `soak.py`. Each function takes a scale (1.0: full length), returns what it measured as
+{words: value}, and raises AssertionError where a promise is broken."""
 
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -231,11 +227,3 @@ def _room():
 class _Folder(tempfile.TemporaryDirectory):
     def __enter__(self) -> Path:
         return Path(super().__enter__()).resolve()
-
-
-TESTS = {"KILLS": kills, "B12": no_locks, "G8": million_blobs}
-
-if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for words, value in TESTS[sys.argv[1]](float(sys.argv[2]) if len(sys.argv) > 2 else 1.0).items():
-        print(f"{words}: {value}")

@@ -91,3 +91,16 @@ def test_commands_that_are_shown_exist(page):
 def test_the_readme_shows_commands():
     shown = {words[0] for words in command_lines(ROOT / "README.md") if words}
     assert shown >= {"init", "train", "eval", "import", "export", "compress", "merge", "run", "compose", "install"}
+
+
+def test_every_promise_of_security_names_tests_that_are_there():
+    """`file::test`, or `::test` of the file named before it; `...` and `*` stand for the rest of a name."""
+    page = (ROOT / "docs" / "security.md").read_text()
+    source, named = "", 0
+    for file, test in re.findall(r"`(test_\w+)?(?:::(\w+?)(?:_?\.\.\.|\*)?)?`", page):
+        if file:
+            source = (ROOT / "tests" / f"{file}.py").read_text()
+        if test:
+            assert f"def {test}" in source, test
+        named += bool(file or test)
+    assert named > 50

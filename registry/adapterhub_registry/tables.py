@@ -57,7 +57,8 @@ def _release() -> Column:
     return Column("release", ForeignKey("releases.id", ondelete="CASCADE"), primary_key=True)
 
 
-# The manifest stands here and not among the blobs: the row is what makes a release exist, and `show` reads no file.
+# The manifest stands here, and among the blobs only to make a lost index again: the row is what makes a release exist,
+# and `show` reads no file.
 # Its digest is checked whenever it is read. It has a table of its own so that a list need not read past it.
 manifests = Table("manifests", metadata, _release(), Column("data", LargeBinary, nullable=False))
 

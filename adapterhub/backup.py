@@ -20,6 +20,7 @@ from adapterhub.manifest import File, canonical, check_digest
 from adapterhub.packages import Packages
 from adapterhub.progress import bar
 from adapterhub.records import complete, expected
+from adapterhub.sources.room import check_disk
 from adapterhub.store import DATABASE, Store, hashed, identify
 
 LIST = "backup.json"
@@ -76,7 +77,7 @@ def restore(path: Path, folder: Path) -> Path:
         size, there = _size(data, index, blobs), path.stat().st_size
         if there != size:
             raise IntegrityError(f"{path} has {there} bytes, not the {size} that it lists", _NOT_ONE)
-        durable.check_room(folder, size)
+        check_disk(folder, size)
         with durable.new_folder(folder) as out, bar(f"restore {path.name}", size) as advance:
             store, unsynced = Store(out), set[Path]()
             durable.write(out / DATABASE, _content(file, path, DATABASE, index), index.size, mode=0o666)
@@ -144,7 +145,7 @@ def _read_list(file: BinaryIO, path: Path) -> bytes:
     except (tarfile.TarError, UnicodeDecodeError):
         size = -1
     if not 0 <= size <= min(LARGEST_LIST, path.stat().st_size) or header != _header(LIST, size):
-        raise IntegrityError(f"{path} is no backup of a hub", "name a file that adapterhub backup wrote")
+        raise IntegrityError(f"{path} is not a backup of a hub", "name a file that adapterhub backup wrote")
     return file.read(_padded(size))[:size]
 
 
@@ -155,7 +156,7 @@ def _decoded(data: bytes, path: Path) -> tuple[File, list[File]]:
             raise ValueError("it has another format")
         index, *blobs = [File(digest=check_digest(d), size=size) for d, size in (found["index"], *found["blobs"])]
         if any(type(one.size) is not int or not 0 <= one.size < 1 << 50 for one in (index, *blobs)):
-            raise ValueError("a size is no size")
+            raise ValueError("a size is not a count of bytes")
         digests = [blob.digest for blob in blobs]
         if digests != sorted(set(digests)):
             raise ValueError("its blobs are not in order")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -187,14 +186,6 @@ def remove_tree(path: Path) -> None:
         os.rmdir(path)
 
 
-def check_room(folder: Path, size: int) -> None:
-    """Raise DiskFull when so many bytes do not fit where a folder is, or will be."""
-    there = next(above for above in (folder, *folder.absolute().parents) if above.is_dir())
-    free = shutil.disk_usage(there).free
-    if size > free:
-        raise DiskFull(f"{folder} needs {size} bytes, {free} are free", "free some space and run it again")
-
-
 def user_path(text: str | Path) -> Path:
     """A path as a user writes it: `~` is their home. Raises NotFound for the home of nobody."""
     try:
@@ -209,7 +200,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises NameInUse when path is there already (an empty folder is fine)."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise NameInUse(f"{path} is there already", "name a folder that does not exist yet")
+        raise NameInUse(f"{path} is there already", "name a folder that is empty or does not exist yet")
     path = path.absolute()  # "." has no name to put a temporary folder beside
     temporary = _beside(path)
     try:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 import threading
 
@@ -9,7 +10,6 @@ import pytest
 from crashed import TENSORS, large, publish
 
 import adapterhub
-from adapterhub import durable
 from adapterhub.backup import BLOCK, backup, restore
 from adapterhub.cli.app import execute
 from adapterhub.errors import DiskFull, IntegrityError, NameInUse, UsageError
@@ -163,9 +163,9 @@ def test_D6_a_hostile_backup_writes_nothing_outside_and_takes_no_room(hub, tmp_p
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(hub, tmp_path, monkeypatch):
     backup(hub, tmp_path / "b.tar")
     with monkeypatch.context() as patch:
-        patch.setattr(durable.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        patch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
         told = refused((tmp_path / "b.tar").read_bytes(), tmp_path, DiskFull)
-    assert "1000 are free" in told
+    assert "1.0 kB are free" in told
     assert restore(tmp_path / "b.tar", tmp_path / "out")
     with pytest.raises(NameInUse):
         restore(tmp_path / "b.tar", tmp_path / "out")

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from adapterhub.errors import HubError, IntegrityError
+from adapterhub.errors import DiskFull, HubError, IntegrityError
 from adapterhub.manifest import File, Release
 from adapterhub.store import Store
 
@@ -28,11 +28,11 @@ def check_cap(size: int, most: int | None, what: str) -> None:
 
 
 def check_disk(folder: Path, size: int) -> None:
-    """Raise HubError when the file system of a folder has less than `size` bytes left. The folder need not be there yet."""
-    there = next((each for each in (folder, *folder.parents) if each.exists()), None)
+    """Raise DiskFull when the file system of a folder has less than `size` bytes left. The folder need not be there yet."""
+    there = next((each for each in (folder, *folder.absolute().parents) if each.is_dir()), None)
     free = shutil.disk_usage(there).free if there else size
     if size > free:
-        raise HubError(
+        raise DiskFull(
             f"{shown(size)} are needed in {folder}, and {shown(free)} are free",
             "make room on that disk: adapterhub gc and adapterhub cache --clean say what they would take",
         )

@@ -4,7 +4,7 @@ config.toml:
 
     [trust.acme]
     keys = ["ed25519:..."]
-    until = 2027-12-31       # optional: from then on these keys vouch for nothing
+    until = 2027-12-31       # optional: the last day on which these keys count
     require = true           # optional: nothing of acme/... is installed unless one of them signed it
 """
 

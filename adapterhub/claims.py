@@ -40,7 +40,7 @@ def check(manifest: Manifest) -> None:
         raise ValueError(f"more than {FORMS} modifications sit at one site")
     for parent in manifest.parents:
         if parent.relation not in RELATIONS:
-            raise ValueError(f"{ascii(parent.relation)[:40]} is no relation to a parent")
+            raise ValueError(f"{ascii(parent.relation)[:40]} names no relation that we know")
     if manifest.compose is not None and len(manifest.compose) > TEXT:
         raise ValueError(f"its expression has {len(manifest.compose)} characters (at most {TEXT})")
     made = [one for one in (manifest.method, *manifest.codecs) if one is not None]
@@ -71,10 +71,10 @@ def _check_recipe(recipe: Mapping[str, Any]) -> None:
     """What going on with an adapter reads of how it was made."""
     beneath, named = recipe.get("beneath"), [recipe.get("objective"), recipe.get("schedule")]
     if not isinstance(beneath, str | None):
-        raise ValueError("'beneath' in its recipe is no expression")
+        raise ValueError("'beneath' in its recipe is not an expression")
     several = recipe.get("recipes", [])
     if not isinstance(several, list | tuple):
-        raise ValueError("'recipes' in its recipe is no list")
+        raise ValueError("'recipes' in its recipe is not a list")
     for one in (*several, *(one for one in named if one is not None)):
         if not isinstance(one, dict) or not isinstance(one.get("name"), str):
             raise ValueError("a part that its recipe tells of has no name")
@@ -104,7 +104,7 @@ def _number(value: object) -> bool:
 def line(text: object, what: str) -> str:
     """The text itself, if it is one line that a list may show. Raises ValueError."""
     if not isinstance(text, str) or len(text) > LINE or not text.isprintable():
-        raise ValueError(f"{what} is {ascii(text)[:80]}, no short printable text")
+        raise ValueError(f"{what} is {ascii(text)[:80]}, not one printable line of at most 1024 characters")
     return text
 
 
@@ -113,14 +113,14 @@ def date(text: object, what: str = "the date") -> str:
     try:
         datetime.fromisoformat(line(text, what))
     except ValueError:
-        raise ValueError(f"{what} is {ascii(text)[:80]}, no date") from None
+        raise ValueError(f"{what} is {ascii(text)[:80]}, not a date as ISO 8601 has it") from None
     return text
 
 
 def count(value: object, what: str) -> int:
     """The number itself, if it is a whole one from 0 to 2^63. Raises ValueError."""
     if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError(f"{what} is {ascii(value)[:80]}, no count")
+        raise ValueError(f"{what} is {ascii(value)[:80]}, not a count")
     return value
 
 
@@ -139,6 +139,6 @@ def check_listed(created: object, yanked: object, tags: object) -> None:
     if yanked is not None:
         line(yanked, "the reason of a yank")
     if not isinstance(tags, list | tuple) or len(tags) > 1000:
-        raise ValueError("its tags are no short list")
+        raise ValueError("its tags are not a list of at most 1000")
     for tag in tags:
         line(tag, "a tag")

@@ -103,7 +103,7 @@ def read(folder: Path) -> Project:
     except msgspec.ValidationError as error:
         raise UsageError(f"{path}: {error}", _near(found)) from None
     except ValueError as error:
-        raise UsageError(f"{path} is no TOML: {error}", "mend it") from None
+        raise UsageError(f"{path} is not TOML: {error}", "mend it") from None
     _check(project, path)
     return project
 

@@ -39,7 +39,8 @@ Exit status:
     0  done                       4  bytes are not what they should be
     1  failed                     5  refused as unsafe
     2  wrong use                130  interrupted
-    3  not found, not reached   141  nobody reads the output; 143  ended by SIGTERM
+    3  not found, not reached   141  nobody reads the output
+                                143  ended by SIGTERM
 """
 
 # typer reads a flag with a default by itself, and imports pydantic (a fifth of the time that `list` takes) to read any

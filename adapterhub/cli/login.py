@@ -86,7 +86,7 @@ def _given(file: Path | None, origin: str) -> tuple[str, str]:
         except OSError as error:
             raise NotFound(f"{file} cannot be read: {error.strerror}", "give a file that holds the token") from None
         except UnicodeDecodeError:
-            raise UsageError(f"{file} is no text", "give a file that holds the token and nothing else") from None
+            raise UsageError(f"{file} is not text", "give a file that holds the token and nothing else") from None
     if sys.stdin is None:
         raise UsageError("there is nobody to ask for the token", "--token-file FILE")
     if sys.stdin.isatty():
@@ -94,4 +94,4 @@ def _given(file: Path | None, origin: str) -> tuple[str, str]:
     try:
         return sys.stdin.read(_MOST), "standard input"
     except UnicodeDecodeError:
-        raise UsageError("standard input is no text", "give the token and nothing else") from None
+        raise UsageError("standard input is not text", "give the token and nothing else") from None

@@ -42,7 +42,7 @@ def bytes_of(text: str) -> int:
     """500MB -> 500000000; 2GiB -> 2147483648. Raises UsageError."""
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([A-Za-z]{0,3})", text.strip())
     if found is None or found[2].upper() not in _UNITS:
-        raise UsageError(f"{text!r} is no number of bytes", "write 500MB, 2GB or 1.5GiB")
+        raise UsageError(f"{text!r} is not a number of bytes", "write 500MB, 2GB or 1.5GiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 

@@ -28,7 +28,7 @@ def push(
 
     The Hub takes the token of `hf auth login` (or HF_TOKEN), a registry that of `adapterhub login`, or ADAPTERHUB_TOKEN if
     its address is typed here or stands in ADAPTERHUB_REGISTRY. Tags and yanks come along; a tag that means another
-    version there stays, and you are told.
+    version there stays, and a line says so.
 
     \b
     Example:
@@ -77,7 +77,7 @@ def serve(
     ] = None,
     key: Annotated[str | None, typer.Option(metavar="NAME", help="Sign its lists with this key of yours.")] = None,
     token_file: Annotated[
-        Path | None, typer.Option(help="Holds a token that may write everything; else ADAPTERHUB_REGISTRY_TOKEN.")
+        Path | None, typer.Option(metavar="FILE", help="Holds a token that may write everything.")
     ] = None,
     read_by_token: Annotated[bool, typer.Option("--read-by-token", help="Reading takes a token, too.")] = False,
     connections: Annotated[
@@ -86,7 +86,8 @@ def serve(
 ) -> None:
     """Serve a hub as a registry over HTTP. Reading is open, unless --read-by-token; writing takes a token.
 
-    adapterhub registry token add makes tokens for namespaces.
+    `adapterhub registry token add` makes tokens for namespaces. One more, in ADAPTERHUB_REGISTRY_TOKEN or --token-file,
+    may write everything.
 
     \b
     Example:

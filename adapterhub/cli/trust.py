@@ -98,7 +98,7 @@ def sign(
 
 @trust.callback(invoke_without_command=True)
 def trust_(context: typer.Context) -> None:
-    """Whose signatures count, for which namespace.
+    """Whose signatures count, for which namespace; and which folders are your own.
 
     \b
     Example:
@@ -209,7 +209,7 @@ def forget(
 
     Until then an older list than one that was seen is refused: somebody may show an old state again.
 
-    
+    \b
     Example:
       adapterhub trust forget team
     """

@@ -116,7 +116,9 @@ def _refused() -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, OverflowError, zlib.error, msgspec.MsgspecError) as error:
-        raise CodecError(f"these are no tensors of compeft: {error}", "get the adapter again from its source") from None
+        raise CodecError(
+            f"these are not tensors of compeft: {error}", "get the adapter again from its source"
+        ) from None
 
 
 def _read(tensors: Mapping[str, Tensor]) -> tuple[Index, bytes]:

@@ -58,7 +58,7 @@ def address(text: str, where: str = "") -> Address:
 
     Raises UsageError, which does not repeat the text."""
     place = f"{where}: " if where else ""
-    none = UsageError(f"{place}that is no address of a server", "write it as https://adapters.example")
+    none = UsageError(f"{place}that is not the address of a server", "write it as https://adapters.example")
     if not LOOKS.match(text):
         raise none
     if re.search(r"[\s\x00-\x20\x7f\\]", text):

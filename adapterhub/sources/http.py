@@ -174,7 +174,7 @@ class Http:
         try:
             there = address(f"{request.url.scheme}://{request.url.netloc.decode('ascii')}")
         except UsageError:
-            raise Unreachable(f"{self.url} sends us on to what is no address", "ask who runs it") from None
+            raise Unreachable(f"{self.url} sends us on to what is not an address", "ask who runs it") from None
         if there.origin == self.origin:
             request.headers.update({"authorization": f"Bearer {self._token}"} if self._token else {})
         elif there.scheme == "http" and not (self.address.loopback and there.loopback):

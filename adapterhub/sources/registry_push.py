@@ -35,7 +35,7 @@ def push(
     or was not. Raises NameInUse for a version that is there with other content, Unreachable, UsageError without a token."""
     registry = where if isinstance(where, Registry) else named(where)
     if not isinstance(registry, Registry):
-        raise UsageError(f"{registry.label} is no registry", "give the address of one")
+        raise UsageError(f"{registry.label} is not a registry", "give the address of one")
     registry.http.require_token()
     http, release = registry.http, hub.resolve(reference)
     with hub.store.shared():

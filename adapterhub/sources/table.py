@@ -127,7 +127,10 @@ class Sources:
 
             return Disk(self._hub)
         if name not in self._tables:
-            raise NotFound(f"there is no source named {shown(name)!r}", f"there are {', '.join(self.names())}")
+            raise NotFound(
+                f"there is no source named {shown(name)!r}",
+                f"known are {', '.join(self.names())}; adapterhub.toml or your config.toml may name more as [sources.NAME]",
+            )
         table, folder = self._tables[name]
         return open_table(name, table, folder, self.offline)
 

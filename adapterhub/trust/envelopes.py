@@ -37,7 +37,7 @@ def listed(data: bytes) -> Iterator[bytes]:
     Raises ValueError for what does not begin as a list."""
     text, decoder = data.decode(errors="replace").lstrip(), json.JSONDecoder()
     if not text.startswith("["):
-        raise ValueError("it is no list")
+        raise ValueError("it is not a list")
     at = 1
     while at < len(text):
         while at < len(text) and text[at] in " \t\r\n,":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import string
 import tomllib
 from itertools import accumulate
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ DEPTH = 64
 """Lists and tables inside of one another."""
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _BRACKETS = bytes(byte for byte in range(256) if byte not in _STEP)
+_KEY = (string.ascii_letters + string.digits + "_- \t").encode()
 _JSON_TEXT = re.compile(rb'"[^"]*"')
 _TOML_TEXT = re.compile(rb"#[^\n]*|\"\"\".*?\"\"\"|'''.*?'''|\"[^\"\n]*\"|'[^'\n]*'", re.DOTALL)
 
@@ -35,7 +37,9 @@ def read_json(data: bytes | str, length: int = LENGTH, strict: bool = True) -> A
 
 def read_toml(data: bytes | str, length: int = LENGTH) -> dict[str, Any]:
     """The table of a TOML text, line ends of any kind. Raises ValueError (TooMuch beyond `length` bytes or DEPTH levels)."""
-    _check(data, length, _TOML_TEXT)
+    bare = _check(data, length, _TOML_TEXT)
+    if b"." * DEPTH in bare.translate(None, _KEY):  # a dotted key, which takes tomllib long
+        raise TooMuch(f"it is nested deeper than {DEPTH} levels")
     text = data.decode() if isinstance(data, bytes) else data
     found = tomllib.loads(text.replace("\r\n", "\n"))
     level: list[Any] = [found]  # dotted keys nest without brackets
@@ -48,13 +52,15 @@ def read_toml(data: bytes | str, length: int = LENGTH) -> dict[str, Any]:
     raise TooMuch(f"it is nested deeper than {DEPTH} levels")
 
 
-def _check(data: bytes | str, length: int, text: re.Pattern[bytes]) -> None:
+def _check(data: bytes | str, length: int, text: re.Pattern[bytes]) -> bytes:
+    """The document without its texts."""
     raw = data.encode() if isinstance(data, str) else data
     if len(raw) > length:
         raise TooMuch(f"it has {len(raw)} bytes (at most {length})")
     bare = text.sub(b"", raw.replace(b"\\\\", b"").replace(b'\\"', b""))
     if max(accumulate(map(_STEP.__getitem__, bare.translate(None, _BRACKETS))), default=0) > DEPTH:
         raise TooMuch(f"it is nested deeper than {DEPTH} levels")
+    return bare
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

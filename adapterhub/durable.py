@@ -137,6 +137,12 @@ def open_plain(path: Path) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
+def read_plain(path: Path, most: int) -> bytes:
+    """Read a plain file, `most` bytes of it at most. Raises OSError as `open_plain` does."""
+    with open_plain(path) as file:
+        return file.read(most)
+
+
 def read_chunks(path: Path, plain: bool = False) -> Iterator[bytes]:
     """Yield a file's bytes. plain: as `open_plain` opens it, for a file of a stranger's."""
     with open_plain(path) if plain else path.open("rb") as file:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from adapterhub import durable
-from adapterhub.bounded import read_toml
+from adapterhub.bounded import LENGTH, read_toml
 from adapterhub.errors import HubError, ManifestError, NotFound, UsageError
 from adapterhub.expression import Ref as Reading
 from adapterhub.expression import parse, substitute
@@ -144,7 +144,7 @@ def read(folder: Path) -> Lock:
     """The lock in a project's folder. Raises NotFound; UsageError for a file that is no lock; HubError for a newer one."""
     path = folder / LOCK
     try:
-        found: Mapping[str, Any] = read_toml(path.read_bytes())
+        found: Mapping[str, Any] = read_toml(durable.read_plain(path, LENGTH + 1))
     except FileNotFoundError:
         raise NotFound(f"there is no {path}", "adapterhub lock makes it") from None
     except OSError as error:
@@ -166,7 +166,7 @@ def read(folder: Path) -> Lock:
 def write(folder: Path, lock: Lock) -> bool:
     """Write the lock unless it is there already; returns whether it changed."""
     path, data = folder / LOCK, lock.encode()
-    if path.exists() and path.read_bytes() == data:
+    if path.is_file() and durable.read_plain(path, len(data) + 1) == data:
         return False
     durable.write_bytes(path, data)
     return True
@@ -183,6 +183,18 @@ def require_fresh(lock: Lock, project: Project, folder: Path) -> None:
     raise StaleLock(f"{folder / LOCK} is stale: {told}", "adapterhub lock brings it up to date")
 
 
+def require_agreement(one: Locked, release: Release) -> None:
+    """Raise StaleLock when a lock says something else of a release than its manifest does."""
+    manifest = release.manifest
+    said = (one.name, one.version, one.size, one.base, sorted(one.needs))
+    size, needs = sum(file.size for file in manifest.files.values()), {parent.digest for parent in manifest.required}
+    if said != (release.name, release.version, size, manifest.base.sketch.digest, sorted(needs)):
+        raise StaleLock(
+            f"the lock does not say of {release} what its manifest says",
+            "restore it, or make it again: adapterhub lock",
+        )
+
+
 def _check(lock: Lock) -> None:
     if lock.version != VERSION:
         raise ValueError(f"there is no version {lock.version}")
@@ -192,7 +204,7 @@ def _check(lock: Lock) -> None:
         check_version(one.version)
         for digest in (one.digest, one.base, *one.needs):
             check_digest(digest)
-        if one.size < 0 or not set(one.needs) <= digests:
+        if not 0 <= one.size < 1 << 63 or not set(one.needs) <= digests:
             raise ValueError(f"{one} needs what is not in it")
     named = [one.name for one in lock.adapter if one.asked]
     if len(set(named)) != len(named) or len(digests) != len(lock.adapter):

@@ -96,7 +96,7 @@ def read(folder: Path) -> Project:
     """The project in a folder. Raises UsageError, naming the place, for a file that does not say it right."""
     path = folder / FILE
     try:
-        found = read_toml(path.read_bytes(), LARGEST)
+        found = read_toml(durable.read_plain(path, LARGEST + 1), LARGEST)
         project = msgspec.convert(found, Project)
     except OSError as error:
         raise NotFound(f"{path} cannot be read: {error.strerror}", "check the file") from None

@@ -18,6 +18,8 @@ SOURCE = re.compile(r"[a-z][a-z0-9_-]*")
 _FORM = re.compile(
     rf"(?:(?P<source>{SOURCE.pattern}):)?(?P<name>[^@<>=!~\s]+)\s*(?:@(?P<at>\S+)|(?P<versions>[<>=!~].*))?"
 )
+LARGEST = 1000
+"""Characters of a requirement."""
 _HINT = "write acme/sql, acme/sql>=1.2,<2, acme/sql@1.2.0, acme/sql@stable or acme/sql@sha256:..."
 
 
@@ -37,6 +39,8 @@ class Requirement:
         """Raises UsageError for what is no requirement."""
         if re.match(r"https?:/", text.strip(), re.IGNORECASE):  # it may hold a secret, so it is not repeated
             raise UsageError("an address does not say which adapter", _HINT)
+        if len(text) > LARGEST:
+            raise UsageError(f"{text[:40]!r}... has {len(text)} characters (at most {LARGEST})", _HINT)
         found = _FORM.fullmatch(text.strip())
         if found is None:
             raise UsageError(f"{text!r} does not say which adapter", _HINT)

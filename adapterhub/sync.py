@@ -101,8 +101,10 @@ def sync(hub: Packages, folder: Path, lock: Lock, options: Options) -> tuple[lis
         wanted.append((source, _locked_release(source, one)))
     came = _bring(hub, wanted, options.max_bytes)
     for one in lock.adapter:
-        if hub.index.find(one.digest) is None:
+        here = hub.index.find(one.digest)
+        if here is None:
             raise NotFound(f"{one} ({one.digest}) is locked, and what needs it does not", "adapterhub lock")
+        locks.require_agreement(one, here)
     return came, notes
 
 
@@ -194,7 +196,9 @@ def _source(found: Sources, one: Locked, folder: Path) -> Source:
 
 def _locked_release(source: Source, one: Locked) -> Release:
     try:
-        return source.release(one.name, one.version, one.digest)
+        release = source.release(one.name, one.version, one.digest)
+        locks.require_agreement(one, release)
+        return release
     except NotFound as error:
         raise NotFound(
             f"{one} ({one.digest}) is locked, and {one.source} no longer has it: {error}",

@@ -361,13 +361,13 @@ def test_D11_no_control_character_of_a_manifest_reaches_the_terminal(run, put):
     for line in ("list", "show me/a", "list --json", "show me/a --json"):
         out = run(line)[1]
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", out), line
-    assert "[31mredtxt[bold]" in run("show me/a")[1]
+    assert r"\x1b[31mred\u202etxt[bold]" in run("show me/a")[1]
 
 
 def test_clean_keeps_every_script_and_line():
     text = "naïve 日本語 می\u200cخواهم 👩\u200d💻\n\tend"
     assert clean(text) == text
-    assert clean("a\x1b[2J\x00\x08\u2066b") == "a[2Jb"
+    assert clean("a\x1b[2J\x00\x08\u2066b") == r"a\x1b[2J\x00\x08\u2066b"
 
 
 def test_table_and_size(capsys):

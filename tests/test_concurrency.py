@@ -72,6 +72,7 @@ def test_B1_two_processes_install_the_same_at_once(source, hub):
         hub.remove("me/x")
 
 
+@pytest.mark.slow
 def test_B2_sixteen_processes_install_fifty_overlapping_adapters_beside_gc(source, hub):
     shared = [publish(source, f"me/p{i}", large(i)) for i in range(4)]
     names = [publish(source, f"me/a{i}", large(100 + i), [shared[i % 4]]).name for i in range(60)]

@@ -51,6 +51,8 @@ def wide(room):
 
 
 EVERY = [
+MARKS = dict.fromkeys(("install a bundle", "publish parts", "merge", "rebuild"), pytest.mark.slow)
+"""Those of very many steps."""
     pytest.param(
         name, marks=[pytest.mark.slow] if name in ("init", "install from a hub", "sync", "repair", "restore") else []
     )
@@ -76,7 +78,7 @@ def states_of(name, before, work_in):
     return old, new
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in EVERY])
 def test_A1_A2_killed_at_every_step(name, before, wide, work_in):
     before = wide if name in WIDE else before
     old, new = states_of(name, before, work_in)
@@ -106,7 +108,7 @@ def test_A1_A2_killed_at_every_step(name, before, wide, work_in):
     assert len(seen) >= 2
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in EVERY])
 def test_A5_a_full_disk_at_every_step(name, before, wide, work_in):
     before = wide if name in WIDE else before
     old, new = states_of(name, before, work_in)

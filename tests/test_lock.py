@@ -151,6 +151,8 @@ def fresh_hub(here):
         ("unknown field", "surprise"),
         ("newer", "of version 2, which this adapterhub does not know"),
         ("twice", "stands in it twice"),
+        ("size", "does not say of acme/sql"),
+        ("endless size", "is no lock"),
         ("not toml", "is no lock"),
     ],
 )
@@ -175,6 +177,10 @@ def test_E1_a_lock_that_was_edited_is_refused(here, source, edit, says, capsys):
         path = here / "adapterhub.lock"
         block = next(b for b in path.read_text().split("\n\n") if "acme/sql" in b and "[[adapter]]" in b)
         path.write_text(path.read_text() + "\n" + block)
+    if edit == "size":
+        edited(here, f"size = {locked.size}", f"size = {locked.size + 1}")
+    if edit == "endless size":
+        edited(here, f"size = {locked.size}", "size = 99999999999999999999999")
     if edit == "not toml":
         (here / "adapterhub.lock").write_text("version = [")
     fresh_hub(here)
@@ -348,7 +354,10 @@ def test_a_lock_in_a_second_home_gives_the_same_bytes_or_names_what_it_lacks(her
             '[sources.a]\npath = "y"\nnamespaces = ["n"]\n[sources.b]\npath = "z"\nnamespaces = ["n"]\n',
             "bound to a and to b",
         ),
-        ("[sources", "no TOML"),
+        ("[sources", "not TOML"),
+        ('[sources.x]\npath = "a\\u0000b"\n', "control characters"),
+        ('[adapters]\n"acme/sql" = ">=' + "9" * 6000 + '"\n', "characters"),
+        (".".join("a" * 20_000) + " = 1", "nested deeper"),
     ],
 )
 def test_a_project_file_that_is_not_right_says_where(tmp_path, text, says):

@@ -113,7 +113,17 @@ def look(folder):
     return tuple((str(row), row.digest) for row in hub.releases())
 
 
-@pytest.mark.parametrize("name", ["publish", "publish parts", "install a bundle", "install from a hub", "remove", "gc"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "publish",
+        pytest.param("publish parts", marks=pytest.mark.slow),
+        pytest.param("install a bundle", marks=pytest.mark.slow),
+        "install from a hub",
+        "remove",
+        "gc",
+    ],
+)
 def test_A4_no_listed_adapter_lacks_a_byte_after_a_power_cut(name, room):
     before = make_before(room / "before")
     ran = Path(shutil.copytree(before, room / "ran"))

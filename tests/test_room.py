@@ -265,7 +265,7 @@ def test_a_release_with_any_number_of_junk_envelopes_installs(faults, ada, bob, 
     answer = httpx.get(f"{faults.origin}/v1/signatures/{release.digest}")
     assert len(answer.content) > 3 << 20 and len(answer.json()) == 6
     trust_key("me", key.public.text, require=True)
-    assert execute(["install", "me/x"]) == 0  # its own signature came before the junk
+    assert execute(["install", "me/x"]) == 0  # its own signature is shorter, so it comes before the junk
     assert len(bob.index.signatures(release.digest)) == 1
 
 

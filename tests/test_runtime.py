@@ -327,6 +327,7 @@ def test_overflow_is_told(load):
         load("1e6*(1e35*me/a)")
 
 
+@pytest.mark.slow
 def test_compositions_of_compositions_have_bounds(hub):
     hub.compose("me/a + me/a", name="me/x0")
     with pytest.raises(HubError, match="more than 10000 adapters"):

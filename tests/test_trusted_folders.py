@@ -288,6 +288,37 @@ def test_a_blob_that_is_not_a_plain_file_is_refused(what, stranger, tmp_path):
     assert hub.releases() == [] and hub.verify() == []
 
 
+@pytest.mark.parametrize("name", ["hub.db", "hub.db-journal", "hub.db-wal", "hub.db-shm"])
+@pytest.mark.parametrize("what", ["pipe", "folder", "link"])
+def test_an_index_that_is_not_a_plain_file_is_refused(name, what, stranger, tmp_path):
+    path = stranger / name
+    path.unlink(missing_ok=True)
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    hub = adapterhub.open(tmp_path / "hub", create=True)
+    with pytest.raises(adapterhub.errors.HubError) as caught:
+        hub.install(f"{stranger}:me/x")
+    assert caught.value.hint and hub.releases() == []
+
+
+@pytest.mark.parametrize("what", ["pipe", "endless"])
+@pytest.mark.parametrize("name", ["adapterhub.lock", "adapterhub.toml"])
+def test_a_projects_file_that_is_not_a_plain_file_is_refused(name, what, tmp_path, monkeypatch, capsys):
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    (tmp_path / "project" / "adapterhub.toml").write_text("[adapters]\n")
+    path = tmp_path / "project" / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path) if what == "pipe" else path.symlink_to("/dev/zero")
+    for command in (["tree"], ["sync"]):
+        assert execute(command) in (0, 1, 2, 3), command  # a project file that is no file is no project
+        assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_lock_that_is_a_link_is_not_followed(stranger, tmp_path):
     (stranger / "hub.lock").unlink(missing_ok=True)
     (stranger / "hub.lock").symlink_to(tmp_path / "made")

@@ -65,7 +65,9 @@ class Registry:
                 check_version(one.version)
                 check_listed(one.created, one.yanked, one.tags)
             return sorted(listed, key=lambda one: Version(one.version), reverse=True)
-        except (KeyError, TypeError, AttributeError, ValueError, HubError) as error:
+        except (KeyError, TypeError, AttributeError):
+            raise IntegrityError(f"{self.label} lists {name} in a way that we do not understand", AGAIN) from None
+        except (ValueError, HubError) as error:
             raise IntegrityError(
                 f"{self.label} lists {name} in a way that we do not understand: {error}", AGAIN
             ) from None

@@ -56,6 +56,8 @@ def check_tables(tables: Mapping[str, Table], where: Path | str) -> None:
             raise UsageError(f"{where}: [sources.{name}] has an address as its path", "write url = ... instead")
         if table.hf and not re.fullmatch(r"[\w-][\w.-]*", table.hf, re.ASCII):
             raise UsageError(f"{where}: [sources.{name}] has no owner on the Hub as hf", 'for example hf = "acme"')
+        if not table.path.isprintable() or not table.hf.isprintable():
+            raise UsageError(f"{where}: [sources.{name}] holds control characters", "write the path as it is")
         for namespace in table.namespaces:
             if not re.fullmatch(PART, namespace):
                 raise UsageError(

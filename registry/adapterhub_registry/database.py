@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Select, and_, delete, insert, or_, select, text, update
+from sqlalchemy import Connection, Select, and_, delete, func, insert, or_, select, text, update
 
 from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, TagMoved, UsageError
@@ -63,8 +63,6 @@ class Database:
                     durable.write_file(path.with_name(f"{path.name}.{version}.backup"), path)
                 upgrade(connection, self.path)
                 seals.set_on(connection, ())
-
-    # --- reading -----------------------------------------------------------------------------------------------
 
     def names(self, containing: str = "", limit: int | None = None) -> list[str]:
         query = select(adapters.c.name).where(adapters.c.name.contains(containing, autoescape=True))
@@ -152,8 +150,9 @@ class Database:
 
     def signatures(self, digest: str) -> list[bytes]:
         query = select(signatures.c.envelope).join(releases).where(releases.c.digest == digest)
+        query = query.order_by(func.length(signatures.c.envelope), signatures.c.digest)  # short ones before any junk
         with self._engine.read() as connection:
-            return list(connection.scalars(query.order_by(signatures.c.digest)))
+            return list(connection.scalars(query))
 
     def gone(self, name: str) -> dict[str, str]:
         query = select(gone.c.version, gone.c.digest).where(gone.c.name == name)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import shlex
 import sqlite3
+import stat
 import time
+from contextlib import suppress
 from os import SEEK_END
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def connect(path: Path, patience: float) -> sqlite3.Connection:
     """Open a stranger's file to read it once. patience: seconds to wait for its lock.
 
     Raises UnsafeFile for a file that is not a plain SQLite file of tables and indexes in rollback mode."""
-    _check_header(path)
+    _check_plain(path)
     connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=patience, isolation_level=None)
     try:
         end = time.monotonic() + SECONDS
@@ -85,8 +87,13 @@ def refusal(path: Path, reason: str) -> UnsafeFile | None:
     return None
 
 
-def _check_header(path: Path) -> None:
-    with path.open("rb") as file:
+def _check_plain(path: Path) -> None:
+    """A pipe in the place of a file would keep us waiting, a link would lead elsewhere."""
+    for beside in (path, *(path.with_name(f"{path.name}-{end}") for end in ("journal", "wal", "shm"))):
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG((path.stat() if beside == path else beside.lstat()).st_mode):
+                raise UnsafeFile(f"{beside} is not a plain file", _HINT)
+    with open_plain(path) as file:
         head = file.read(20)
     if head[18:20] == b"\2\2":
         raise UnsafeFile(f"{path} keeps a write-ahead log, which no hub does", _HINT)

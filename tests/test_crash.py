@@ -50,14 +50,19 @@ def wide(room):
     return make_wide(room / "wide")
 
 
-EVERY = [
-MARKS = dict.fromkeys(("install a bundle", "publish parts", "merge", "rebuild"), pytest.mark.slow)
-"""Those of very many steps."""
-    pytest.param(
-        name, marks=[pytest.mark.slow] if name in ("init", "install from a hub", "sync", "repair", "restore") else []
-    )
-    for name in COMMANDS
-]
+LONG = {
+    "init",
+    "install a bundle",
+    "install from a hub",
+    "merge",
+    "publish parts",
+    "rebuild",
+    "repair",
+    "restore",
+    "sync",
+}
+"""Commands of very many steps."""
+EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in COMMANDS]
 AGAIN = {"remove", "export", "yank", "rebuild", "backup", "restore"}
 """Commands that say so when what they do is done already."""
 
@@ -78,7 +83,7 @@ def states_of(name, before, work_in):
     return old, new
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in EVERY])
+@pytest.mark.parametrize("name", EVERY)
 def test_A1_A2_killed_at_every_step(name, before, wide, work_in):
     before = wide if name in WIDE else before
     old, new = states_of(name, before, work_in)
@@ -108,7 +113,7 @@ def test_A1_A2_killed_at_every_step(name, before, wide, work_in):
     assert len(seen) >= 2
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in EVERY])
+@pytest.mark.parametrize("name", EVERY)
 def test_A5_a_full_disk_at_every_step(name, before, wide, work_in):
     before = wide if name in WIDE else before
     old, new = states_of(name, before, work_in)

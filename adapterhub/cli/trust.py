@@ -143,9 +143,10 @@ def folder_(
     Example:
       adapterhub trust folder ~/work/helpdesk
     """
-    from adapterhub import folders, project
+    from adapterhub import durable, folders, project
     from adapterhub.store import DATABASE
 
+    path = durable.user_path(path) if path is not None else None
     if path is not None and remove:
         folders.remove(path)
     elif path is not None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request
@@ -80,30 +81,34 @@ def add_reading(app: FastAPI, hub: Packages, key: PrivateKey | None, access: Acc
     @app.head("/v1/blobs/{digest}", operation_id="blob_head", **reader)
     @app.get("/v1/blobs/{digest}", **reader)
     def blob(digest: str, request: Request) -> Response:
-        path = store.path(digest)
-        try:
-            size, tag = path.stat().st_size, f'"{digest}"'
-        except FileNotFoundError:
-            raise NotFound(f"no blob {digest}", "") from None
-        if request.headers.get("if-none-match") == tag:
-            return Response(status_code=304, headers={"etag": tag})
-        begin, end, status = 0, size, 200
-        wanted = request.headers.get("range")
-        if wanted and (found := _RANGE.fullmatch(wanted)):  # several ranges at once get the whole
-            begin, end, status = int(found[1]), min(int(found[2] or size - 1) + 1, size), 206
-            if begin >= end:
-                return Response(status_code=416, headers={"content-range": f"bytes */{size}"})
-        headers = {"etag": tag, "accept-ranges": "bytes", "content-length": str(end - begin)}
-        headers |= {"content-range": f"bytes {begin}-{end - 1}/{size}"} if status == 206 else {}
-        if request.method == "HEAD":
-            return Response(status_code=status, headers=headers)
+        return _blob(store.path(digest), digest, request)
 
-        def read() -> Iterator[bytes]:
-            with path.open("rb") as file:
-                file.seek(begin)
-                left = end - begin
-                while left and (chunk := file.read(min(CHUNK, left))):
-                    left -= len(chunk)
-                    yield chunk
 
-        return StreamingResponse(read(), status, headers, media_type="application/octet-stream")
+def _blob(path: Path, digest: str, request: Request) -> Response:
+    """A blob, or the one range of it that is asked for."""
+    try:
+        size, tag = path.stat().st_size, f'"{digest}"'
+    except FileNotFoundError:
+        raise NotFound(f"no blob {digest}", "") from None
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers={"etag": tag})
+    begin, end, status = 0, size, 200
+    wanted = request.headers.get("range")
+    if wanted and (found := _RANGE.fullmatch(wanted)):  # several ranges at once get the whole
+        begin, end, status = int(found[1]), min(int(found[2] or size - 1) + 1, size), 206
+        if begin >= end:
+            return Response(status_code=416, headers={"content-range": f"bytes */{size}"})
+    headers = {"etag": tag, "accept-ranges": "bytes", "content-length": str(end - begin)}
+    headers |= {"content-range": f"bytes {begin}-{end - 1}/{size}"} if status == 206 else {}
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers)
+
+    def read() -> Iterator[bytes]:
+        with path.open("rb") as file:
+            file.seek(begin)
+            left = end - begin
+            while left and (chunk := file.read(min(CHUNK, left))):
+                left -= len(chunk)
+                yield chunk
+
+    return StreamingResponse(read(), status, headers, media_type="application/octet-stream")

@@ -25,68 +25,64 @@ GRACE = 8
 """Seconds that open requests get when the server stops."""
 
 
-def deadlines(clients: Clients) -> type[H11Protocol]:
-    """The protocol of a server whose clients these are."""
+class Deadline(H11Protocol):
+    """Closes a connection whose request head does not come, or whose answer is not read, in time, and one too many of an
+    address; bodies have a limit of their own."""
 
-    class Deadline(H11Protocol):
-        """Closes a connection whose request head does not come, or whose answer is not read, in time, and one too many of an
-        address; bodies have a limit of their own."""
+    clients: Clients
+    _head: asyncio.TimerHandle | None = None
+    _sending: asyncio.TimerHandle | None = None
 
-        _head: asyncio.TimerHandle | None = None
-        _sending: asyncio.TimerHandle | None = None
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if (connected := transport.get_extra_info("socket")) is not None:
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENDING)
+        transport.max_size = RECEIVING
+        self._address = (transport.get_extra_info("peername") or ("",))[0]
+        if refusal := self.clients.enter(self._address):
+            transport.write(refusal)
+            transport.close()
+        else:
+            self._wait()
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            if (connected := transport.get_extra_info("socket")) is not None:
-                connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENDING)
-            transport.max_size = RECEIVING
-            self._address = (transport.get_extra_info("peername") or ("",))[0]
-            if refusal := clients.enter(self._address):
-                transport.write(refusal)
-                transport.close()
-            else:
-                self._wait()
+    def connection_lost(self, error: Exception | None) -> None:
+        for timer in (self._head, self._sending):
+            if timer is not None:
+                timer.cancel()
+        self.clients.leave(self._address)
+        super().connection_lost(error)
 
-        def connection_lost(self, error: Exception | None) -> None:
-            for timer in (self._head, self._sending):
-                if timer is not None:
-                    timer.cancel()
-            clients.leave(self._address)
-            super().connection_lost(error)
+    def on_response_complete(self) -> None:
+        before = self.cycle
+        super().on_response_complete()
+        if self.cycle is before:  # else the head of the next request was here already
+            self._wait()
 
-        def on_response_complete(self) -> None:
-            before = self.cycle
-            super().on_response_complete()
-            if self.cycle is before:  # else the head of the next request was here already
-                self._wait()
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before and self._head is not None:  # a head is complete
+            self._head.cancel()
 
-        def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():
-                return
-            before = self.cycle
-            super().data_received(data)
-            if self.cycle is not before and self._head is not None:  # a head is complete
-                self._head.cancel()
+    def pause_writing(self) -> None:
+        self.flow.pause_writing()
+        self._sending = asyncio.get_running_loop().call_later(STALLED, self.transport.abort)
 
-        def pause_writing(self) -> None:
-            self.flow.pause_writing()
-            self._sending = asyncio.get_running_loop().call_later(STALLED, self.transport.abort)
+    def resume_writing(self) -> None:
+        if self._sending is not None:
+            self._sending.cancel()
+        self.flow.resume_writing()
 
-        def resume_writing(self) -> None:
-            if self._sending is not None:
-                self._sending.cancel()
-            self.flow.resume_writing()
+    def _wait(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+        self._head = asyncio.get_running_loop().call_later(HEADERS, self._late)
 
-        def _wait(self) -> None:
-            if self._head is not None:
-                self._head.cancel()
-            self._head = asyncio.get_running_loop().call_later(HEADERS, self._late)
-
-        def _late(self) -> None:
-            """`close` would wait for a reader to take what is left of the last answer."""
-            self.transport.abort() if self.transport.get_write_buffer_size() else self.transport.close()
-
-    return Deadline
+    def _late(self) -> None:
+        """`close` would wait for a reader to take what is left of the last answer."""
+        self.transport.abort() if self.transport.get_write_buffer_size() else self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -108,7 +104,7 @@ def server(app: FastAPI, host: str, port: int, clients: Clients | None = None) -
         Bounded(app, clients),
         host=host,
         port=port,
-        http=deadlines(clients),
+        http=type("Counting", (Deadline,), {"clients": clients}),
         timeout_graceful_shutdown=GRACE,
         h11_max_incomplete_event_size=64 << 10,
         ws="none",

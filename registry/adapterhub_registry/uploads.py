@@ -47,14 +47,7 @@ def add_uploads(app: FastAPI, hub: Packages, access: Access) -> None:
             raise HTTPException(400, "the body is a list of [digest, size]") from None
         if len(asked) > LARGEST_ASK:
             raise HTTPException(413, f"at most {LARGEST_ASK} blobs")
-
-        def look() -> list[str]:
-            with store.shared():  # gc takes none of them between our look and the lease
-                lacking = {blob.digest for blob in asked if store.fault(blob, hashing=False) is not None}
-                index.lease([b.digest for b in asked if b.digest not in lacking], time.time() + LEASE)
-            return [blob.digest for blob in asked if blob.digest in lacking]
-
-        return {"missing": await run_in_threadpool(look)}
+        return {"missing": await run_in_threadpool(_missing, hub, asked)}
 
     @app.post("/v1/uploads/{digest}")
     async def upload(digest: str, request: Request, account: Account = writer) -> dict[str, Any]:
@@ -62,21 +55,7 @@ def add_uploads(app: FastAPI, hub: Packages, access: Access) -> None:
             wanted = _blob(digest, read_json(await body(request, 1000))["size"])
         except (ValueError, TypeError, KeyError, RecursionError):
             raise HTTPException(400, 'the body is {"size": bytes}') from None
-
-        def begin() -> dict[str, Any]:
-            with store.shared():
-                if wanted.size == 0:
-                    store.take(wanted, [], "the upload")
-                there = store.fault(wanted) is None or _finished(Incoming(store, wanted))
-                if there:
-                    index.lease([digest], time.time() + LEASE)
-                    return {"there": True}
-                if offset := Incoming(store, wanted).offset:
-                    index.lease([digest], time.time() + PART_LEASE)
-                _check_room(hub, wanted.size - offset)
-                return {"offset": offset}
-
-        return await run_in_threadpool(begin)
+        return await run_in_threadpool(_begin, hub, wanted)
 
     @app.patch("/v1/uploads/{digest}")
     async def piece(digest: str, request: Request, account: Account = writer) -> JSONResponse:
@@ -109,6 +88,29 @@ def add_uploads(app: FastAPI, hub: Packages, access: Access) -> None:
             if not store.path(digest).is_file():
                 index.lease([digest], 0)
         return {"cancelled": digest}
+
+
+def _missing(hub: Packages, asked: list[File]) -> list[str]:
+    """Which of these blobs are not here. The others are leased: gc takes none of them between our look and the push."""
+    with hub.store.shared():
+        lacking = {blob.digest for blob in asked if hub.store.fault(blob, hashing=False) is not None}
+        hub.index.lease([blob.digest for blob in asked if blob.digest not in lacking], time.time() + LEASE)
+    return [blob.digest for blob in asked if blob.digest in lacking]
+
+
+def _begin(hub: Packages, wanted: File) -> dict[str, Any]:
+    """Whether a blob is here, or how much of it has come."""
+    store, index = hub.store, hub.index
+    with store.shared():
+        if wanted.size == 0:
+            store.take(wanted, [], "the upload")
+        if store.fault(wanted) is None or _finished(Incoming(store, wanted)):
+            index.lease([wanted.digest], time.time() + LEASE)
+            return {"there": True}
+        if offset := Incoming(store, wanted).offset:
+            index.lease([wanted.digest], time.time() + PART_LEASE)
+        _check_room(hub, wanted.size - offset)
+        return {"offset": offset}
 
 
 def _finished(incoming: Incoming) -> bool:

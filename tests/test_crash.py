@@ -54,14 +54,13 @@ LONG = {
     "init",
     "install a bundle",
     "install from a hub",
-    "merge",
     "publish parts",
     "rebuild",
     "repair",
     "restore",
     "sync",
 }
-"""Commands of very many steps."""
+"""Commands of very many steps. Not `merge`: torch gives slow tests threads, and a process with those cannot fork into it."""
 EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in COMMANDS]
 AGAIN = {"remove", "export", "yank", "rebuild", "backup", "restore"}
 """Commands that say so when what they do is done already."""

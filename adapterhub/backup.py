@@ -33,7 +33,7 @@ _NOT_ONE = "get the backup again, or take an older one"
 def backup(hub: Packages, path: Path) -> int:
     """Write the hub to a new file, in one state although others write; returns its bytes.
 
-    Raises NameInUse for a file that is there, IntegrityError for a damaged blob, UsageError for an index that is no file."""
+    Raises NameInUse for a file that is there, IntegrityError for a damaged blob, UsageError for an index that is not a file."""
     if path.exists():
         raise NameInUse(f"{path} is there already", "name a file that does not exist yet")
     with hub.store.shared():

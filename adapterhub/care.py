@@ -165,7 +165,7 @@ def _strays(hub: Packages, force: bool) -> Iterator[Stray]:
         for path in sorted(folder.glob(f".*{durable.TEMPORARY}")):
             yield _stray(path, "half-written")
     # Whoever fetches into this hub shares the lock that we hold alone: nobody writes to a part now. A lease speaks of an
-    # upload that may go on; forced, it begins anew.
+    # upload that may continue; forced, it begins anew.
     for pattern in ("*.part", "*.lock"):
         for path in sorted((hub.root / "incoming").glob(pattern)):
             if force or path.stem not in leased:

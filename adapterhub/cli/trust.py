@@ -141,7 +141,7 @@ def folder_(
 
     \b
     Example:
-      adapterhub trust folder ~/work/helpdesk
+      adapterhub trust folder helpdesk
     """
     from adapterhub import durable, folders, project
     from adapterhub.store import DATABASE

@@ -64,6 +64,21 @@ def _threads(request):
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _environment():
+    """What a test sets in the environment must not reach the next one."""
+    before = dict(os.environ)
+    yield
+    after = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    before.pop("PYTEST_CURRENT_TEST", None)
+    changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    for name in changed:
+        os.environ.pop(name, None)
+        if name in before:
+            os.environ[name] = before[name]
+    assert not changed, f"left changed in the environment: {', '.join(changed)}"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _outside_of_the_clone(tmp_path_factory):
     """Fixtures of a module work outside of the clone, too."""

@@ -13,6 +13,7 @@ from typing import Literal
 
 from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, NotFound, UsageError
+from adapterhub.index import FILES_AT_GC
 from adapterhub.packages import Packages
 from adapterhub.progress import shown
 from adapterhub.records import complete, expected, put
@@ -25,7 +26,6 @@ DAY = 24 * 3600
 """Seconds."""
 AGE = 30
 """Days after which an unfinished training counts as given up."""
-ROOTS = "files at the last gc"
 _SHARE = re.compile(r"(\d{1,3})%")
 
 
@@ -130,7 +130,7 @@ def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AG
                 else:
                     durable.remove(stray.path, unsynced)
             durable.sync(unsynced)
-            hub.index.remember(ROOTS, count)
+            hub.index.remember(FILES_AT_GC, count)
             if ended := hub.index.leased(0) - hub.index.leased(time.time()):
                 hub.index.lease(ended, 0)
     return found
@@ -145,7 +145,7 @@ def reclaimable(hub: Packages) -> int:
 
 
 def _sure(hub: Packages, count: int, force: bool) -> None:
-    before = hub.index.remembered(ROOTS) or 0
+    before = hub.index.remembered(FILES_AT_GC) or 0
     if force or (count and 2 * count >= before):
         return
     if count or next(hub.store.stray(()), None) is not None:

@@ -10,6 +10,8 @@ from adapterhub.manifest import File, Manifest, Release
 
 ANY = "*"
 """For `set_tag`: whatever the tag means now."""
+FILES_AT_GC = "files at the last gc"
+"""For `remember`: how many files the index listed then, less those of releases that were removed since."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from adapterhub import durable, records
 from adapterhub.compose import check_expressions
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UsageError, YankedWarning
 from adapterhub.formats.safetensors_header import read_header
-from adapterhub.index import ANY, Index, Row
+from adapterhub.index import ANY, FILES_AT_GC, Index, Row
 from adapterhub.manifest import TAG, File, Manifest, Parent, Reference, Release, check_version, digest_of
 from adapterhub.names import check_look_alike, following_version, warn_of_look_alikes
 from adapterhub.store import Problem, Store
@@ -246,12 +246,21 @@ class Packages:
                 raise HubError(
                     f"{wanted} is needed by {', '.join(sorted(needed))}", "remove those first, or use --force"
                 )
-            blobs = self._blobs(rows)
+            blobs, files = self._blobs(rows), self._count()
             self.index.remove([row.digest for row in rows])
             if not self.index.check():  # a damaged index does not know which bytes others need: then all of them stay
                 with suppress(IntegrityError):
                     self._drop(blobs)
+                self._expect(files - self._count())
         return going
+
+    def _count(self) -> int:
+        return sum(1 for _ in self.index.stored()) if self.index.remembered(FILES_AT_GC) else 0
+
+    def _expect(self, fewer: int) -> None:
+        """Let gc, which refuses an index that suddenly lists far fewer files, know how many were taken away on purpose."""
+        if fewer > 0 and (before := self.index.remembered(FILES_AT_GC)):
+            self.index.remember(FILES_AT_GC, max(before - fewer, 0))
 
     def _blobs(self, rows: Sequence[Row]) -> list[File]:
         blobs: list[File] = []
@@ -264,7 +273,7 @@ class Packages:
         return blobs
 
     def verify(self, mode: Mode = "full") -> list[Problem]:
-        """What is wrong with it; empty when all is sound. See adapterhub.care."""
+        """List what is wrong with it; empty when all is sound. See adapterhub.care."""
         from adapterhub.care import verify
 
         return verify(self, mode)

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
@@ -92,8 +93,10 @@ def _push_killed(before: Path, room: Path, count: int) -> tuple[int, list[str]]:
     bad = []
     for turn in range(count):
         there = adapterhub.open(room / f"registry{turn}", create=True)
-        with serving(there, token="secret") as url:
-            os.environ |= {"ADAPTERHUB_TOKEN": "secret", "ADAPTERHUB_REGISTRY": url}
+        with (
+            serving(there, token="secret") as url,
+            patch.dict(os.environ, {"ADAPTERHUB_TOKEN": "secret", "ADAPTERHUB_REGISTRY": url}),
+        ):
 
             def work(url=url, n=1 + turn % 10):
                 with Steps(n, die, kinds=("send",)):

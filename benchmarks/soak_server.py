@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "benchmarks")]
@@ -73,15 +74,11 @@ def served(root: Path, *options: str) -> Iterator[Served]:
 @contextlib.contextmanager
 def room() -> Iterator[Path]:
     """A folder, and a token to push with; short pauses between tries."""
-    before = os.environ.get("ADAPTERHUB_TOKEN")
-    os.environ["ADAPTERHUB_TOKEN"] = TOKEN
-    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
-        try:
-            yield Path(folder)
-        finally:
-            os.environ.pop("ADAPTERHUB_TOKEN")
-            if before is not None:
-                os.environ["ADAPTERHUB_TOKEN"] = before
+    with (
+        patch.dict(os.environ, {"ADAPTERHUB_TOKEN": TOKEN}),
+        tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder,
+    ):
+        yield Path(folder)
 
 
 def milliseconds(times: list[float]) -> str:

@@ -282,11 +282,22 @@ def test_gc_takes_nothing_when_the_index_looks_lost(hub, tmp_path):
     shutil.copytree(hub.root / "blobs", fresh.root / "blobs", dirs_exist_ok=True)
     with pytest.raises(HubError, match="although there are blobs"):
         care.gc(fresh)
-    hub.index.remember(care.ROOTS, 1000)
+    hub.index.remember(care.FILES_AT_GC, 1000)
     with pytest.raises(HubError, match="1000 at the last gc"):
         care.gc(hub)
     assert everything == sorted(path for path in hub.store.folder.rglob("*") if path.is_file())
     assert care.gc(hub, force=True) == []
+
+
+def test_gc_goes_through_after_most_releases_were_removed_on_purpose(hub):
+    for name in ("me/b", "me/c", "me/d"):
+        publish(hub, name)
+    care.gc(hub)
+    for name in ("me/b", "me/c", "me/d"):
+        hub.remove(name)
+    listed = sum(1 for _ in hub.index.stored())
+    assert hub.index.remembered(care.FILES_AT_GC) == listed
+    assert care.gc(hub) == [] and hub.verify() == []
 
 
 def test_gc_takes_nothing_when_a_list_of_parts_is_damaged(hub):

@@ -6,8 +6,8 @@ Names that need torch are loaded when first touched, so that `import adapterhub`
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from adapterhub import platforms  # noqa: F401  (first: it refuses a system that lacks what the rest needs)
 from adapterhub.errors import HubError
+from adapterhub.files import platforms  # noqa: F401  (first: it refuses a system that lacks what the rest needs)
 from adapterhub.hub import Hub, open
 
 if TYPE_CHECKING:

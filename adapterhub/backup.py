@@ -13,12 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from adapterhub import durable
-from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, IntegrityError, NameInUse
+from adapterhub.files import durable
+from adapterhub.files.bounded import read_json
+from adapterhub.files.progress import bar
 from adapterhub.manifest import File, canonical, check_digest
 from adapterhub.packages import Packages
-from adapterhub.progress import bar
 from adapterhub.records import complete, expected
 from adapterhub.sources.room import check_disk
 from adapterhub.store import DATABASE, Store, hashed, identify

@@ -6,13 +6,13 @@ What each hook must return is said in `contracts`; this module imports nothing h
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from traceback import walk_tb
 from types import CodeType, TracebackType
 from typing import Any
 
-from adapterhub.errors import REFUSALS, HubError, PluginError
+from adapterhub.errors import REFUSALS, Fault, HubError, PluginError
 
 _names: dict[type, str] = {}
 
@@ -31,28 +31,6 @@ def name_of(part: object) -> str:
             return known[cls]
     package = next((name.partition(":")[0] for name in known.values()), kind.__module__)
     return f"{package}: {kind.__qualname__}"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What plugin code did wrong, and where."""
-
-    part: str
-    hook: str
-    site: str
-    what: str
-    line: str
-    """The author's line, "adapterhub_acme/forms.py:31"; "" where none is known."""
-
-    def error(self) -> PluginError:
-        """Return the error that says so."""
-        package = self.part.partition(" ")[0].rstrip(":")
-        error = PluginError(
-            ", ".join(filter(None, (self.part, self.hook, self.site))) + f": {self.what}",
-            f"report it to the author of {package}" + (f": {self.line}" if self.line else ""),
-        )
-        error.fault = self
-        return error
 
 
 class Wrong(Exception):

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, NotFound, UsageError
+from adapterhub.files import durable
+from adapterhub.files.progress import shown
 from adapterhub.index import FILES_AT_GC
 from adapterhub.packages import Packages
-from adapterhub.progress import shown
 from adapterhub.records import complete, expected, put
 from adapterhub.sources import Source
 from adapterhub.store import DATABASE, Problem

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import shlex
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from adapterhub.boundary import Fault
 
 REFUSALS = {
     errno.ENOSPC: "make room on the disk; nothing half-written is left behind",
@@ -154,3 +154,25 @@ class ContextWarning(UserWarning):
 
 class ScanWarning(UserWarning):
     """An adapter's weights are unlike those of others."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What plugin code did wrong, and where."""
+
+    part: str
+    hook: str
+    site: str
+    what: str
+    line: str
+    """The author's line, "adapterhub_acme/forms.py:31"; "" where none is known."""
+
+    def error(self) -> PluginError:
+        """Return the error that says so."""
+        package = self.part.partition(" ")[0].rstrip(":")
+        error = PluginError(
+            ", ".join(filter(None, (self.part, self.hook, self.site))) + f": {self.what}",
+            f"report it to the author of {package}" + (f": {self.line}" if self.line else ""),
+        )
+        error.fault = self
+        return error

@@ -13,8 +13,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from adapterhub import durable, settings
+from adapterhub import settings
 from adapterhub.errors import NotFound, NotTrusted, UsageError
+from adapterhub.files import durable
 
 Kind = Literal["hubs", "projects"]
 

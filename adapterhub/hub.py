@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub import durable, folders
+from adapterhub import folders
 from adapterhub.errors import HubError, NotFound
+from adapterhub.files import durable
 from adapterhub.index import Index
 from adapterhub.manifest import Release
 from adapterhub.packages import Packages

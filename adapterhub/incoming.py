@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from adapterhub import durable
 from adapterhub.errors import DiskFull, IntegrityError
+from adapterhub.files import durable
 from adapterhub.manifest import File
 from adapterhub.store import Store, hashed
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from adapterhub import durable
-from adapterhub.bounded import LENGTH, read_toml
 from adapterhub.errors import HubError, ManifestError, NotFound, UsageError
 from adapterhub.expression import Ref as Reading
 from adapterhub.expression import parse, substitute
+from adapterhub.files import durable
+from adapterhub.files.bounded import LENGTH, read_toml
 from adapterhub.manifest import Reference, Release, check_digest, check_name, check_version
 from adapterhub.project import LOCK, Project
 from adapterhub.resolve import Resolution

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from adapterhub import claims
-from adapterhub.bounded import read_json
 from adapterhub.errors import ManifestError, UsageError
+from adapterhub.files.bounded import read_json
 
 PART = r"[a-z0-9][a-z0-9._-]*"
 NAME = re.compile(rf"(?:{PART}/)?{PART}")

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from adapterhub import durable, records
+from adapterhub import records
 from adapterhub.compose import check_expressions
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UsageError, YankedWarning
-from adapterhub.formats.safetensors_header import read_header
+from adapterhub.files import durable
+from adapterhub.files.safetensors_header import read_header
 from adapterhub.index import ANY, FILES_AT_GC, Index, Row
 from adapterhub.manifest import TAG, File, Manifest, Parent, Reference, Release, check_version, digest_of
 from adapterhub.names import check_look_alike, following_version, warn_of_look_alikes

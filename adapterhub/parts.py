@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from adapterhub.bounded import read_json
 from adapterhub.errors import IntegrityError
-from adapterhub.formats.safetensors_header import MAX_TENSORS, read_layout
+from adapterhub.files.bounded import read_json
+from adapterhub.files.safetensors_header import MAX_TENSORS, read_layout
 from adapterhub.manifest import File, canonical, check_digest
 
 LARGE = 64 << 10

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from adapterhub import durable
-from adapterhub.bounded import read_toml
 from adapterhub.errors import NameInUse, NotFound, UsageError
 from adapterhub.expression import parse, references
+from adapterhub.files import durable
+from adapterhub.files.bounded import read_toml
 from adapterhub.manifest import PART
 from adapterhub.requirement import Requirement
 from adapterhub.sources.table import Table, check_tables

@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, UsageError
+from adapterhub.files import durable
 from adapterhub.hub import find, new_index, open
 from adapterhub.manifest import File, Manifest, Release, digest_of
 from adapterhub.records import KEPT

@@ -7,8 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from adapterhub import durable, plugins
+from adapterhub import plugins
 from adapterhub.errors import NameInUse, UsageError
+from adapterhub.files import durable
 
 
 def make(name: str, where: Path) -> Path:

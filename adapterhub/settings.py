@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from adapterhub import durable
-from adapterhub.bounded import read_toml
 from adapterhub.errors import HubError, UsageError
+from adapterhub.files import durable
+from adapterhub.files.bounded import read_toml
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument

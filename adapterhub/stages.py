@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub import durable
 from adapterhub.adapter import modifications_of
 from adapterhub.errors import UsageError
+from adapterhub.files import durable
 from adapterhub.ingredients import Ingredients
 from adapterhub.learner import Learner
 from adapterhub.manifest import canonical, digest_of

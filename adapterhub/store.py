@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from adapterhub import durable, parts
+from adapterhub import parts
 from adapterhub.errors import HubError, IntegrityError
-from adapterhub.formats.safetensors_header import extent
+from adapterhub.files import durable
+from adapterhub.files.pool import WORKERS, each
+from adapterhub.files.safetensors_header import extent
 from adapterhub.manifest import File, check_digest, digest_of
-from adapterhub.pool import WORKERS, each
 
 DATABASE = "hub.db"
 """The file that makes a folder a hub; the index lives in it, the blobs beside it."""

@@ -12,7 +12,7 @@ from safetensors.torch import save as _save
 from torch import Tensor
 
 from adapterhub.errors import UnsafeFile
-from adapterhub.formats.safetensors_header import read_header
+from adapterhub.files.safetensors_header import read_header
 
 
 def load(source: str | Path | bytes, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from adapterhub import claims, durable, plugins
+from adapterhub import claims, plugins
 from adapterhub.adapter import require_effect
 from adapterhub.compose import joined_licences
 from adapterhub.data import Data, read
 from adapterhub.device import memory_told
 from adapterhub.encoding import Example, check_vocabulary, encode, grouped, pad_token
 from adapterhub.errors import NameInUse, UsageError
+from adapterhub.files import durable
 from adapterhub.ingredients import ingredients
 from adapterhub.manifest import Made, Reference, Release, canonical, check_seed, check_version, digest_of
 from adapterhub.method import Stage

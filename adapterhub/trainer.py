@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from adapterhub import durable
 from adapterhub.contracts import number
 from adapterhub.encoding import collate
 from adapterhub.errors import HubError, UsageError
+from adapterhub.files import durable
 from adapterhub.learner import Learner
 from adapterhub.manifest import canonical
 

@@ -49,7 +49,7 @@ def _kinds() -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
     from adapterhub.contracts import make
     from adapterhub.decoding import SPARE, decode
     from adapterhub.errors import CodecError
-    from adapterhub.formats.safetensors_header import read_header
+    from adapterhub.files.safetensors_header import read_header
     from adapterhub.manifest import Base, File, Made, Manifest, digest_of
     from adapterhub.tensors import dump, load
     from adapterhub.testing.codecs import sample

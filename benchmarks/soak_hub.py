@@ -118,8 +118,9 @@ def no_locks(scale: float = 1.0) -> dict[str, object]:
     from crashed import publish
 
     import adapterhub
-    from adapterhub import care, platforms
+    from adapterhub import care
     from adapterhub.errors import HubError
+    from adapterhub.files import platforms
 
     refused, real = 0, platforms.fcntl.flock
     with _room() as room:

@@ -18,7 +18,7 @@ from crashed import TENSORS, large, publish  # noqa: E402
 from soak_server import MB, ROOT, WRITE, Served, milliseconds, room, served, timed  # noqa: E402
 
 import adapterhub  # noqa: E402
-from adapterhub import durable  # noqa: E402
+from adapterhub.files import durable  # noqa: E402
 from adapterhub.manifest import digest_of  # noqa: E402
 from adapterhub.sources import closure  # noqa: E402
 from adapterhub.sources.registry import Registry  # noqa: E402

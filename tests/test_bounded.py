@@ -9,10 +9,10 @@ from crashed import TENSORS, publish
 
 import adapterhub
 from adapterhub import claims, lock, project, settings
-from adapterhub.bounded import DEPTH, TooMuch, read_json, read_toml
 from adapterhub.cli.app import execute
 from adapterhub.cli.output import LINE, clean, one_line, shown
 from adapterhub.errors import HubError, ManifestError
+from adapterhub.files.bounded import DEPTH, TooMuch, read_json, read_toml
 from adapterhub.formats import peft_config
 from adapterhub.manifest import Manifest, Release, canonical, digest_of
 from adapterhub.trust.signature import LIST, opened

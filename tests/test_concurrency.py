@@ -16,7 +16,8 @@ from crashed import LARGE, TENSORS, large, publish
 from failpoints import child
 
 import adapterhub
-from adapterhub import care, durable
+from adapterhub import care
+from adapterhub.files import durable
 from adapterhub.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,7 +1,7 @@
 """A command killed, or refused by the disk, at any durable step leaves the old state or the new one.
 
 Every step is tried, not a sample: a child is forked from this warm process for n = 1, 2, ... until the command gets through.
-The steps are what adapterhub.durable announces; tests/test_strace.py holds them against what the kernel was asked for.
+The steps are what adapterhub.files.durable announces; tests/test_strace.py holds them against what the kernel was asked for.
 """
 
 import os
@@ -21,8 +21,9 @@ from crashed import COMMANDS, LARGE, TENSORS, WIDE, make_before, make_wide, publ
 from failpoints import Steps, child, die, every_step, full, half_written, is_lost, needless, state
 
 import adapterhub
-from adapterhub import care, durable
+from adapterhub import care
 from adapterhub.errors import HubError
+from adapterhub.files import durable
 from adapterhub.sources.registry_push import push
 
 

@@ -9,9 +9,10 @@ from crashed import LARGE, TENSORS, publish
 from served import serving
 
 import adapterhub
-from adapterhub import care, durable
+from adapterhub import care
 from adapterhub.cli.app import execute
 from adapterhub.errors import DiskFull
+from adapterhub.files import durable
 from adapterhub.incoming import Incoming
 from adapterhub.manifest import digest_of
 from adapterhub.sources.registry import Registry

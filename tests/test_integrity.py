@@ -310,7 +310,7 @@ def test_gc_takes_nothing_when_a_list_of_parts_is_damaged(hub):
 
 
 def test_gc_leaves_a_training_that_runs_and_takes_one_that_was_given_up(hub):
-    from adapterhub import durable
+    from adapterhub.files import durable
 
     for name in ("running", "given-up", "recent"):
         (hub.root / "training" / name / "checkpoint").mkdir(parents=True)

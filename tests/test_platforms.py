@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterhub import durable, platforms
+from adapterhub.files import durable, platforms
 
 ROOT = Path(__file__).parent.parent
 WINDOWS = "import os, pathlib, sys; os.name = 'nt'; sys.argv = {argv!r}; "

@@ -14,7 +14,7 @@ import pytest
 from crashed import COMMANDS, make_before
 
 import adapterhub
-from adapterhub import durable
+from adapterhub.files import durable
 
 
 class Log:

@@ -10,9 +10,9 @@ from crashed import LARGE, TENSORS, large, publish
 from served import serving
 
 import adapterhub
-from adapterhub import durable
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError
+from adapterhub.files import durable
 from adapterhub.incoming import Incoming
 from adapterhub.manifest import Base, File, Made, Manifest, digest_of
 from adapterhub.sources.registry_push import push

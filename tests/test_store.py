@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse
+from adapterhub.files import durable
 from adapterhub.manifest import File, digest_of
 from adapterhub.store import Store, each
 

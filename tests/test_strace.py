@@ -1,4 +1,4 @@
-"""The steps that adapterhub.durable announces are those that the kernel was asked for, one by one: no write goes past it.
+"""The steps that adapterhub.files.durable announces are those that the kernel was asked for, one by one: no write goes past it.
 
 Of the database's own calls only the commit counts: in rollback-journal mode it is the removal of the journal.
 """
@@ -114,8 +114,8 @@ METHODS = {
     "hardlink_to",
 }
 ALLOWED = {
-    "adapterhub/durable.py": "it is the one that writes",
-    "adapterhub/locks.py": "lock files, which are empty",
+    "adapterhub/files/durable.py": "it is the one that writes",
+    "adapterhub/files/locks.py": "lock files, which are empty",
     "adapterhub/cli/app.py": "stdout to nowhere when nobody reads it",
     "adapterhub/train.py": "checkpoints are removed, which transformers' Trainer wrote",
     "adapterhub/stages.py": "the same",

@@ -12,7 +12,7 @@ from safetensors.torch import save, save_file
 
 from adapterhub import tensors
 from adapterhub.errors import IntegrityError, NotFound, UnsafeFile
-from adapterhub.formats.safetensors_header import MAX_HEADER, read_header, read_layout
+from adapterhub.files.safetensors_header import MAX_HEADER, read_header, read_layout
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -104,7 +104,7 @@ def test_D1_D2_memory_is_bounded():
     """Headers of 8 MiB made of as many small objects as fit, in a process that has only the checker in it."""
     program = """
 from adapterhub.errors import HubError
-from adapterhub.formats.safetensors_header import MAX_HEADER, read_header
+from adapterhub.files.safetensors_header import MAX_HEADER, read_header
 for text in (
     b'{"a":[' + b"[]," * 2_700_000 + b"1]}",
     b'{"a":[' + b"{}," * 2_700_000 + b"1]}",

@@ -11,9 +11,9 @@ import pytest
 from crashed import publish
 
 import adapterhub
-from adapterhub import locks
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError
+from adapterhub.files import locks
 
 HOLD = """
 import sys, time

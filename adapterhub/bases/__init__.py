@@ -14,12 +14,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub import durable, plugins
+from adapterhub import plugins
 from adapterhub import project as projects
 from adapterhub.boundary import Wrong, guard
-from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
-from adapterhub.formats.safetensors_header import read_layout
+from adapterhub.files import durable
+from adapterhub.files.bounded import read_json
+from adapterhub.files.safetensors_header import read_layout
 
 if TYPE_CHECKING:
     import torch

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from adapterhub.bases.sketch import unpack
-from adapterhub.bounded import read_json
-from adapterhub.formats.safetensors_header import read_layout
+from adapterhub.files.bounded import read_json
+from adapterhub.files.safetensors_header import read_layout
 
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 """The unit roundoff: how far, relatively, a value moves at most when it is rounded to the type."""

@@ -18,8 +18,8 @@ from adapterhub import plugins, weights
 from adapterhub.bases import ResolvedBase, load_model, quantised, sketch
 from adapterhub.bases.compare import Verdict, compare_sketches
 from adapterhub.bases.tokenizer import tokenizer_digest
-from adapterhub.bounded import read_json
 from adapterhub.errors import IncompatibleBase, IntegrityError
+from adapterhub.files.bounded import read_json
 from adapterhub.manifest import Base, File, digest_of
 
 if TYPE_CHECKING:

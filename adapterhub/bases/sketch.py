@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from adapterhub import durable, tensors, weights
+from adapterhub import tensors, weights
 from adapterhub.bases import cache_folder, weight_files
-from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, UnsafeFile
-from adapterhub.formats.safetensors_header import DTYPES, read_layout
+from adapterhub.files import durable
+from adapterhub.files.bounded import read_json
+from adapterhub.files.safetensors_header import DTYPES, read_layout
 from adapterhub.manifest import canonical
 
 if TYPE_CHECKING:

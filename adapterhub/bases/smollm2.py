@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub import durable
 from adapterhub.bases import _quiet, cache_folder
 from adapterhub.errors import IntegrityError, NotFound
+from adapterhub.files import durable
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from adapterhub.bounded import read_json
+from adapterhub.files.bounded import read_json
 from adapterhub.manifest import canonical, digest_of
 
 _ASIDE = ("version", "padding", "truncation", "post_processor")

@@ -13,7 +13,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from adapterhub import locks
 from adapterhub.cli import (
     care,
     doctor,
@@ -33,6 +32,7 @@ from adapterhub.cli import (
 )
 from adapterhub.cli.output import SCHEMA_VERSION, note, shown
 from adapterhub.errors import REFUSALS, DiskFull, HubError, NotTrusted
+from adapterhub.files import locks
 
 EPILOG = """\b
 Exit status:

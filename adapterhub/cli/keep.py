@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 import adapterhub
-from adapterhub import durable, folders
+from adapterhub import folders
 from adapterhub.cli.output import Json, json_out, note, size
+from adapterhub.files import durable
 from adapterhub.hub import open_source
 
 

@@ -186,7 +186,8 @@ def update(
 
 def _changed(folder: Path, change: Any, how: Options) -> None:
     """Change adapterhub.toml, lock and sync; if anything fails both files are as they were."""
-    from adapterhub import durable, project
+    from adapterhub import project
+    from adapterhub.files import durable
 
     paths = [folder / project.FILE, folder / project.LOCK]
     before = {path: path.read_bytes() if path.exists() else None for path in paths}

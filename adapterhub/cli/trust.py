@@ -143,7 +143,8 @@ def folder_(
     Example:
       adapterhub trust folder helpdesk
     """
-    from adapterhub import durable, folders, project
+    from adapterhub import folders, project
+    from adapterhub.files import durable
     from adapterhub.store import DATABASE
 
     path = durable.user_path(path) if path is not None else None

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import adapterhub
-from adapterhub import durable
 from adapterhub.demo.report import page
 from adapterhub.errors import NotFound
+from adapterhub.files import durable
 from adapterhub.hub import Hub, nearest
 
 CLONE = Path(__file__).resolve().parents[2]

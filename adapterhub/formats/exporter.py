@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub import bases, durable
+from adapterhub import bases
 from adapterhub.adapter import Adapter, Modifications
 from adapterhub.bases.fingerprint import check_base
 from adapterhub.compose import expand, warn_missing_parents
 from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
 from adapterhub.expression import Ensemble, Ref, references
+from adapterhub.files import durable
 from adapterhub.formats.peft import TENSORS
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import CONFIG

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedModel
 
-from adapterhub import bases, durable
+from adapterhub import bases
 from adapterhub.adapter import check_fit, require_effect
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, NotFound, UsageError
+from adapterhub.files import durable
 from adapterhub.formats import peft
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import CONFIG, read_config

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from adapterhub.bounded import TooMuch, read_json
 from adapterhub.errors import HubError, ManifestError, NotFound, UnsafeFile
+from adapterhub.files.bounded import TooMuch, read_json
 from adapterhub.formats.peft_types import CACHES, PROMPTS, TUNERS
 from adapterhub.formats.peft_types import REFUSED as REFUSED_TYPES
 

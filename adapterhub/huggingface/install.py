@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from adapterhub import durable
 from adapterhub.errors import NotFound, UnsafeFile, UsageError
+from adapterhub.files import durable
 from adapterhub.huggingface.source import Pushed
 from adapterhub.huggingface.transport import Repo
 from adapterhub.manifest import NAME, Release

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-from adapterhub.bounded import read_json
 from adapterhub.errors import IntegrityError
-from adapterhub.formats.safetensors_header import read_layout
+from adapterhub.files.bounded import read_json
+from adapterhub.files.safetensors_header import read_layout
 from adapterhub.manifest import File, Release, canonical, check_digest, digest_of
 from adapterhub.store import Store
 

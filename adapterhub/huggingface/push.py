@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, NameInUse, NotFound
+from adapterhub.files.bounded import read_json
 from adapterhub.huggingface import layout
 from adapterhub.huggingface.card import card
 from adapterhub.huggingface.transport import Repo

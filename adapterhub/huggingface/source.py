@@ -8,13 +8,13 @@ from pathlib import Path
 from packaging.version import Version
 
 from adapterhub import parts
-from adapterhub.bounded import read_json
 from adapterhub.errors import IntegrityError, NotFound
+from adapterhub.files.bounded import read_json
+from adapterhub.files.progress import bar
 from adapterhub.huggingface import layout
 from adapterhub.huggingface.push import LARGEST, MANIFEST, OURS
 from adapterhub.huggingface.transport import Repo
 from adapterhub.manifest import File, Manifest, Release, canonical, digest_of
-from adapterhub.progress import bar
 from adapterhub.sources import AGAIN, Candidate
 from adapterhub.sources.room import check_disk
 from adapterhub.store import Store

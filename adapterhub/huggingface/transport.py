@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
+from adapterhub.files import durable
 from adapterhub.sources.address import shown
 from adapterhub.sources.room import check_cap, check_disk
 

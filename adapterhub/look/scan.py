@@ -13,10 +13,10 @@ import torch
 
 from adapterhub.adapter import Modifications
 from adapterhub.bases import sketch
-from adapterhub.bounded import read_json
 from adapterhub.changes import change_of
 from adapterhub.errors import NotFoldable, ScanWarning, UnsafeFile
 from adapterhub.factors import product_norm
+from adapterhub.files.bounded import read_json
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.modification import Modification
 

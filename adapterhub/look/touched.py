@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterhub.errors import IntegrityError, UsageError
-from adapterhub.formats.safetensors_header import DTYPES, read_header
+from adapterhub.files.safetensors_header import DTYPES, read_header
 from adapterhub.manifest import Release
 
 if TYPE_CHECKING:

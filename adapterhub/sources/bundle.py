@@ -13,12 +13,13 @@ import stat
 from collections.abc import Collection
 from pathlib import Path
 
-from adapterhub import durable, parts
-from adapterhub.bounded import read_json
+from adapterhub import parts
 from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile
+from adapterhub.files import durable
+from adapterhub.files.bounded import read_json
+from adapterhub.files.progress import bar
 from adapterhub.manifest import File, Manifest, Release, canonical, digest_of
 from adapterhub.packages import Packages
-from adapterhub.progress import bar
 from adapterhub.sources import AGAIN, Candidate, closure
 from adapterhub.sources.room import check_disk
 from adapterhub.store import Store

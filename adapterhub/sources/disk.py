@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from adapterhub import durable
 from adapterhub.errors import IntegrityError, NotFound
+from adapterhub.files import durable
+from adapterhub.files.progress import bar
 from adapterhub.manifest import File, Reference, Release
 from adapterhub.packages import Packages
-from adapterhub.progress import bar
 from adapterhub.sources import AGAIN, Candidate
 from adapterhub.store import Store
 

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import httpx
 
-from adapterhub import durable
-from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
+from adapterhub.files import durable
+from adapterhub.files.bounded import read_json
 from adapterhub.sources.address import Address, address
 
 TRIES = 5

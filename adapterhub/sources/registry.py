@@ -12,12 +12,12 @@ from urllib.parse import quote
 from packaging.version import Version
 
 from adapterhub import parts
-from adapterhub.bounded import read_json
 from adapterhub.claims import check_listed
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
+from adapterhub.files.bounded import read_json
+from adapterhub.files.progress import bar
 from adapterhub.incoming import Incoming
 from adapterhub.manifest import File, Manifest, Release, check_digest, check_version, digest_of
-from adapterhub.progress import bar
 from adapterhub.sources import AGAIN, Candidate
 from adapterhub.sources.address import address
 from adapterhub.sources.http import Http

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Callable
 
 from adapterhub.errors import HubError, IntegrityError, NameInUse, Unreachable, UsageError
+from adapterhub.files.progress import bar
 from adapterhub.manifest import File, Reference, Release
 from adapterhub.packages import Packages
-from adapterhub.progress import bar
 from adapterhub.sources import closure, named
 from adapterhub.sources.disk import Disk
 from adapterhub.sources.http import Http

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from adapterhub import durable, settings
+from adapterhub import settings
 from adapterhub.errors import IntegrityError
+from adapterhub.files import durable
 
 
 def check_no_older(url: str, serial: int, label: str) -> None:

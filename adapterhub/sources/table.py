@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from adapterhub import durable, settings
+from adapterhub import settings
 from adapterhub.errors import NotFound, UsageError
+from adapterhub.files import durable
 from adapterhub.manifest import PART
 from adapterhub.requirement import SOURCE
 from adapterhub.sources.address import LOOKS, Address, address, shown

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapterhub import durable, settings
+from adapterhub import settings
 from adapterhub.errors import HubError, NotFound, UsageError
+from adapterhub.files import durable
 from adapterhub.sources.address import Address, address
 
 VARIABLE = "ADAPTERHUB_TOKEN"

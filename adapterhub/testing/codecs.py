@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapterhub import durable
 from adapterhub.adapter import modifications_of
 from adapterhub.codecs import Codec, shapes_of
 from adapterhub.compress import site_errors
 from adapterhub.errors import CodecError, HubError
+from adapterhub.files import durable
 from adapterhub.tensors import dump, load
 from adapterhub.testing.forms import Declined
 from adapterhub.testing.generators import untouched

@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from adapterhub.bounded import read_json
 from adapterhub.errors import IntegrityError
+from adapterhub.files.bounded import read_json
 from adapterhub.manifest import Release, canonical
 from adapterhub.trust.signature import RELEASE, opened, statement
 

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from adapterhub import durable
 from adapterhub.errors import NameInUse, NotFound, UnsafeFile, UsageError
+from adapterhub.files import durable
 from adapterhub.settings import config_folder
 
 PREFIX = "ed25519:"

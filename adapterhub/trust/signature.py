@@ -10,8 +10,8 @@ import binascii
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from adapterhub.bounded import read_json
 from adapterhub.errors import IntegrityError, UsageError
+from adapterhub.files.bounded import read_json
 from adapterhub.manifest import Release, canonical
 from adapterhub.trust.keys import PrivateKey, PublicKey
 

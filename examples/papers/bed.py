@@ -87,8 +87,8 @@ def weights(folder: Path) -> str:
 
 def _cached(name: str, steps: int, width: int, peak: float, seed: int) -> Path:
     """The model's folder, from the user's cache or made now. It says which model it is."""
-    from adapterhub import durable
     from adapterhub.bases import cache_folder
+    from adapterhub.files import durable
 
     key = hashlib.sha256(f"{recipe()} {made_with()}".encode()).hexdigest()[:8]
     folder = cache_folder() / f"papers-{name}-{steps}-{key}"

@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Select, and_, delete, func, insert, or_, select, text, update
 
-from adapterhub import durable
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, TagMoved, UsageError
+from adapterhub.files import durable
 from adapterhub.index import ANY, Row
 from adapterhub.manifest import File, Manifest, Release, digest_of
 from adapterhub_registry import rows, seals, tables

@@ -14,8 +14,8 @@ from sqlalchemy import Connection, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
-from adapterhub import durable
 from adapterhub.errors import DiskFull, HubError, IntegrityError, UsageError
+from adapterhub.files import durable
 from adapterhub_registry.foreign import check_journal, refusal
 from adapterhub_registry.foreign import connect as connect_foreign
 

@@ -17,8 +17,8 @@ from contextlib import suppress
 from os import SEEK_END
 from pathlib import Path
 
-from adapterhub.durable import open_plain
 from adapterhub.errors import UnsafeFile
+from adapterhub.files.durable import open_plain
 
 SECONDS = 5.0
 """That one look at the file may take."""

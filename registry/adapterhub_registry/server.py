@@ -101,7 +101,7 @@ def add_releases(app: FastAPI, hub: Packages, access: Access) -> None:
 def _commit(hub: Packages, data: bytes, account: Account) -> JSONResponse:
     """Add a release whose blobs and needed parents are here: 201, or 200 when it is here already (whoever brings it)."""
     from adapterhub.compose import check_expressions
-    from adapterhub.formats.safetensors_header import read_header
+    from adapterhub.files.safetensors_header import read_header
 
     release = Release(Manifest.decode(data), digest_of(data))
     check_expressions(release.manifest)

@@ -12,8 +12,8 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from adapterhub.bounded import read_json
 from adapterhub.errors import HubError, IntegrityError
+from adapterhub.files.bounded import read_json
 from adapterhub.incoming import Incoming
 from adapterhub.manifest import File, check_digest
 from adapterhub.packages import Packages

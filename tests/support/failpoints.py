@@ -13,8 +13,8 @@ from pathlib import Path
 from sqlalchemy.exc import OperationalError
 
 import adapterhub
-from adapterhub import durable
 from adapterhub.errors import HubError, NotFound
+from adapterhub.files import durable
 from adapterhub.manifest import digest_of
 
 LOCAL = ("write", "fsync", "rename", "link", "unlink", "commit")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapterhub import platforms
 from adapterhub.errors import HubError
+from adapterhub.files import platforms
 
 PATIENCE = 1.0
 """Seconds of waiting of which nothing is said."""

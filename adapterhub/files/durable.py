@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from adapterhub import platforms
 from adapterhub.errors import DiskFull, HubError, NameInUse, NotFound
-from adapterhub.locks import lock
+from adapterhub.files import platforms
+from adapterhub.files.locks import lock
 
 __all__ = ["lock"]
 """What others take from here though it is made elsewhere."""

@@ -1,0 +1,1 @@
+"""Bytes on disk, safely: the only writer of files, bounded readers, locks, progress."""

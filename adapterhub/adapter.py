@@ -15,9 +15,9 @@ from adapterhub.contracts import make
 from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError, UnsafeFile
 from adapterhub.form_contracts import call
 from adapterhub.lanes import remembers
-from adapterhub.manifest import Made, Manifest, Release
 from adapterhub.modification import Modification, Step, Tap
 from adapterhub.sites import Site, tapped
+from adapterhub.spec.manifest import Made, Manifest, Release
 from adapterhub.weights import compute_device, matrix, values
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from queue import Empty, Queue
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
-from adapterhub.claims import plain
 from adapterhub.errors import DataError
 from adapterhub.files import platforms
+from adapterhub.spec.claims import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from adapterhub.errors import ExpressionError, HubError, IncompatibleBase, ManifestError, ParentsWarning, UsageError
-from adapterhub.expression import Ensemble, Gate, Node, Ref, depth, parse, references, substitute
-from adapterhub.manifest import Base, Manifest, Parent, Reference, Release, check_name
+from adapterhub.errors import HubError, IncompatibleBase, UsageError
+from adapterhub.spec.expression import Ensemble, Gate, Node, Ref, depth, references, substitute
+from adapterhub.spec.manifest import Base, Manifest, Parent, Release
+from adapterhub.spec.names import Reference, check_name
+from adapterhub.spec.parents import check_expressions, joined_licences, weighed
+from adapterhub.spec.parser import parse
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
@@ -117,54 +118,6 @@ def expand(hub: Hub, node: Node | Ensemble) -> Node | Ensemble:
     return whole(node, 0)[0]
 
 
-def weighed(manifest: Manifest) -> list[Parent]:
-    """What a trained gate weighs, in order; nothing for any other adapter."""
-    return [parent for parent in manifest.parents if parent.relation == "gate"]
-
-
-def check_expressions(manifest: Manifest) -> None:
-    """Hold what runs by its text to the parents, which are known by their digests: a composition names exactly them,
-    each at its version, and brings nothing else (so nothing is made of itself); what a training puts beneath is among
-    them. Raises ManifestError."""
-    who = f"{manifest.name}@{manifest.version}"
-    hint = "make it again, or get it from another source"
-    parents = {
-        relation: {f"{p.name}@{p.version}" for p in manifest.parents if p.relation == relation}
-        for relation in ("compose", "on")
-    }
-    if manifest.compose is not None:
-        if differ := _named(manifest.compose, who) ^ parents["compose"]:
-            differ = ", ".join(sorted(differ))
-            raise ManifestError(f"the composition {who} does not name its parents at their versions: {differ}", hint)
-        if manifest.files or manifest.forms or manifest.codecs:
-            raise ManifestError(f"the composition {who} holds tensors of its own", hint)
-    beneath = manifest.recipe.get("beneath")
-    if beneath is not None and (others := _named(beneath, who) - parents["on"]):
-        raise ManifestError(f"beneath {who} are others than its parents: {', '.join(sorted(others))}", hint)
-
-
-def _named(text: object, who: str) -> set[str]:
-    try:
-        return {str(reference) for reference in references(parse(text if isinstance(text, str) else ""))}
-    except (ExpressionError, RecursionError) as error:
-        problem = str(error).splitlines()[0]
-        raise ManifestError(f"an expression of {who} does not parse: {problem}", "make it again") from None
-
-
-def warn_missing_parents(releases: Collection[Release]) -> None:
-    """A ParentsWarning for each that was trained over others which are not with it."""
-    there = {release.digest for release in releases}
-    for release in releases:
-        missing = [p for p in release.manifest.parents if p.relation == "on" and p.digest not in there]
-        if missing:
-            names = " + ".join(f"{parent.name}@{parent.version}" for parent in missing)
-            warnings.warn(
-                f"{release} was trained over {names} and does its work only with that beneath: '{names} + {release}'",
-                ParentsWarning,
-                stacklevel=3,
-            )
-
-
 def common_base(hub: Hub, releases: list[Release]) -> Base:
     """The base of the first, if all were made for the same one (or for copies of it). Raises IncompatibleBase."""
     first = releases[0]
@@ -187,9 +140,3 @@ def base_difference(hub: Hub, one: Base, other: Base) -> str:
 
     verdict = compare(*(Fingerprint(base, hub.store.read(base.sketch)) for base in (one, other)))
     return verdict.reason if verdict.kind == "another" else ""
-
-
-def joined_licences(releases: list[Release]) -> str | None:
-    """The licences of all parents, joined as SPDX does; None if no parent states one."""
-    known = sorted({r.manifest.licence for r in releases if r.manifest.licence})
-    return " AND ".join(known) or None

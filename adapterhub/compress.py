@@ -20,8 +20,9 @@ from adapterhub.errors import CodecError, NoEffect, UsageError
 from adapterhub.factors import product_norm
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.manifest import Made, Manifest, Parent, Release, check_name
 from adapterhub.modification import Modification
+from adapterhub.spec.manifest import Made, Manifest, Parent, Release
+from adapterhub.spec.names import check_name
 from adapterhub.tensors import dump, load
 
 if TYPE_CHECKING:

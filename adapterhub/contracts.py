@@ -24,9 +24,9 @@ from adapterhub.boundary import Wrong, guard, guarded
 from adapterhub.data import Data
 from adapterhub.decoding import check_shapes
 from adapterhub.encoding import Example
-from adapterhub.manifest import canonical
 from adapterhub.method import Given, Measurement, Method, Stage
 from adapterhub.modification import Modification
+from adapterhub.spec.digest import canonical
 from adapterhub.verifier import Verdict
 
 

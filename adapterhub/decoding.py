@@ -22,8 +22,8 @@ from torch import Tensor
 from adapterhub.boundary import Wrong
 from adapterhub.codecs import Codec, Shapes, shapes_of
 from adapterhub.errors import CodecError, HubError, IntegrityError
-from adapterhub.manifest import Manifest
 from adapterhub.sites import Site, current_path
+from adapterhub.spec.manifest import Manifest
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -11,8 +11,8 @@ from adapterhub import folders
 from adapterhub.errors import HubError, NotFound
 from adapterhub.files import durable
 from adapterhub.index import Index
-from adapterhub.manifest import Release
 from adapterhub.packages import Packages
+from adapterhub.spec.manifest import Release
 from adapterhub.store import DATABASE, Store
 
 if TYPE_CHECKING:

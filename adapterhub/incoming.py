@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from adapterhub.errors import DiskFull, IntegrityError
 from adapterhub.files import durable
-from adapterhub.manifest import File
+from adapterhub.spec.manifest import File
 from adapterhub.store import Store, hashed
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapterhub.manifest import File, Manifest, Release
+from adapterhub.spec.manifest import File, Manifest, Release
 
 ANY = "*"
 """For `set_tag`: whatever the tag means now."""

@@ -12,10 +12,10 @@ import msgspec
 from adapterhub import plugins
 from adapterhub.contracts import make, number
 from adapterhub.errors import UsageError
-from adapterhub.manifest import Release
 from adapterhub.objective import Objective
 from adapterhub.parameter_schedule import ParameterSchedule
 from adapterhub.recipe import Recipe
+from adapterhub.spec.manifest import Release
 
 DEFAULT = "sft"
 """The objective where none is given."""

@@ -13,13 +13,16 @@ from typing import Any
 import msgspec
 
 from adapterhub.errors import HubError, ManifestError, NotFound, UsageError
-from adapterhub.expression import Ref as Reading
-from adapterhub.expression import parse, substitute
 from adapterhub.files import durable
 from adapterhub.files.bounded import LENGTH, read_toml
-from adapterhub.manifest import Reference, Release, check_digest, check_name, check_version
 from adapterhub.project import LOCK, Project
 from adapterhub.resolve import Resolution
+from adapterhub.spec.digest import check_digest
+from adapterhub.spec.expression import Ref as Reading
+from adapterhub.spec.expression import substitute
+from adapterhub.spec.manifest import Release
+from adapterhub.spec.names import Reference, check_name, check_version
+from adapterhub.spec.parser import parse
 
 HEADER = "# Made by adapterhub from adapterhub.toml. Commit it; do not edit it.\n"
 VERSION = 1

@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from adapterhub import plugins
 from adapterhub.adapter import Adapter, Modifications
 from adapterhub.changes import CANCELLED, WHOLE, Result, change_of, cheapest, side_by_side, weighted_sum
-from adapterhub.compose import common_base, joined_licences, warn_missing_parents
+from adapterhub.compose import common_base
 from adapterhub.contracts import make
 from adapterhub.errors import NoEffect, NotFoldable, NotMergeable, UsageError
 from adapterhub.form_contracts import call
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.manifest import Parent, Release
 from adapterhub.mergers import Merger
 from adapterhub.modification import Modification
 from adapterhub.publish import publish_tensors
 from adapterhub.residents import Residents, current
 from adapterhub.sites import sites
+from adapterhub.spec.manifest import Parent, Release
+from adapterhub.spec.parents import joined_licences, warn_missing_parents
 from adapterhub.weights import values
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from adapterhub.errors import NameInUse, NameWarning
 from adapterhub.index import Index, Row
-from adapterhub.manifest import VERSION, check_name
+from adapterhub.spec.names import VERSION, check_name
 
 _BETWEEN = re.compile("[-_.]+")
 

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from adapterhub import records
-from adapterhub.compose import check_expressions
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UsageError, YankedWarning
 from adapterhub.files import durable
 from adapterhub.files.safetensors_header import read_header
 from adapterhub.index import ANY, FILES_AT_GC, Index, Row
-from adapterhub.manifest import TAG, File, Manifest, Parent, Reference, Release, check_version, digest_of
 from adapterhub.names import check_look_alike, following_version, warn_of_look_alikes
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import File, Manifest, Parent, Release
+from adapterhub.spec.names import TAG, Reference, check_version
+from adapterhub.spec.parents import check_expressions
 from adapterhub.store import Problem, Store
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from itertools import pairwise
 from adapterhub.errors import IntegrityError
 from adapterhub.files.bounded import read_json
 from adapterhub.files.safetensors_header import MAX_TENSORS, read_layout
-from adapterhub.manifest import File, canonical, check_digest
+from adapterhub.spec.digest import canonical, check_digest
+from adapterhub.spec.manifest import File
 
 LARGE = 64 << 10
 """Bytes from which on a tensor is a part of its own."""

@@ -13,15 +13,15 @@ from adapterhub.attention import Memory, advances, memories
 from adapterhub.composers import Inside, Mix, Route, Scaled, Stack
 from adapterhub.ensemble import Lanes
 from adapterhub.errors import UsageError
-from adapterhub.expression import Ensemble, Node, Ref, Scale
-from adapterhub.expression import Gate as GateNode
-from adapterhub.expression import Mix as MixNode
-from adapterhub.expression import Stack as StackNode
 from adapterhub.form_contracts import call
 from adapterhub.forward import Plan
 from adapterhub.gate import Gate
 from adapterhub.modification import Modification
 from adapterhub.sites import Site
+from adapterhub.spec.expression import Ensemble, Node, Ref, Scale
+from adapterhub.spec.expression import Gate as GateNode
+from adapterhub.spec.expression import Mix as MixNode
+from adapterhub.spec.expression import Stack as StackNode
 
 
 def assemble(

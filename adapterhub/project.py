@@ -27,12 +27,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from adapterhub.errors import NameInUse, NotFound, UsageError
-from adapterhub.expression import parse, references
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_toml
-from adapterhub.manifest import PART
-from adapterhub.requirement import Requirement
 from adapterhub.sources.table import Table, check_tables
+from adapterhub.spec.expression import references
+from adapterhub.spec.names import PART
+from adapterhub.spec.parser import parse
+from adapterhub.spec.requirement import Requirement
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument

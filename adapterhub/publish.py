@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub import plugins
 from adapterhub.adapter import Modifications, forms_of
-from adapterhub.compose import expand, weighed
-from adapterhub.expression import Ensemble, Node, Ref, beneath, references
-from adapterhub.manifest import Base, Made, Manifest, Parent, Reference, Release, check_name
+from adapterhub.compose import expand
 from adapterhub.modification import named_tensors
+from adapterhub.spec.expression import Ensemble, Node, Ref, beneath, references
+from adapterhub.spec.manifest import Base, Made, Manifest, Parent, Release
+from adapterhub.spec.names import Reference, check_name
+from adapterhub.spec.parents import weighed
 from adapterhub.tensors import dump
 
 if TYPE_CHECKING:

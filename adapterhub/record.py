@@ -8,8 +8,8 @@ from typing import Any
 
 from adapterhub.data import Data
 from adapterhub.evaluate import evaluate
-from adapterhub.manifest import canonical, digest_of
 from adapterhub.runtime import Model
+from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.start import Start
 from adapterhub.trainer import Schedule
 

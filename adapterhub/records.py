@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from adapterhub.manifest import File
+from adapterhub.spec.manifest import File
 from adapterhub.store import Store, identify
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ from torch import nn
 
 from adapterhub import plugins
 from adapterhub.adapter import Adapter, Modifications, as_parameters, bind, check_fit, check_range
-from adapterhub.compose import expand, read, warn_missing_parents
+from adapterhub.compose import expand, read
 from adapterhub.contracts import make
 from adapterhub.errors import IncompatibleBase, UsageError
-from adapterhub.expression import Node, references
 from adapterhub.sites import Site, current_path
+from adapterhub.spec.expression import Node, references
+from adapterhub.spec.parents import warn_missing_parents
 from adapterhub.weights import compute_device, compute_dtype
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from resolvelib import AbstractProvider, BaseReporter, ResolutionImpossible, Res
 from adapterhub import plugins
 from adapterhub.conflict import Conflict, explain
 from adapterhub.errors import HubError, NotFound
-from adapterhub.manifest import Base, Release
-from adapterhub.requirement import Requirement
 from adapterhub.sources import Candidate, Source, closure
 from adapterhub.sources.table import Sources
+from adapterhub.spec.manifest import Base, Release
+from adapterhub.spec.requirement import Requirement
 
 ROUNDS = 20_000
 """Steps of the search after which it is given up."""

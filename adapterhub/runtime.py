@@ -17,15 +17,16 @@ from adapterhub.context import Context
 from adapterhub.device import precision
 from adapterhub.encoding import opened, pad_left, pad_token, repeated
 from adapterhub.errors import NotFoldable, UsageError
-from adapterhub.expression import Ensemble, Node, Ref, references
 from adapterhub.fold import fold
 from adapterhub.forward import Plan
-from adapterhub.manifest import Reference, Release, check_name, check_version
 from adapterhub.modification import Modification, named_tensors
 from adapterhub.plan import assemble, batch, copied, furthest, placed, stacked
 from adapterhub.plan_cache import PlanCache
 from adapterhub.residents import Residents
 from adapterhub.sites import sites
+from adapterhub.spec.expression import Ensemble, Node, Ref, references
+from adapterhub.spec.manifest import Release
+from adapterhub.spec.names import Reference, check_name, check_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

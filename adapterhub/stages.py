@@ -19,11 +19,11 @@ from adapterhub.errors import UsageError
 from adapterhub.files import durable
 from adapterhub.ingredients import Ingredients
 from adapterhub.learner import Learner
-from adapterhub.manifest import canonical, digest_of
 from adapterhub.method import Given, Measurement, Parts, Stage, require_plain
 from adapterhub.modification import named_tensors
 from adapterhub.runtime import Model
 from adapterhub.setting import Setting
+from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.tensors import dump, load
 from adapterhub.trainer import Schedule, fit
 

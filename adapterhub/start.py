@@ -13,11 +13,12 @@ from adapterhub.adapter import Adapter, Modifications, forms_of
 from adapterhub.compose import expand
 from adapterhub.contracts import make
 from adapterhub.errors import UsageError
-from adapterhub.expression import parse, references
-from adapterhub.manifest import Made, Parent, Release
 from adapterhub.method import Given, Method, Parts, Stage
 from adapterhub.plan import gated
 from adapterhub.runtime import Model
+from adapterhub.spec.expression import references
+from adapterhub.spec.manifest import Made, Parent, Release
+from adapterhub.spec.parser import parse
 from adapterhub.watched import staged
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from adapterhub.errors import HubError, IntegrityError
 from adapterhub.files import durable
 from adapterhub.files.pool import WORKERS, each
 from adapterhub.files.safetensors_header import extent
-from adapterhub.manifest import File, check_digest, digest_of
+from adapterhub.spec.digest import check_digest, digest_of
+from adapterhub.spec.manifest import File
 
 DATABASE = "hub.db"
 """The file that makes a folder a hub; the index lives in it, the blobs beside it."""

@@ -13,13 +13,13 @@ from adapterhub import project as projects
 from adapterhub.compose import base_difference
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, PluginError
 from adapterhub.lock import Lock, Locked
-from adapterhub.manifest import Base, Release
 from adapterhub.packages import Packages
 from adapterhub.project import LOCK, Project
 from adapterhub.resolve import Asked, Resolution, Rules, resolve
 from adapterhub.sources import Source, closure, room
-from adapterhub.sources.address import address
 from adapterhub.sources.table import HERE, Sources, Table, own_insecure, own_tables
+from adapterhub.spec.address import address
+from adapterhub.spec.manifest import Base, Release
 
 LARGEST_SKETCH = 64 << 20
 """Bytes of a sketch that is fetched to compare two bases; a base's has a few MB."""

@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from adapterhub import claims, plugins
+from adapterhub import plugins
 from adapterhub.adapter import require_effect
-from adapterhub.compose import joined_licences
 from adapterhub.data import Data, read
 from adapterhub.device import memory_told
 from adapterhub.encoding import Example, check_vocabulary, encode, grouped, pad_token
 from adapterhub.errors import NameInUse, UsageError
 from adapterhub.files import durable
 from adapterhub.ingredients import ingredients
-from adapterhub.manifest import Made, Reference, Release, canonical, check_seed, check_version, digest_of
 from adapterhub.method import Stage
 from adapterhub.modification import named_tensors
 from adapterhub.names import check_new
@@ -32,6 +30,11 @@ from adapterhub.recipe import Recipe
 from adapterhub.record import measured_on, metrics_of, recipe_of, told
 from adapterhub.runtime import Model, load
 from adapterhub.setting import Setting
+from adapterhub.spec import claims
+from adapterhub.spec.digest import canonical, digest_of
+from adapterhub.spec.manifest import Made, Release, check_seed
+from adapterhub.spec.names import Reference, check_version
+from adapterhub.spec.parents import joined_licences
 from adapterhub.stages import Planned, check, forget, planned
 from adapterhub.stages import run as run_stages
 from adapterhub.start import Start, start

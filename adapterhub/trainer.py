@@ -26,7 +26,7 @@ from adapterhub.encoding import collate
 from adapterhub.errors import HubError, UsageError
 from adapterhub.files import durable
 from adapterhub.learner import Learner
-from adapterhub.manifest import canonical
+from adapterhub.spec.digest import canonical
 
 COMPLETE = "complete.json"
 """Written into a checkpoint last: the sha256 of its files. A checkpoint without it, or with other bytes, is none."""

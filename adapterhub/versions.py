@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from adapterhub.errors import NotFound, UsageError
-from adapterhub.manifest import Reference, Release
 from adapterhub.packages import Packages
+from adapterhub.spec.manifest import Release
+from adapterhub.spec.names import Reference
 
 
 def rollback(hub: Packages, name: str, tag: str) -> tuple[str, str]:

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 import adapterhub
-from adapterhub.manifest import Base, File, Made, Manifest, digest_of
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest
 
 TENSORS, EACH = 420, 200_000
 

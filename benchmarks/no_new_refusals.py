@@ -29,7 +29,8 @@ from worlds import World
 
 from adapterhub import plugins
 from adapterhub.errors import HubError
-from adapterhub.expression import parse, references
+from adapterhub.spec.expression import references
+from adapterhub.spec.parser import parse
 from adapterhub.testing.families import FAMILIES, inputs
 
 Cases = Iterator[tuple[str, str, Callable[[], object]]]

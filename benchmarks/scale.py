@@ -22,7 +22,8 @@ from sqlalchemy import insert
 
 import adapterhub
 from adapterhub.errors import NotFound
-from adapterhub.manifest import Base, File, Made, Manifest, Release, digest_of
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest, Release
 
 WORDS = [
     "sql",

@@ -50,7 +50,8 @@ def _kinds() -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
     from adapterhub.decoding import SPARE, decode
     from adapterhub.errors import CodecError
     from adapterhub.files.safetensors_header import read_header
-    from adapterhub.manifest import Base, File, Made, Manifest, digest_of
+    from adapterhub.spec.digest import digest_of
+    from adapterhub.spec.manifest import Base, File, Made, Manifest
     from adapterhub.tensors import dump, load
     from adapterhub.testing.codecs import sample
 

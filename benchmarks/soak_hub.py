@@ -178,8 +178,9 @@ def _fill(root: Path, count: int) -> None:
     from sqlalchemy import insert
 
     import adapterhub
-    from adapterhub.manifest import Base, File, Made, Manifest, Release, digest_of
     from adapterhub.records import KEPT
+    from adapterhub.spec.digest import digest_of
+    from adapterhub.spec.manifest import Base, File, Made, Manifest, Release
 
     hub = adapterhub.open(root, create=True)
 

@@ -19,9 +19,9 @@ from soak_server import MB, ROOT, WRITE, Served, milliseconds, room, served, tim
 
 import adapterhub  # noqa: E402
 from adapterhub.files import durable  # noqa: E402
-from adapterhub.manifest import digest_of  # noqa: E402
 from adapterhub.sources import closure  # noqa: E402
 from adapterhub.sources.registry import Registry  # noqa: E402
+from adapterhub.spec.digest import digest_of  # noqa: E402
 from adapterhub.versions import lineage  # noqa: E402
 
 # --- G1, G2 ---------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def g2(versions: int = 10_000, depth: int = 1000) -> dict[str, object]:
 def _changed(manifest, parent=None, **changes):
     import msgspec
 
-    from adapterhub.manifest import Parent, Release
+    from adapterhub.spec.manifest import Parent, Release
 
     if parent is not None:
         changes["parents"] = [Parent(name=parent.name, version=parent.version, digest=parent.digest, relation="on")]

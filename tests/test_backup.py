@@ -13,7 +13,7 @@ import adapterhub
 from adapterhub.backup import BLOCK, backup, restore
 from adapterhub.cli.app import execute
 from adapterhub.errors import DiskFull, IntegrityError, NameInUse, UsageError
-from adapterhub.manifest import canonical
+from adapterhub.spec.digest import canonical
 from adapterhub.versions import yank
 
 

@@ -8,13 +8,15 @@ import pytest
 from crashed import TENSORS, publish
 
 import adapterhub
-from adapterhub import claims, lock, project, settings
+from adapterhub import lock, project, settings
 from adapterhub.cli.app import execute
 from adapterhub.cli.output import LINE, clean, one_line, shown
 from adapterhub.errors import HubError, ManifestError
 from adapterhub.files.bounded import DEPTH, TooMuch, read_json, read_toml
 from adapterhub.formats import peft_config
-from adapterhub.manifest import Manifest, Release, canonical, digest_of
+from adapterhub.spec import claims
+from adapterhub.spec.digest import canonical, digest_of
+from adapterhub.spec.manifest import RELATIONS, Manifest, Release
 from adapterhub.trust.signature import LIST, opened
 
 
@@ -124,9 +126,9 @@ def test_what_no_release_says_of_itself_is_refused_when_it_is_decoded(plain, cha
 
 def test_a_relation_is_one_that_we_know(plain):
     parent = {"name": "me/p", "version": "0.1.0", "digest": digest_of(b"p"), "relation": "owns"}
-    for relation in (*claims.RELATIONS, "owns", "on\x1b"):
+    for relation in (*RELATIONS, "owns", "on\x1b"):
         data = canonical({**msgspec.to_builtins(plain), "parents": [{**parent, "relation": relation}]})
-        if relation in claims.RELATIONS:
+        if relation in RELATIONS:
             assert Manifest.decode(data).parents[0].relation == relation
             continue
         with pytest.raises(ManifestError, match="no relation"):

@@ -20,7 +20,8 @@ from adapterhub import errors
 from adapterhub.cli.app import app, execute, main
 from adapterhub.cli.output import clean, size, table
 from adapterhub.errors import HubError
-from adapterhub.manifest import Base, File, Made, Manifest, digest_of
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest
 
 ADAPTERHUB = [sys.executable, "-m", "adapterhub"]
 

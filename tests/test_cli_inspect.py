@@ -25,9 +25,9 @@ from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
 from adapterhub.gate import Gate
 from adapterhub.look.touched import alike, by_layer, repeated, touched
-from adapterhub.manifest import Made, Manifest, Parent
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
+from adapterhub.spec.manifest import Made, Manifest, Parent
 from adapterhub.testing.bed import random_adapter, tiny_llama
 from adapterhub.testing.families import FAMILIES, tiny
 
@@ -168,7 +168,7 @@ def test_what_has_no_tensors_or_others_is_refused(run, hub, base):
     finally:
         path.write_bytes(whole)
     lying = hub.publish(
-        adapterhub.manifest.Manifest(
+        adapterhub.spec.manifest.Manifest(
             name="me/lying", version="0.0.0", base=release.manifest.base, forms={Q0: ["dense"]}
         ),
         {"tensors": whole},
@@ -516,7 +516,7 @@ def test_the_program_is_a_tree_and_each_site_says_what_runs_there(run, hub):
 def test_a_part_that_is_not_installed_is_told_with_its_package(run, hub, base):
     record = hub.resolve("me/low-rank").manifest.base
     made = Made(name="warp", distribution="adapterhub-loreft 1.2.0")
-    manifest = adapterhub.manifest.Manifest(
+    manifest = adapterhub.spec.manifest.Manifest(
         name="me/warped", version="0.0.0", base=record, method=made, forms={Q0: ["warp"]}
     )
     hub.publish(manifest, {"tensors": b"\x02\0\0\0\0\0\0\0{}"})

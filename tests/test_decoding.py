@@ -22,8 +22,8 @@ from adapterhub.codecs.int8 import Int8
 from adapterhub.errors import CodecError, HubError, IncompatibleBase, IntegrityError, PluginError
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.look import scan
-from adapterhub.manifest import Made, Manifest
 from adapterhub.sites import sites
+from adapterhub.spec.manifest import Made, Manifest
 from adapterhub.tensors import dump
 from adapterhub.testing.bed import tiny_llama
 

@@ -1,8 +1,9 @@
 import pytest
 
 from adapterhub.errors import ExpressionError
-from adapterhub.expression import Mix, Ref, Scale, Stack, parse, references
-from adapterhub.manifest import Reference
+from adapterhub.spec.expression import Mix, Ref, Scale, Stack, references
+from adapterhub.spec.names import Reference
+from adapterhub.spec.parser import parse
 
 
 def ref(text):

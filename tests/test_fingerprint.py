@@ -17,7 +17,7 @@ from adapterhub.bases import ResolvedBase, load_model, resolve
 from adapterhub.bases.compare import compare_sketches, one_thread
 from adapterhub.bases.fingerprint import BaseWarning, Fingerprint, check_base, compare, fingerprint
 from adapterhub.errors import IncompatibleBase, IntegrityError, UnsafeFile
-from adapterhub.manifest import digest_of
+from adapterhub.spec.digest import digest_of
 
 bf16, fp16 = torch.bfloat16, torch.float16
 

@@ -425,7 +425,7 @@ def test_dropout_only_while_training():
 
 
 def test_a_form_that_is_not_installed_names_the_package_it_came_with():
-    from adapterhub.manifest import Base, File, Made, Manifest
+    from adapterhub.spec.manifest import Base, File, Made, Manifest
 
     file = File(digest="sha256:" + "0" * 64, size=1)
     manifest = Manifest(
@@ -536,7 +536,7 @@ def test_a_form_at_the_wrong_kind_of_site():
 
 
 def test_sites_that_only_the_manifest_names_are_missing():
-    from adapterhub.manifest import Base, File, Manifest
+    from adapterhub.spec.manifest import Base, File, Manifest
 
     file = File(digest="sha256:" + "0" * 64, size=1)
     base = Base(name="b", architecture="llama", structure=file.digest, sketch=file)

@@ -27,9 +27,10 @@ from worlds import OF_WEIGHTS, World, smaller_than, whole
 
 from adapterhub import plugins
 from adapterhub.errors import NotFoldable
-from adapterhub.expression import Ensemble, Gate, Ref, Scale, Stack, depth, parse, references
-from adapterhub.manifest import Reference
 from adapterhub.modification import named_tensors
+from adapterhub.spec.expression import Ensemble, Gate, Ref, Scale, Stack, depth, references
+from adapterhub.spec.names import Reference
+from adapterhub.spec.parser import parse
 from adapterhub.testing.families import FAMILIES, inputs
 
 EXACT = 1e-9

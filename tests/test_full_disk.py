@@ -14,8 +14,8 @@ from adapterhub.cli.app import execute
 from adapterhub.errors import DiskFull
 from adapterhub.files import durable
 from adapterhub.incoming import Incoming
-from adapterhub.manifest import digest_of
 from adapterhub.sources.registry import Registry
+from adapterhub.spec.digest import digest_of
 from adapterhub.store import identify
 
 BIG = os.urandom(3 << 20)

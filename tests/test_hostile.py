@@ -27,8 +27,9 @@ from adapterhub.errors import HubError, ManifestError, ScanWarning, UnsafeFile
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.huggingface.card import card
 from adapterhub.look import scan
-from adapterhub.manifest import Manifest, Release, canonical, digest_of
 from adapterhub.sites import sites
+from adapterhub.spec.digest import canonical, digest_of
+from adapterhub.spec.manifest import Manifest, Release
 from adapterhub.testing.bed import tiny_llama
 
 

@@ -22,10 +22,10 @@ from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable
 from adapterhub.huggingface.transport import Repo
 from adapterhub.sources import http as http_module
 from adapterhub.sources import tokens
-from adapterhub.sources.address import address
 from adapterhub.sources.http import Http
 from adapterhub.sources.registry import Registry
 from adapterhub.sources.registry_push import push
+from adapterhub.spec.address import address
 
 TOKEN = "PLANTED-TOKEN"
 

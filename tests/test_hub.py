@@ -15,7 +15,9 @@ import pytest
 import adapterhub
 from adapterhub.care import gc
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UsageError
-from adapterhub.manifest import Base, File, Made, Manifest, Parent, Reference, digest_of
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent
+from adapterhub.spec.names import Reference
 
 
 def draft(name="me/x", **changes):

@@ -13,8 +13,9 @@ import adapterhub
 from adapterhub import care, records
 from adapterhub.cli.app import execute
 from adapterhub.errors import NameInUse, NameWarning, UsageError
-from adapterhub.manifest import Base, File, Made, Manifest, digest_of
 from adapterhub.rebuild import rebuild
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest
 from adapterhub.trust.keys import PrivateKey
 from adapterhub.trust.signature import RELEASE, sign, statement
 from adapterhub.versions import yank

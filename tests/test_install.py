@@ -11,7 +11,8 @@ import pytest
 
 import adapterhub
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UnsafeFile, UsageError
-from adapterhub.manifest import Base, File, Made, Manifest, Parent, Release, digest_of
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent, Release
 
 
 def safetensors(*values, name="a.low_rank.0.up"):

@@ -15,8 +15,9 @@ import adapterhub
 from adapterhub import care, parts, store
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, ManifestError, UsageError
-from adapterhub.manifest import File, Manifest, canonical, digest_of
 from adapterhub.sources.disk import Disk
+from adapterhub.spec.digest import canonical, digest_of
+from adapterhub.spec.manifest import File, Manifest
 
 
 @pytest.fixture

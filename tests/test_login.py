@@ -19,8 +19,8 @@ from adapterhub import settings
 from adapterhub.cli.app import execute
 from adapterhub.errors import UsageError
 from adapterhub.sources import tokens
-from adapterhub.sources.address import address, shown
 from adapterhub.sources.registry import Registry
+from adapterhub.spec.address import address, shown
 
 TOKEN = "PLANTED-TOKEN"
 ELSEWHERE = "http://adapters.example"

@@ -8,18 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapterhub.errors import HubError, ManifestError, UsageError
-from adapterhub.manifest import (
-    Base,
-    File,
-    Made,
-    Manifest,
-    Parent,
-    Reference,
-    check_digest,
-    check_name,
-    check_version,
-    digest_of,
-)
+from adapterhub.spec.digest import check_digest, digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent
+from adapterhub.spec.names import Reference, check_name, check_version
 
 printable = st.text(st.characters(categories=("L", "N", "P")), max_size=12)
 names = st.from_regex(r"([a-z][a-z0-9_-]{0,6}/)?x[a-z0-9_-]{0,6}", fullmatch=True)

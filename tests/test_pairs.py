@@ -22,13 +22,13 @@ from adapterhub import plugins
 from adapterhub.adapter import Adapter
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import HubError, NotFoldable, NotMergeable, UsageError
-from adapterhub.expression import parse
 from adapterhub.gate import Gate
-from adapterhub.manifest import Made
 from adapterhub.merge import merge
 from adapterhub.modification import named_tensors
 from adapterhub.publish import publish_tensors
 from adapterhub.runtime import Model
+from adapterhub.spec.manifest import Made
+from adapterhub.spec.parser import parse
 from adapterhub.stages import attach, given, measure, trained
 from adapterhub.testing.bed import distance, padded, tiny_llama
 from adapterhub.testing.methods import setting_of

@@ -23,7 +23,7 @@ from adapterhub.adapter import Adapter
 from adapterhub.formats.peft_config import REFUSED, SAFE_STARTS
 from adapterhub.formats.peft_types import CACHES, PROMPTS, TUNERS
 from adapterhub.formats.peft_types import REFUSED as REFUSED_TYPES
-from adapterhub.manifest import Release
+from adapterhub.spec.manifest import Release
 from adapterhub.testing.bed import tiny_llama
 from adapterhub.testing.families import tiny
 

@@ -16,7 +16,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound
-from adapterhub.manifest import Base, File, Made, Manifest, Parent, Release, digest_of
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent, Release
 
 FILE = File(digest=digest_of(b"tensors"), size=7)
 SKETCH = File(digest=digest_of(b"rows"), size=4)

@@ -14,8 +14,9 @@ from adapterhub.cli.app import execute
 from adapterhub.errors import HubError
 from adapterhub.files import durable
 from adapterhub.incoming import Incoming
-from adapterhub.manifest import Base, File, Made, Manifest, digest_of
 from adapterhub.sources.registry_push import push
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest
 from adapterhub.trust.keys import new_key, remove_key
 from adapterhub.trust.signature import RELEASE, opened, sign, statement
 
@@ -470,7 +471,7 @@ import asyncio, json, sys
 from pathlib import Path
 import httpx, adapterhub
 from adapterhub_registry.server import make_app
-from adapterhub.manifest import Base, Made, Manifest, digest_of
+from adapterhub.spec.manifest import Base, Made, Manifest, digest_of
 PLACES = ["http://127.0.0.1:9/", "https://169.254.169.254/latest", "file:///etc/passwd", "hf:some/repo", "//evil.invalid/x"]
 hub = adapterhub.open(Path(sys.argv[1]) / "hub", create=True)
 sketch = hub.store.put(b"rows")

@@ -24,7 +24,8 @@ from served import serving
 
 import adapterhub
 from adapterhub.incoming import Incoming
-from adapterhub.manifest import File, digest_of
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import File
 
 TOKEN = "a-token"
 WRITE = {"authorization": f"Bearer {TOKEN}"}

@@ -18,10 +18,11 @@ from adapterhub import care
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, Unreachable, UsageError
 from adapterhub.incoming import Incoming
-from adapterhub.manifest import File, digest_of
 from adapterhub.sources import http as http_module
 from adapterhub.sources.registry import Registry
 from adapterhub.sources.registry_push import push
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import File
 from adapterhub.trust.keys import new_key
 
 TOKEN = "a-secret-token"

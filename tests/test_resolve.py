@@ -13,8 +13,8 @@ from shelf import Shelf, base, release, sources
 from adapterhub.conflict import Conflict
 from adapterhub.errors import HubError, NotFound, UsageError
 from adapterhub.plugins import runs
-from adapterhub.requirement import Requirement
 from adapterhub.resolve import Asked, Rules, resolve
+from adapterhub.spec.requirement import Requirement
 
 
 def ask(*texts, by="adapterhub.toml"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterhub
 from adapterhub.errors import IntegrityError
-from adapterhub.manifest import canonical
+from adapterhub.spec.digest import canonical
 from adapterhub.trainer import COMPLETE, _digests, _Watch
 
 STEPS, EVERY = 17, 3

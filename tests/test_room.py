@@ -16,10 +16,10 @@ import adapterhub
 from adapterhub.cli.app import execute
 from adapterhub.cli.project import bytes_of
 from adapterhub.errors import HubError, IntegrityError, UsageError
-from adapterhub.manifest import canonical
 from adapterhub.sources import named, room
 from adapterhub.sources.registry import Registry
 from adapterhub.sources.registry_push import push
+from adapterhub.spec.digest import canonical
 from adapterhub.trust.envelopes import LARGEST, MOST, listed, worth
 from adapterhub.trust.keys import new_key
 from adapterhub.trust.policy import trust_key

@@ -21,9 +21,9 @@ from adapterhub.errors import (
     UnsafeFile,
     UsageError,
 )
-from adapterhub.manifest import Made
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
+from adapterhub.spec.manifest import Made
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import pytest
 
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse
 from adapterhub.files import durable
-from adapterhub.manifest import File, digest_of
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import File
 from adapterhub.store import Store, each
 
 

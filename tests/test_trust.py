@@ -26,7 +26,8 @@ from adapterhub.errors import (
     UsageError,
 )
 from adapterhub.look.checkup import uninstalled
-from adapterhub.manifest import Base, File, Made, Manifest, Parent, Release, check_digest, digest_of
+from adapterhub.spec.digest import check_digest, digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent, Release
 from adapterhub.trust import keys, policy
 from adapterhub.trust.bom import cyclonedx, materials
 from adapterhub.trust.signature import RELEASE, opened, sign, statement

@@ -16,7 +16,8 @@ import adapterhub
 from adapterhub import folders, plugins, settings
 from adapterhub.cli.app import execute
 from adapterhub.errors import NotFound, NotTrusted, PluginError, UnsafeFile, UsageError
-from adapterhub.manifest import Base, File, Manifest, digest_of
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File, Manifest
 
 BASE = Base(name="tiny", architecture="llama", structure=digest_of(b"shapes"), sketch=File(digest="", size=0))
 

@@ -16,7 +16,7 @@ from served import serving
 import adapterhub
 from adapterhub.cli.app import execute
 from adapterhub.sources import tokens
-from adapterhub.sources.address import address
+from adapterhub.spec.address import address
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/tutorial.md").read_text()

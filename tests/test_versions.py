@@ -14,8 +14,9 @@ from adapterhub.forms.affine import Affine
 from adapterhub.forms.bottleneck import Bottleneck
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.manifest import Base, File, Made, Manifest, Parent, digest_of
 from adapterhub.publish import publish_tensors
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent
 from adapterhub.versions import lineage, rollback, yank
 
 BASE = Base(name="tiny", architecture="llama", structure=digest_of(b"shapes"), sketch=File(digest="", size=0))
@@ -146,7 +147,7 @@ def test_a_lineage_of_a_thousand(hub):
             parents=[parent(last, "continue")],
             recipe={"i": i},
         )
-        last = adapterhub.manifest.Release(manifest, digest_of(manifest.encode()))
+        last = adapterhub.spec.manifest.Release(manifest, digest_of(manifest.encode()))
         chain.append(last)
     hub.index.add(chain)
     begin = time.monotonic()

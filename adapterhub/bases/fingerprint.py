@@ -20,7 +20,8 @@ from adapterhub.bases.compare import Verdict, compare_sketches
 from adapterhub.bases.tokenizer import tokenizer_digest
 from adapterhub.errors import IncompatibleBase, IntegrityError
 from adapterhub.files.bounded import read_json
-from adapterhub.manifest import Base, File, digest_of
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

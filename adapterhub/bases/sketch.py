@@ -25,7 +25,7 @@ from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, Unsafe
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_json
 from adapterhub.files.safetensors_header import DTYPES, read_layout
-from adapterhub.manifest import canonical
+from adapterhub.spec.digest import canonical
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub.files.bounded import read_json
-from adapterhub.manifest import canonical, digest_of
+from adapterhub.spec.digest import canonical, digest_of
 
 _ASIDE = ("version", "padding", "truncation", "post_processor")
 """Of tokenizer.json: what callers set from case to case, and what is added around a text."""

@@ -59,7 +59,7 @@ def logout(url: Annotated[str, typer.Argument(metavar="URL", help="The registry'
       adapterhub logout https://adapters.example
     """
     from adapterhub.sources import tokens
-    from adapterhub.sources.address import address
+    from adapterhub.spec.address import address
 
     there = address(url)
     tokens.forget(there)
@@ -68,9 +68,9 @@ def logout(url: Annotated[str, typer.Argument(metavar="URL", help="The registry'
 
 def _address(url: str):
     """The address, which a token may be sent to. Raises UsageError."""
-    from adapterhub.sources.address import address
     from adapterhub.sources.http import Http
     from adapterhub.sources.table import own_insecure
+    from adapterhub.spec.address import address
 
     there = address(url)
     Http(there, insecure=own_insecure(there))

@@ -8,7 +8,7 @@ import typer
 
 import adapterhub
 from adapterhub.cli.output import Json, json_out, note, one_line, out, record, size, table
-from adapterhub.manifest import Release
+from adapterhub.spec.manifest import Release
 
 BAR = 24
 """Signs of the longest bar."""

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from adapterhub.claims import figures
 from adapterhub.index import kind
-from adapterhub.manifest import Manifest, Release
+from adapterhub.spec.claims import figures
+from adapterhub.spec.manifest import Manifest, Release
 
 SCHEMA_VERSION = 1
 """Of every JSON document; it changes when a field goes or changes its meaning, not when one is added."""

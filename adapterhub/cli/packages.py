@@ -59,9 +59,9 @@ def install(
     Example:
       adapterhub install "acme/sql>=1.2,<2"
     """
-    from adapterhub.requirement import Requirement
     from adapterhub.resolve import Asked
     from adapterhub.sources import names_a_place
+    from adapterhub.spec.requirement import Requirement
     from adapterhub.sync import install
 
     hub = adapterhub.open()

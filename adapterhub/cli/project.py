@@ -83,7 +83,7 @@ def add(
       adapterhub add "acme/sql>=1.2,<2"
     """
     from adapterhub import project
-    from adapterhub.requirement import Requirement
+    from adapterhub.spec.requirement import Requirement
 
     asked = [Requirement.parse(text) for text in requirements]
     try:

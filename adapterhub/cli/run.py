@@ -15,7 +15,7 @@ from adapterhub.cli.make import BASE, DEVICE, DTYPE
 from adapterhub.cli.output import Json, clean, json_out, note, table
 from adapterhub.cli.packages import Force
 from adapterhub.errors import UsageError
-from adapterhub.manifest import check_seed
+from adapterhub.spec.manifest import check_seed
 
 if TYPE_CHECKING:
     from adapterhub.runtime import Model

@@ -54,8 +54,8 @@ def registry_at(where: str) -> Registry:
     """The registry at an address that the user typed, or that a source's name stands for. Raises UsageError, NotFound."""
     from adapterhub import project
     from adapterhub.sources import named
-    from adapterhub.sources.address import LOOKS, shown
     from adapterhub.sources.registry import Registry
+    from adapterhub.spec.address import LOOKS, shown
     from adapterhub.sync import sources
 
     if LOOKS.match(where):

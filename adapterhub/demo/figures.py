@@ -8,7 +8,7 @@ from typing import Any
 
 from adapterhub.demo.journey import BARE, DENSITY, JOBS, SHARE, TASKS, Journey
 from adapterhub.evaluate import paired
-from adapterhub.manifest import Release
+from adapterhub.spec.manifest import Release
 
 LEAST_GAIN = 0.15
 LEAST_RATIO = 8

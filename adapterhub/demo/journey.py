@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import adapterhub
 from adapterhub.hub import Hub
-from adapterhub.manifest import Release
 from adapterhub.runtime import Model
+from adapterhub.spec.manifest import Release
 
 TASKS = {"sentiment": "Sentiment of reviews", "department": "Department of a diagnosis"}
 """Each has NAME-train.jsonl and NAME-test.jsonl; examples/data/NOTICE.md says what they are."""

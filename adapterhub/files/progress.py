@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
-from adapterhub.claims import plain
-from adapterhub.manifest import File
+from adapterhub.spec.claims import plain
+from adapterhub.spec.manifest import File
 
 
 def wanted() -> bool:

@@ -19,8 +19,9 @@ from adapterhub.formats import peft
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import CONFIG, read_config
 from adapterhub.look import scan
-from adapterhub.manifest import Release, check_name, check_version
 from adapterhub.publish import publish_tensors
+from adapterhub.spec.manifest import Release
+from adapterhub.spec.names import check_name, check_version
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -19,8 +19,8 @@ from adapterhub.formats.peft_names import current
 from adapterhub.formats.peft_prompt import read_prompt
 from adapterhub.formats.peft_tuner import read_tuner
 from adapterhub.formats.peft_types import CACHES, PROMPTS
-from adapterhub.manifest import Made
 from adapterhub.plan import stacked
+from adapterhub.spec.manifest import Made
 from adapterhub.tensors import load
 
 TENSORS = "adapter_model.safetensors"

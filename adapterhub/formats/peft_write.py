@@ -24,9 +24,9 @@ from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
 from adapterhub.forms.sparse import Sparse
-from adapterhub.manifest import Release
 from adapterhub.modification import Modification
 from adapterhub.sites import named_role
+from adapterhub.spec.manifest import Release
 
 Files = tuple[dict[str, Any], dict[str, Tensor]]
 """adapter_config.json and adapter_model.safetensors."""

@@ -18,8 +18,8 @@ from adapterhub.forms.dense import Dense
 from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.sparse import Sparse
-from adapterhub.manifest import Release
 from adapterhub.modification import Modification
+from adapterhub.spec.manifest import Release
 
 Factors = LowRank | DoRA
 

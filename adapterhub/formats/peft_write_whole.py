@@ -14,9 +14,9 @@ from adapterhub.errors import HubError, UsageError
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_lora import PREFIX
 from adapterhub.forms.affine import Affine
-from adapterhub.manifest import Release
 from adapterhub.modification import Modification
 from adapterhub.sites import matrix
+from adapterhub.spec.manifest import Release
 
 
 @torch.no_grad()

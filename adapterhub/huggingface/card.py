@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from adapterhub.index import kind
-from adapterhub.manifest import Manifest, Release
+from adapterhub.spec.manifest import Manifest, Release
 
 BEGIN = "<!-- adapterhub: written from the manifest; what stands outside these marks is kept -->"
 END = "<!-- /adapterhub -->"

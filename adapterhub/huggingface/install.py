@@ -11,7 +11,8 @@ from adapterhub.errors import NotFound, UnsafeFile, UsageError
 from adapterhub.files import durable
 from adapterhub.huggingface.source import Pushed
 from adapterhub.huggingface.transport import Repo
-from adapterhub.manifest import NAME, Release
+from adapterhub.spec.manifest import Release
+from adapterhub.spec.names import NAME
 
 if TYPE_CHECKING:
     from adapterhub.packages import Packages

@@ -8,7 +8,8 @@ from itertools import pairwise
 from adapterhub.errors import IntegrityError
 from adapterhub.files.bounded import read_json
 from adapterhub.files.safetensors_header import read_layout
-from adapterhub.manifest import File, Release, canonical, check_digest, digest_of
+from adapterhub.spec.digest import canonical, check_digest, digest_of
+from adapterhub.spec.manifest import File, Release
 from adapterhub.store import Store
 
 REST = "adapterhub/rest"

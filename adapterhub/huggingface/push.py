@@ -9,10 +9,12 @@ from adapterhub.files.bounded import read_json
 from adapterhub.huggingface import layout
 from adapterhub.huggingface.card import card
 from adapterhub.huggingface.transport import Repo
-from adapterhub.manifest import Manifest, Reference, Release, canonical, digest_of
 from adapterhub.packages import Packages
 from adapterhub.sources import closure
 from adapterhub.sources.disk import Disk
+from adapterhub.spec.digest import canonical, digest_of
+from adapterhub.spec.manifest import Manifest, Release
+from adapterhub.spec.names import Reference
 
 OURS = "adapterhub/"
 MANIFEST = f"{OURS}manifest.json"

@@ -14,9 +14,10 @@ from adapterhub.files.progress import bar
 from adapterhub.huggingface import layout
 from adapterhub.huggingface.push import LARGEST, MANIFEST, OURS
 from adapterhub.huggingface.transport import Repo
-from adapterhub.manifest import File, Manifest, Release, canonical, digest_of
 from adapterhub.sources import AGAIN, Candidate
 from adapterhub.sources.room import check_disk
+from adapterhub.spec.digest import canonical, digest_of
+from adapterhub.spec.manifest import File, Manifest, Release
 from adapterhub.store import Store
 
 

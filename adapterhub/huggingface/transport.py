@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
 from adapterhub.files import durable
-from adapterhub.sources.address import shown
 from adapterhub.sources.room import check_cap, check_disk
+from adapterhub.spec.address import shown
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

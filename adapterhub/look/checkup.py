@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 from adapterhub import plugins
 from adapterhub.errors import HubError, PluginError
-from adapterhub.manifest import Release
+from adapterhub.spec.manifest import Release
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

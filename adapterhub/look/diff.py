@@ -15,8 +15,8 @@ from adapterhub.factors import product_svd
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.index import kind
 from adapterhub.look.touched import by_layer, require_tensors
-from adapterhub.manifest import Manifest
 from adapterhub.modification import Modification
+from adapterhub.spec.manifest import Manifest
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -9,14 +9,17 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from adapterhub import plugins
-from adapterhub.compose import common_base, expand, read, warn_missing_parents, weighed
+from adapterhub.compose import common_base, expand, read
 from adapterhub.errors import HubError
-from adapterhub.expression import Ensemble, Gate, Mix, Node, Ref, Scale, Stack, parse, references
 from adapterhub.index import kind
 from adapterhub.look.checkup import needs
 from adapterhub.look.touched import alike, by_layer
-from adapterhub.manifest import Reference, Release
 from adapterhub.sites import current_path
+from adapterhub.spec.expression import Ensemble, Gate, Mix, Node, Ref, Scale, Stack, references
+from adapterhub.spec.manifest import Release
+from adapterhub.spec.names import Reference
+from adapterhub.spec.parents import warn_missing_parents, weighed
+from adapterhub.spec.parser import parse
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -14,9 +14,9 @@ from adapterhub.errors import NotFoldable
 from adapterhub.factors import numerical_rank, product_svd
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.look.touched import alike, by_layer, require_tensors
-from adapterhub.manifest import Release
 from adapterhub.modification import Modification
 from adapterhub.sites import Site
+from adapterhub.spec.manifest import Release
 from adapterhub.weights import values
 
 if TYPE_CHECKING:

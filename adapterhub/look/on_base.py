@@ -15,12 +15,12 @@ from adapterhub.adapter import Modifications, bind, check_fit
 from adapterhub.attach import Attachment
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, NotFoldable, PluginError
-from adapterhub.expression import Ensemble, Node
 from adapterhub.fold import fold
 from adapterhub.forward import Plan
 from adapterhub.look.explain import Program, Step, problem
 from adapterhub.plan import assemble, batch
 from adapterhub.sites import Site, sites
+from adapterhub.spec.expression import Ensemble, Node
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

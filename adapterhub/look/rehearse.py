@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from adapterhub.adapter import Adapter
 from adapterhub.changes import weighted_sum
 from adapterhub.errors import HubError
-from adapterhub.expression import Ensemble, Mix, Node, Ref, Scale, Stack, references
 from adapterhub.gate import Gate
 from adapterhub.look.explain import Program, Step, children, problem, pruned
 from adapterhub.look.on_base import ENSEMBLE, Loaded, on_base
 from adapterhub.look.touched import alike, by_layer
 from adapterhub.modification import Modification
 from adapterhub.sites import current_path, family
-
-if TYPE_CHECKING:
-    pass
+from adapterhub.spec.expression import Ensemble, Mix, Node, Ref, Scale, Stack, references
 
 
 def rehearse(program: Program, base: object = None) -> Iterator[Step]:

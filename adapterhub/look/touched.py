@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from adapterhub.errors import IntegrityError, UsageError
 from adapterhub.files.safetensors_header import DTYPES, read_header
-from adapterhub.manifest import Release
+from adapterhub.spec.manifest import Release
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

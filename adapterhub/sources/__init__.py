@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from adapterhub.compose import check_expressions
 from adapterhub.errors import ManifestError, NotFound, UsageError
 from adapterhub.files import durable
-from adapterhub.manifest import File, Reference, Release
-from adapterhub.sources.address import LOOKS, address, shown
 from adapterhub.sources.table import Table, own_insecure, resolved_path
+from adapterhub.spec.address import LOOKS, address, shown
+from adapterhub.spec.manifest import File, Release
+from adapterhub.spec.names import Reference
+from adapterhub.spec.parents import check_expressions
 from adapterhub.store import DATABASE, Store
 
 if TYPE_CHECKING:

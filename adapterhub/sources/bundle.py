@@ -18,10 +18,11 @@ from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFil
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_json
 from adapterhub.files.progress import bar
-from adapterhub.manifest import File, Manifest, Release, canonical, digest_of
 from adapterhub.packages import Packages
 from adapterhub.sources import AGAIN, Candidate, closure
 from adapterhub.sources.room import check_disk
+from adapterhub.spec.digest import canonical, digest_of
+from adapterhub.spec.manifest import File, Manifest, Release
 from adapterhub.store import Store
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}

@@ -8,9 +8,10 @@ from pathlib import Path
 from adapterhub.errors import IntegrityError, NotFound
 from adapterhub.files import durable
 from adapterhub.files.progress import bar
-from adapterhub.manifest import File, Reference, Release
 from adapterhub.packages import Packages
 from adapterhub.sources import AGAIN, Candidate
+from adapterhub.spec.manifest import File, Release
+from adapterhub.spec.names import Reference
 from adapterhub.store import Store
 
 

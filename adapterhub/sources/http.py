@@ -15,7 +15,7 @@ import httpx
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_json
-from adapterhub.sources.address import Address, address
+from adapterhub.spec.address import Address, address
 
 TRIES = 5
 HOPS = 5

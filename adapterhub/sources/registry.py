@@ -12,18 +12,20 @@ from urllib.parse import quote
 from packaging.version import Version
 
 from adapterhub import parts
-from adapterhub.claims import check_listed
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
 from adapterhub.files.bounded import read_json
 from adapterhub.files.progress import bar
 from adapterhub.incoming import Incoming
-from adapterhub.manifest import File, Manifest, Release, check_digest, check_version, digest_of
 from adapterhub.sources import AGAIN, Candidate
-from adapterhub.sources.address import address
 from adapterhub.sources.http import Http
 from adapterhub.sources.room import check_disk
 from adapterhub.sources.serials import check_no_older
 from adapterhub.sources.tokens import token_for
+from adapterhub.spec.address import address
+from adapterhub.spec.claims import check_listed
+from adapterhub.spec.digest import check_digest, digest_of
+from adapterhub.spec.manifest import File, Manifest, Release
+from adapterhub.spec.names import check_version
 from adapterhub.store import Store, each
 
 LARGEST = 32 << 20

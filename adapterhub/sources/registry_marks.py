@@ -7,10 +7,11 @@ from urllib.parse import quote
 
 from adapterhub.errors import NotFound, TagMoved, UsageError
 from adapterhub.index import ANY, Row
-from adapterhub.manifest import TAG, Reference, Release
 from adapterhub.packages import Packages
 from adapterhub.sources import Candidate
 from adapterhub.sources.registry import Registry
+from adapterhub.spec.manifest import Release
+from adapterhub.spec.names import TAG, Reference
 from adapterhub.versions import check_reason
 
 

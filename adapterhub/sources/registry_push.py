@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 from adapterhub.errors import HubError, IntegrityError, NameInUse, Unreachable, UsageError
 from adapterhub.files.progress import bar
-from adapterhub.manifest import File, Reference, Release
 from adapterhub.packages import Packages
 from adapterhub.sources import closure, named
 from adapterhub.sources.disk import Disk
 from adapterhub.sources.http import Http
 from adapterhub.sources.registry import Registry
 from adapterhub.sources.registry_marks import carry
+from adapterhub.spec.manifest import File, Release
+from adapterhub.spec.names import Reference
 from adapterhub.store import each
 from adapterhub.trust.policy import known_keys
 from adapterhub.trust.signature import with_keys

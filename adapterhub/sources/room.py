@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from adapterhub.errors import DiskFull, HubError, IntegrityError
-from adapterhub.manifest import File, Release
+from adapterhub.spec.manifest import File, Release
 from adapterhub.store import Store
 
 

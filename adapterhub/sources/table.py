@@ -12,9 +12,9 @@ import msgspec
 from adapterhub import settings
 from adapterhub.errors import NotFound, UsageError
 from adapterhub.files import durable
-from adapterhub.manifest import PART
-from adapterhub.requirement import SOURCE
-from adapterhub.sources.address import LOOKS, Address, address, shown
+from adapterhub.spec.address import LOOKS, Address, address, shown
+from adapterhub.spec.names import PART
+from adapterhub.spec.requirement import SOURCE
 
 if TYPE_CHECKING:
     from adapterhub.packages import Packages

@@ -16,7 +16,7 @@ from pathlib import Path
 from adapterhub import settings
 from adapterhub.errors import HubError, NotFound, UsageError
 from adapterhub.files import durable
-from adapterhub.sources.address import Address, address
+from adapterhub.spec.address import Address, address
 
 VARIABLE = "ADAPTERHUB_TOKEN"
 LARGEST = 8192

@@ -8,10 +8,10 @@ from importlib.metadata import version
 from typing import Any
 
 from adapterhub.compose import read
-from adapterhub.expression import references
 from adapterhub.index import kind
-from adapterhub.manifest import Base, Parent, Release
 from adapterhub.packages import Packages
+from adapterhub.spec.expression import references
+from adapterhub.spec.manifest import Base, Parent, Release
 from adapterhub.trust.policy import policy, trusted_for, verdict
 
 

@@ -10,7 +10,8 @@ from contextlib import suppress
 
 from adapterhub.errors import IntegrityError
 from adapterhub.files.bounded import read_json
-from adapterhub.manifest import Release, canonical
+from adapterhub.spec.digest import canonical
+from adapterhub.spec.manifest import Release
 from adapterhub.trust.signature import RELEASE, opened, statement
 
 LARGEST = 16 << 10

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub import settings
 from adapterhub.errors import HubError, IntegrityError, NotFound, UnsafeFile, UsageError
-from adapterhub.manifest import NAME, Release
+from adapterhub.spec.manifest import Release
+from adapterhub.spec.names import NAME
 from adapterhub.store import DATABASE, Problem
 from adapterhub.trust.keys import PublicKey, list_keys
 from adapterhub.trust.signature import RELEASE, opened, statement

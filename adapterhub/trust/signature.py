@@ -12,7 +12,8 @@ from typing import Any
 
 from adapterhub.errors import IntegrityError, UsageError
 from adapterhub.files.bounded import read_json
-from adapterhub.manifest import Release, canonical
+from adapterhub.spec.digest import canonical
+from adapterhub.spec.manifest import Release
 from adapterhub.trust.keys import PrivateKey, PublicKey
 
 RELEASE = "application/vnd.adapterhub.release+json"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import delete, func, insert, select
 
 from adapterhub.errors import NameInUse, NotFound, UsageError
-from adapterhub.manifest import NAME
+from adapterhub.spec.names import NAME
 from adapterhub_registry import seals, tables
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from sqlalchemy import Connection, Select, and_, delete, func, insert, or_, sele
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, TagMoved, UsageError
 from adapterhub.files import durable
 from adapterhub.index import ANY, Row
-from adapterhub.manifest import File, Manifest, Release, digest_of
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import File, Manifest, Release
 from adapterhub_registry import rows, seals, tables
 from adapterhub_registry.accounts import Accounts
 from adapterhub_registry.engine import Engine

@@ -25,7 +25,9 @@ from sqlalchemy import (
 
 from adapterhub.errors import HubError, IntegrityError, ManifestError
 from adapterhub.index import Row, kind
-from adapterhub.manifest import File, Manifest, Release, check_digest, check_version, digest_of
+from adapterhub.spec.digest import check_digest, digest_of
+from adapterhub.spec.manifest import File, Manifest, Release
+from adapterhub.spec.names import check_version
 from adapterhub_registry import seals
 from adapterhub_registry.tables import (
     adapters,

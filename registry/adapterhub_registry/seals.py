@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from sqlalchemy import Connection, delete, func, insert, select, text
 
-from adapterhub.manifest import digest_of
+from adapterhub.spec.digest import digest_of
 from adapterhub_registry import tables
 from adapterhub_registry.tables import adapters, gone, releases, signatures, state, tag_moves, tags
 

@@ -10,9 +10,11 @@ from fastapi.responses import JSONResponse
 
 from adapterhub.errors import IntegrityError, NotFound
 from adapterhub.index import ANY
-from adapterhub.manifest import TAG, Manifest, Release, check_digest, check_name, check_version, digest_of
 from adapterhub.names import check_look_alike
 from adapterhub.packages import Packages
+from adapterhub.spec.digest import check_digest, digest_of
+from adapterhub.spec.manifest import Manifest, Release
+from adapterhub.spec.names import TAG, check_name, check_version
 from adapterhub.trust.keys import PrivateKey, PublicKey
 from adapterhub.trust.policy import known_keys
 from adapterhub.trust.signature import RELEASE, proven, statement
@@ -100,8 +102,8 @@ def add_releases(app: FastAPI, hub: Packages, access: Access) -> None:
 
 def _commit(hub: Packages, data: bytes, account: Account) -> JSONResponse:
     """Add a release whose blobs and needed parents are here: 201, or 200 when it is here already (whoever brings it)."""
-    from adapterhub.compose import check_expressions
     from adapterhub.files.safetensors_header import read_header
+    from adapterhub.spec.parents import check_expressions
 
     release = Release(Manifest.decode(data), digest_of(data))
     check_expressions(release.manifest)

@@ -15,8 +15,9 @@ from fastapi.responses import JSONResponse
 from adapterhub.errors import HubError, IntegrityError
 from adapterhub.files.bounded import read_json
 from adapterhub.incoming import Incoming
-from adapterhub.manifest import File, check_digest
 from adapterhub.packages import Packages
+from adapterhub.spec.digest import check_digest
+from adapterhub.spec.manifest import File
 from adapterhub_registry.access import Access
 from adapterhub_registry.accounts import Account
 from adapterhub_registry.bodies import body, pieces

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from adapterhub.expression import Ensemble, Gate, Mix, Ref, Scale, Stack, references
+from adapterhub.spec.expression import Ensemble, Gate, Mix, Ref, Scale, Stack, references
 
 # --- programs: at one module, into(x) is what is added to x, and out(x, y) what is added to y, x being what came to the program -------
 

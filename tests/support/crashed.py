@@ -10,9 +10,10 @@ import adapterhub
 from adapterhub import care, sync
 from adapterhub.backup import backup, restore
 from adapterhub.errors import HubError
-from adapterhub.manifest import Base, File, Made, Manifest, Parent, digest_of
 from adapterhub.rebuild import rebuild
 from adapterhub.sources.disk import Disk
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent
 from adapterhub.versions import yank
 
 HEADER = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'

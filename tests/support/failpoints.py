@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 import adapterhub
 from adapterhub.errors import HubError, NotFound
 from adapterhub.files import durable
-from adapterhub.manifest import digest_of
+from adapterhub.spec.digest import digest_of
 
 LOCAL = ("write", "fsync", "rename", "link", "unlink", "commit")
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from packaging.version import Version
 
 from adapterhub.errors import IntegrityError, NotFound
-from adapterhub.manifest import Base, File, Made, Manifest, Parent, Release, digest_of
 from adapterhub.sources import Candidate
 from adapterhub.sources.table import Sources, Table
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent, Release
 
 
 def base(name="tiny", tokenizer=""):

@@ -17,12 +17,13 @@ from adapterhub import plugins
 from adapterhub.adapter import check_fit
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import IncompatibleBase
-from adapterhub.expression import Ensemble, Gate, Ref, Scale, depth, parse
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
 from adapterhub.gate import Gate as Weighing
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
+from adapterhub.spec.expression import Ensemble, Gate, Ref, Scale, depth
+from adapterhub.spec.parser import parse
 from adapterhub.testing.families import tiny
 
 WEIGHTS = ("0", "1", "-1", "0.5", "-0.7", "1.8", "1e-6", "0.1", "0.35", "-0.01")

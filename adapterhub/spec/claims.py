@@ -5,79 +5,23 @@ values within bounds may stand there, and `figures` picks out those that have th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adapterhub.manifest import Manifest
+    pass
 
 LARGEST = 32 << 20
 """Bytes of a manifest."""
-RELATIONS = ("on", "gate", "compose", "continue", "merge", "compress")
 LINE = 1024
 """Characters of what a list shows: a licence, a base's name, a path, a reason, a date."""
 TEXT = 1 << 20
 """Characters of a text elsewhere: an expression, a note in a recipe."""
-COUNTS = {"parents": 20_000, "codecs": 16, "plugins": 1000, "files": 1000, "forms": 65_536}
-VALUES = 1 << 18
-"""Numbers, texts, lists and tables in the recipe, the metrics and the options together."""
-FORMS = 1000
-"""Modifications at one site."""
 _NUMBERS = {
     "compress": ("bytes_before", "bytes_bf16", "bytes_after", "worst_error", "median_error"),
     "merge": ("relative_error", "largest_rank"),
 }
-
-
-def check(manifest: Manifest) -> None:
-    """Raise ValueError for what no release says of itself."""
-    for what, most in COUNTS.items():
-        if len(getattr(manifest, what)) > most:
-            raise ValueError(f"it has {len(getattr(manifest, what))} {what} (at most {most})")
-    if any(len(forms) > FORMS for forms in manifest.forms.values()):
-        raise ValueError(f"more than {FORMS} modifications sit at one site")
-    for parent in manifest.parents:
-        if parent.relation not in RELATIONS:
-            raise ValueError(f"{ascii(parent.relation)[:40]} names no relation that we know")
-    if manifest.compose is not None and len(manifest.compose) > TEXT:
-        raise ValueError(f"its expression has {len(manifest.compose)} characters (at most {TEXT})")
-    made = [one for one in (manifest.method, *manifest.codecs) if one is not None]
-    _check_values([manifest.recipe, manifest.metrics, manifest.base.computes, *(one.options for one in made)])
-    _check_recipe(manifest.recipe)
-
-
-def _check_values(tables: list[Any]) -> None:
-    waiting, count = list(tables), 0
-    while waiting:
-        value = waiting.pop()
-        count += 1
-        if count > VALUES:
-            raise ValueError(f"its recipe, metrics and options hold more than {VALUES} values")
-        if isinstance(value, str) and len(value) > TEXT:
-            raise ValueError(f"a text in it has {len(value)} characters (at most {TEXT})")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError("a number in it is not finite")
-        if isinstance(value, dict):
-            if any(len(key) > LINE for key in value):
-                raise ValueError(f"a key in it has more than {LINE} characters")
-            waiting += value.values()
-        elif isinstance(value, list | tuple):
-            waiting += value
-
-
-def _check_recipe(recipe: Mapping[str, Any]) -> None:
-    """What going on with an adapter reads of how it was made."""
-    beneath, named = recipe.get("beneath"), [recipe.get("objective"), recipe.get("schedule")]
-    if not isinstance(beneath, str | None):
-        raise ValueError("'beneath' in its recipe is not an expression")
-    several = recipe.get("recipes", [])
-    if not isinstance(several, list | tuple):
-        raise ValueError("'recipes' in its recipe is not a list")
-    for one in (*several, *(one for one in named if one is not None)):
-        if not isinstance(one, dict) or not isinstance(one.get("name"), str):
-            raise ValueError("a part that its recipe tells of has no name")
 
 
 def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from adapterhub import claims
 from adapterhub.errors import ManifestError, UsageError
 from adapterhub.files.bounded import read_json
-
-PART = r"[a-z0-9][a-z0-9._-]*"
-NAME = re.compile(rf"(?:{PART}/)?{PART}")
-VERSION = re.compile(r"(?:(?:0|[1-9][0-9]{0,8})\.){2}(?:0|[1-9][0-9]{0,8})")
-TAG = re.compile(r"[a-z][a-z0-9._-]*")
-RESERVED = {"base", "mix", "gate", "logits"}
-"""Words of the expression language; no adapter may have one of them as its whole name."""
-
-
-def check_name(name: str) -> str:
-    """The name itself. Raises UsageError for what is none."""
-    if not NAME.fullmatch(name) or ".." in name or name in RESERVED or len(name) > 96:
-        raise UsageError(
-            f"{name!r} is not a name for an adapter",
-            "use [a-z0-9][a-z0-9._-]*, optionally with an owner: me/sentiment (at most 96 characters, not a reserved word)",
-        )
-    return name
-
-
-def check_version(text: str) -> str:
-    """X.Y.Z itself. Raises UsageError for any other shape."""
-    if not VERSION.fullmatch(text):
-        raise UsageError(f"{text!r} is not a version", "write it as X.Y.Z, for example 0.2.0")
-    return text
+from adapterhub.spec.claims import LARGEST, LINE, TEXT
+from adapterhub.spec.digest import canonical, check_digest
+from adapterhub.spec.names import check_name, check_version
 
 
 def check_seed(seed: int) -> int:
@@ -45,25 +21,6 @@ def check_seed(seed: int) -> int:
     if not 0 <= seed < 1 << 32:
         raise UsageError(f"the seed is {seed}", "give a number from 0 to 4294967295")
     return seed
-
-
-@dataclass(frozen=True)
-class Reference:
-    """`me/x`, `me/x@0.1.0` or `me/x@stable`: a name and, perhaps, an exact version or a tag."""
-
-    name: str
-    at: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Reference:
-        name, at, version = text.partition("@")
-        check_name(name)
-        if at and not TAG.fullmatch(version):
-            check_version(version)
-        return cls(name, version if at else None)
-
-    def __str__(self) -> str:
-        return self.name if self.at is None else f"{self.name}@{self.at}"
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -178,14 +135,14 @@ class Manifest(Struct):
         """The manifest in these bytes. Raises ManifestError unless they are its canonical JSON."""
         again = "get the adapter again from its source"
         try:
-            found = read_json(data, claims.LARGEST)
+            found = read_json(data, LARGEST)
             format = found.get("format", 1) if isinstance(found, dict) else 1
             if type(format) is int and format > 1:
                 raise ManifestError(f"manifest format {format} is newer than this adapterhub", "update adapterhub")
             manifest = msgspec.convert(found, cls)
             if manifest.format != 1:
                 raise ValueError(f"there is no format {manifest.format}")
-            claims.check(manifest)
+            check_bounds(manifest)
             same = manifest.encode() == data
         except (ValueError, msgspec.ValidationError) as error:
             raise ManifestError(f"not a manifest of an adapter: {error}", again) from None
@@ -201,8 +158,8 @@ class Manifest(Struct):
         if any(file.size < 0 for file in manifest.needs):
             raise ManifestError(f"{manifest.name}@{manifest.version} has a file of negative size", again)
         for shown in manifest._shown():
-            if not shown.isprintable() or len(shown) > claims.LINE:
-                what = f"holds {ascii(shown)[:80]}: control characters, or more than {claims.LINE} of them"
+            if not shown.isprintable() or len(shown) > LINE:
+                what = f"holds {ascii(shown)[:80]}: control characters, or more than {LINE} of them"
                 raise ManifestError(f"{manifest.name}@{manifest.version} {what}", again)
         return manifest
 
@@ -226,16 +183,64 @@ class Release:
         return f"{self.name}@{self.version}"
 
 
-def canonical(value: Any) -> bytes:
-    """JSON with sorted keys, no spaces, UTF-8, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+RELATIONS = ("on", "gate", "compose", "continue", "merge", "compress")
 
 
-def digest_of(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()
+COUNTS = {"parents": 20_000, "codecs": 16, "plugins": 1000, "files": 1000, "forms": 65_536}
 
 
-def check_digest(text: str) -> str:
-    if not re.fullmatch(r"sha256:[0-9a-f]{64}", text):
-        raise ManifestError(f"{text[:80]!r} is not a digest", "a digest is sha256: and 64 lower-case hex digits")
-    return text
+VALUES = 1 << 18
+"""Numbers, texts, lists and tables in the recipe, the metrics and the options together."""
+
+
+FORMS = 1000
+"""Modifications at one site."""
+
+
+def check_bounds(manifest: Manifest) -> None:
+    """Raise ValueError for what no release says of itself."""
+    for what, most in COUNTS.items():
+        if len(getattr(manifest, what)) > most:
+            raise ValueError(f"it has {len(getattr(manifest, what))} {what} (at most {most})")
+    if any(len(forms) > FORMS for forms in manifest.forms.values()):
+        raise ValueError(f"more than {FORMS} modifications sit at one site")
+    for parent in manifest.parents:
+        if parent.relation not in RELATIONS:
+            raise ValueError(f"{ascii(parent.relation)[:40]} names no relation that we know")
+    if manifest.compose is not None and len(manifest.compose) > TEXT:
+        raise ValueError(f"its expression has {len(manifest.compose)} characters (at most {TEXT})")
+    made = [one for one in (manifest.method, *manifest.codecs) if one is not None]
+    _check_values([manifest.recipe, manifest.metrics, manifest.base.computes, *(one.options for one in made)])
+    _check_recipe(manifest.recipe)
+
+
+def _check_values(tables: list[Any]) -> None:
+    waiting, count = list(tables), 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > VALUES:
+            raise ValueError(f"its recipe, metrics and options hold more than {VALUES} values")
+        if isinstance(value, str) and len(value) > TEXT:
+            raise ValueError(f"a text in it has {len(value)} characters (at most {TEXT})")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("a number in it is not finite")
+        if isinstance(value, dict):
+            if any(len(key) > LINE for key in value):
+                raise ValueError(f"a key in it has more than {LINE} characters")
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+
+
+def _check_recipe(recipe: Mapping[str, Any]) -> None:
+    """What going on with an adapter reads of how it was made."""
+    beneath, named = recipe.get("beneath"), [recipe.get("objective"), recipe.get("schedule")]
+    if not isinstance(beneath, str | None):
+        raise ValueError("'beneath' in its recipe is not an expression")
+    several = recipe.get("recipes", [])
+    if not isinstance(several, list | tuple):
+        raise ValueError("'recipes' in its recipe is not a list")
+    for one in (*several, *(one for one in named if one is not None)):
+        if not isinstance(one, dict) or not isinstance(one.get("name"), str):
+            raise ValueError("a part that its recipe tells of has no name")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from adapterhub.errors import UsageError
-from adapterhub.manifest import TAG, VERSION, check_digest, check_name
+from adapterhub.spec.digest import check_digest
+from adapterhub.spec.names import TAG, VERSION, check_name
 
 if TYPE_CHECKING:
     from adapterhub.sources import Candidate

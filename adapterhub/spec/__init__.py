@@ -1,0 +1,1 @@
+"""What is written down: names, manifests, requirements, expressions and addresses."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub import folders
+from adapterhub.config import folders
 from adapterhub.errors import HubError, NotFound
 from adapterhub.files import durable
 from adapterhub.index import Index
@@ -24,7 +24,7 @@ def open(path: str | Path | None = None, create: bool = False, database: str | N
 
     The user's own (in ADAPTERHUB_HOME, else the platform's data folder) is made on first use, any other with `create`.
     database: the URL of another database for its index, as a registry may have. Raises NotFound when there is no hub,
-    NotTrusted for one above the working directory that is not on the user's list (adapterhub.folders)."""
+    NotTrusted for one above the working directory that is not on the user's list (adapterhub.config.folders)."""
     root = find(path)
     create = create or (path is None and not _is_hub(root))
     if not _is_hub(root) and database is None:

@@ -108,10 +108,10 @@ def is_enabled(distribution: str) -> bool:
     """Return whether code of an outside distribution may run: the user has enabled it, for themselves (config.toml), for a
     project that is theirs (adapterhub.toml, `folders`) or for this process (ADAPTERHUB_PLUGINS: names with commas, * for all).
     That it is installed is not enough: another package may have brought it along."""
-    from adapterhub import folders, settings
+    from adapterhub.config import folders, user
 
     here = os.environ.get("ADAPTERHUB_PLUGINS", "").replace(" ", "").split(",")
-    if "*" in here or distribution in here or distribution in settings.enabled(settings.load().plugins):
+    if "*" in here or distribution in here or distribution in user.enabled(user.load().plugins):
         return True
     folder = _asking_project(distribution)
     return folder is not None and folders.is_own("projects", folder)
@@ -119,10 +119,10 @@ def is_enabled(distribution: str) -> bool:
 
 def _asking_project(distribution: str) -> Path | None:
     """The folder of the nearest project, if its file enables a distribution."""
-    from adapterhub import project, settings
+    from adapterhub.config import project, user
 
     folder = project.nearest()
-    asks = folder is not None and distribution in settings.enabled(project.read(folder).plugins)
+    asks = folder is not None and distribution in user.enabled(project.read(folder).plugins)
     return folder if asks else None
 
 
@@ -164,7 +164,7 @@ def ours() -> set[str]:
 
 def _locked() -> set[str]:
     """The packages that the project's lock names."""
-    from adapterhub import lock, project
+    from adapterhub.config import lock, project
 
     folder = project.nearest()
     try:
@@ -205,7 +205,7 @@ def load(group: str, name: str) -> Any:
     point = _point(group, name)
     owner = point.dist.name if point.dist else ""
     if owner != "adapterhub" and not is_enabled(owner):
-        from adapterhub import folders
+        from adapterhub.config import folders
 
         if folder := _asking_project(owner):
             folders.require("projects", folder)

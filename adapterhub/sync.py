@@ -7,17 +7,20 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterhub import lock as locks
-from adapterhub import plugins, settings
-from adapterhub import project as projects
+from adapterhub import plugins
 from adapterhub.compose import base_difference
+from adapterhub.config import lock as locks
+from adapterhub.config import project as projects
+from adapterhub.config import user
+from adapterhub.config.lock import Lock, Locked
+from adapterhub.config.project import LOCK, Project
+from adapterhub.config.source_tables import HERE, Table, own_insecure, own_tables
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, PluginError
-from adapterhub.lock import Lock, Locked
+from adapterhub.install import locking
 from adapterhub.packages import Packages
-from adapterhub.project import LOCK, Project
 from adapterhub.resolve import Asked, Resolution, Rules, resolve
 from adapterhub.sources import Source, closure, room
-from adapterhub.sources.table import HERE, Sources, Table, own_insecure, own_tables
+from adapterhub.sources.table import Sources
 from adapterhub.spec.address import address
 from adapterhub.spec.manifest import Base, Release
 
@@ -49,10 +52,10 @@ def sources(
     """The project's sources, then the user's, then the hub itself."""
     mine = own_tables()
     tables = [(name, table, folder) for name, table in project.sources.items()] if project and folder else []
-    tables += [(name, table, settings.config_folder()) for name, table in mine.items()]
+    tables += [(name, table, user.config_folder()) for name, table in mine.items()]
     if url := os.environ.get("ADAPTERHUB_REGISTRY"):
         insecure = own_insecure(address(url, "ADAPTERHUB_REGISTRY"))
-        tables.append(("registry", Table(url=url, insecure=insecure), settings.config_folder()))
+        tables.append(("registry", Table(url=url, insecure=insecure), user.config_folder()))
     return Sources(hub, tables, offline or os.environ.get("ADAPTERHUB_OFFLINE", "") not in ("", "0"))
 
 
@@ -78,7 +81,7 @@ def lock(
     rules = Rules(options.exclude_newer, options.but, keep, _copies(hub, found))
     asked = [Asked(requirement, _asker(project, requirement.name)) for requirement in project.requirements()]
     answer = resolve(asked, found, project.stacked(), rules)
-    made = locks.made(project, answer)
+    made = locking.made(project, answer)
     return made, locks.write(folder, made), answer.notes
 
 

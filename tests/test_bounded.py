@@ -8,9 +8,9 @@ import pytest
 from crashed import TENSORS, publish
 
 import adapterhub
-from adapterhub import lock, project, settings
 from adapterhub.cli.app import execute
 from adapterhub.cli.output import LINE, clean, one_line, shown
+from adapterhub.config import lock, project, user
 from adapterhub.errors import HubError, ManifestError
 from adapterhub.files.bounded import DEPTH, TooMuch, read_json, read_toml
 from adapterhub.formats import peft_config
@@ -72,9 +72,9 @@ def test_every_reader_of_strangers_files_is_behind_it(tmp_path, monkeypatch):
             read(tmp_path)
         assert caught.value.hint
     monkeypatch.setenv("ADAPTERHUB_CONFIG", str(tmp_path))
-    settings.config_file().write_text(f"a = {deep}")
+    user.config_file().write_text(f"a = {deep}")
     with pytest.raises(HubError, match="nested deeper"):
-        settings.load()
+        user.load()
     (tmp_path / "adapter_config.json").write_text('{"peft_type":' + deep + "}")
     with pytest.raises(HubError, match="nested deeper"):
         peft_config.read_config(tmp_path)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import adapterhub
-from adapterhub import bases, settings
+from adapterhub import bases
+from adapterhub.config import user as settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = '''

@@ -12,12 +12,12 @@ import pytest
 from crashed import TENSORS, large, publish
 
 import adapterhub
-from adapterhub import lock as locks
-from adapterhub import project as projects
 from adapterhub.cli.app import execute
 from adapterhub.compose import read as read_expression
+from adapterhub.config import lock as locks
+from adapterhub.config import project as projects
+from adapterhub.config.lock import StaleLock
 from adapterhub.errors import HubError, IntegrityError, NotFound, UsageError
-from adapterhub.lock import StaleLock
 from adapterhub.versions import yank
 
 

@@ -14,9 +14,9 @@ from fault_server import Faults, faulty
 from served import serving
 
 import adapterhub
-from adapterhub import project as projects
-from adapterhub import settings
 from adapterhub.cli.app import execute
+from adapterhub.config import project as projects
+from adapterhub.config import user
 from adapterhub.errors import UsageError
 from adapterhub.sources import tokens
 from adapterhub.sources.registry import Registry
@@ -55,16 +55,16 @@ def login(url, token=TOKEN):
 
 
 def config(text):
-    settings.config_folder().mkdir(parents=True, exist_ok=True)
-    settings.config_file().write_text(text)
+    user.config_folder().mkdir(parents=True, exist_ok=True)
+    user.config_file().write_text(text)
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
 def test_a_token_is_kept_where_only_its_owner_reads(hub, typed, capsys):
-    settings.config_folder().mkdir(exist_ok=True)
-    settings.config_folder().chmod(0o755)
+    user.config_folder().mkdir(exist_ok=True)
+    user.config_folder().chmod(0o755)
     before = os.umask(0)
     try:
         typed(f"{TOKEN}\n")
@@ -72,7 +72,7 @@ def test_a_token_is_kept_where_only_its_owner_reads(hub, typed, capsys):
     finally:
         os.umask(before)
     assert stat.S_IMODE(tokens.path().stat().st_mode) == 0o600
-    assert stat.S_IMODE(settings.config_folder().stat().st_mode) == 0o700
+    assert stat.S_IMODE(user.config_folder().stat().st_mode) == 0o700
     assert json.loads(tokens.path().read_text()) == {"https://adapters.example": TOKEN}
     assert execute(["login", "--list"]) == 0
     told = capsys.readouterr()
@@ -149,7 +149,7 @@ def test_files_that_are_no_text_or_have_no_end(hub, typed, capsys):
 @pytest.mark.parametrize("content", ["{", f'["{TOKEN}"]', f'{{"https://a.example": ["{TOKEN}"]}}', "[" * 100_000,
                                      f'{{"https://a.example": "{TOKEN}\\n"}}'])  # fmt: skip
 def test_a_damaged_file_is_named_and_not_repeated(hub, content, capsys):
-    settings.config_folder().mkdir(parents=True, exist_ok=True)
+    user.config_folder().mkdir(parents=True, exist_ok=True)
     tokens.path().write_text(content)
     assert execute(["login", "--list"]) == 2
     told = capsys.readouterr()

@@ -12,9 +12,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 import adapterhub
-from adapterhub import plugins, settings
+from adapterhub import plugins
 from adapterhub.adapter import part
 from adapterhub.cli.app import execute
+from adapterhub.config import user
 from adapterhub.errors import (
     IntegrityError,
     ManifestError,
@@ -58,7 +59,7 @@ def trusted(*public, until=None, require=False):
 
 
 def test_a_private_key_is_read_by_its_owner_alone_and_never_overwritten(mine):
-    path = settings.config_folder() / "keys" / "mine.pem"
+    path = user.config_folder() / "keys" / "mine.pem"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     before = path.read_bytes()
     with pytest.raises(NameInUse):
@@ -157,20 +158,20 @@ def test_a_policy_that_is_not_right_is_refused_and_nothing_is_written():
             policy.trust_key(*bad)
     with pytest.raises(UsageError, match="date"):
         policy.trust_key("acme", keys.new_key("k").public.text, until="tomorrow")
-    assert not settings.config_file().exists()
-    settings.config_file().write_text("[trust.acme]\nkey = 3\n")
+    assert not user.config_file().exists()
+    user.config_file().write_text("[trust.acme]\nkey = 3\n")
     with pytest.raises(UsageError, match="says 'key'"):
         policy.policy()
-    settings.config_file().write_text("[trustt]\n")
+    user.config_file().write_text("[trustt]\n")
     with pytest.raises(UsageError):
-        settings.load()
+        user.load()
 
 
 def test_comments_in_the_configuration_stay(mine):
-    settings.config_file().parent.mkdir(exist_ok=True)
-    settings.config_file().write_text("# mine\n[trust.other]\nkeys = [] # none yet\n")
+    user.config_file().parent.mkdir(exist_ok=True)
+    user.config_file().write_text("# mine\n[trust.other]\nkeys = [] # none yet\n")
     policy.trust_key("acme", mine.public.text, until="2030-01-31", require=True)
-    text = settings.config_file().read_text()
+    text = user.config_file().read_text()
     assert "# mine" in text and "# none yet" in text
     acme = policy.policy()["acme"]
     assert acme.require and str(acme.until) == "2030-01-31" and [k.text for k in acme.keys] == [mine.public.text]

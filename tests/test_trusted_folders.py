@@ -13,8 +13,9 @@ import pytest
 from adapterhub_registry import foreign
 
 import adapterhub
-from adapterhub import folders, plugins, settings
+from adapterhub import plugins
 from adapterhub.cli.app import execute
+from adapterhub.config import folders, user
 from adapterhub.errors import NotFound, NotTrusted, PluginError, UnsafeFile, UsageError
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import Base, File, Manifest
@@ -75,8 +76,7 @@ def test_the_users_word_makes_it_theirs(how, stranger, monkeypatch, capsys):
     if how == "listed":
         assert execute(["trust", "folder", "."]) == 0
         assert (
-            capsys.readouterr().out.split() == ["hub", str(stranger)]
-            or str(stranger) in settings.config_file().read_text()
+            capsys.readouterr().out.split() == ["hub", str(stranger)] or str(stranger) in user.config_file().read_text()
         )
         hub = adapterhub.open()
     elif how == "ADAPTERHUB_HOME":
@@ -94,24 +94,24 @@ def test_what_one_makes_is_ones_own_at_once(tmp_path, monkeypatch):
     assert execute(["init", "mine"]) == 0
     monkeypatch.chdir(tmp_path / "mine")
     assert adapterhub.open().root == tmp_path / "mine"
-    assert settings.config_file().stat().st_mode & 0o077 in (0, 0o044)
+    assert user.config_file().stat().st_mode & 0o077 in (0, 0o044)
 
 
 def test_the_list_keeps_comments_and_forgets_folders_that_are_gone(tmp_path, stranger, capsys):
-    settings.config_file().parent.mkdir(parents=True, exist_ok=True)
-    text = settings.config_file().read_text() if settings.config_file().exists() else ""
-    settings.config_file().write_text(text + "\n# mine\n")
+    user.config_file().parent.mkdir(parents=True, exist_ok=True)
+    text = user.config_file().read_text() if user.config_file().exists() else ""
+    user.config_file().write_text(text + "\n# mine\n")
     adapterhub.open(tmp_path / "short", create=True)
     shutil.rmtree(tmp_path / "short")
     folders.add("hubs", stranger)
-    assert "# mine" in settings.config_file().read_text()
+    assert "# mine" in user.config_file().read_text()
     assert str(tmp_path / "short") not in folders.listed("hubs") and str(stranger) in folders.listed("hubs")
     assert execute(["trust", "folder", str(stranger), "--remove"]) == 0
     assert str(stranger) not in folders.listed("hubs")
     with pytest.raises(NotFound):
         folders.remove(stranger)
     assert execute(["trust", "folder", str(tmp_path)]) == 3  # holds neither
-    settings.config_file().write_text('[folders]\nhubs = "all"\n')
+    user.config_file().write_text('[folders]\nhubs = "all"\n')
     with pytest.raises(UsageError, match=r"\[folders\]"):
         folders.is_own("hubs", stranger)
 

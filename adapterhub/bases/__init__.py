@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub import plugins
-from adapterhub import project as projects
 from adapterhub.boundary import Wrong, guard
+from adapterhub.config import project as projects
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_json

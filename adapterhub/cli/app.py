@@ -215,7 +215,7 @@ def _asked(error: NotTrusted) -> bool:
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         return False
-    from adapterhub import folders
+    from adapterhub.config import folders
 
     folders.add(error.kind, error.folder)
     return True

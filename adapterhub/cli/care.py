@@ -80,7 +80,8 @@ def repair(
     Example:
       adapterhub repair --from ../other-hub
     """
-    from adapterhub import care, project
+    from adapterhub import care
+    from adapterhub.config import project
     from adapterhub.sources import named
     from adapterhub.sync import sources
 
@@ -199,7 +200,7 @@ def dirs(as_json: Json = False) -> None:
       adapterhub dirs
     """
     from adapterhub.bases import cache_folder
-    from adapterhub.settings import config_folder
+    from adapterhub.config.user import config_folder
 
     found = {"hub": str(adapterhub.open().root), "config": str(config_folder()), "cache": str(cache_folder())}
     if as_json:

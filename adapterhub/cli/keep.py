@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 import adapterhub
-from adapterhub import folders
 from adapterhub.cli.output import Json, json_out, note, size
+from adapterhub.config import folders
 from adapterhub.files import durable
 from adapterhub.hub import open_source
 

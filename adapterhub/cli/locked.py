@@ -12,7 +12,7 @@ from adapterhub.cli.output import Json, json_out, note, out, size, table
 from adapterhub.errors import NotFound
 
 if TYPE_CHECKING:
-    from adapterhub.lock import Lock, Locked
+    from adapterhub.config.lock import Lock, Locked
 
 Offline = Annotated[bool, typer.Option("--offline", help="Ask nothing of the network.")]
 
@@ -55,7 +55,7 @@ def why(
     Example:
       adapterhub why acme/base
     """
-    from adapterhub import project
+    from adapterhub.config import project
 
     made = _lock()
     found = [one for one in made.adapter if name in (one.name, str(one))]
@@ -84,7 +84,7 @@ def outdated(offline: Offline = False, as_json: Json = False) -> None:
     """
     from packaging.version import Version
 
-    from adapterhub import project
+    from adapterhub.config import project
     from adapterhub.sync import sources
 
     folder = project.find()
@@ -108,7 +108,7 @@ def outdated(offline: Offline = False, as_json: Json = False) -> None:
 
 
 def _lock() -> Lock:
-    from adapterhub import lock, project
+    from adapterhub.config import lock, project
 
     return lock.read(project.find())
 

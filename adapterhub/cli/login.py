@@ -68,8 +68,8 @@ def logout(url: Annotated[str, typer.Argument(metavar="URL", help="The registry'
 
 def _address(url: str):
     """The address, which a token may be sent to. Raises UsageError."""
+    from adapterhub.config.source_tables import own_insecure
     from adapterhub.sources.http import Http
-    from adapterhub.sources.table import own_insecure
     from adapterhub.spec.address import address
 
     there = address(url)

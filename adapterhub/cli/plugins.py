@@ -65,14 +65,15 @@ def enable(
     Example:
       adapterhub plugins enable adapterhub-loreft
     """
-    from adapterhub import plugins, settings
+    from adapterhub import plugins
+    from adapterhub.config import user
 
     version = plugins.installed(distribution)
     if version is None:
         raise PluginError(
             f"no installed package {distribution!r} brings parts", "adapterhub plugins list shows those that do"
         )
-    with settings.edited() as document:
+    with user.edited() as document:
         table = document.setdefault("plugins", {})
         table["enabled"] = sorted({*table.get("enabled", []), distribution})
     for group in plugins.GROUPS:
@@ -92,12 +93,12 @@ def disable(
     Example:
       adapterhub plugins disable adapterhub-loreft
     """
-    from adapterhub import settings
+    from adapterhub.config import user
 
-    with settings.edited() as document:
+    with user.edited() as document:
         table = document.setdefault("plugins", {})
         if distribution not in table.get("enabled", []):
-            raise PluginError(f"{distribution} is not enabled", f"see enabled in {settings.config_file()}")
+            raise PluginError(f"{distribution} is not enabled", f"see enabled in {user.config_file()}")
         table["enabled"] = [one for one in table["enabled"] if one != distribution]
     note(f"{distribution} may not run any more")
 

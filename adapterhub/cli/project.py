@@ -82,7 +82,7 @@ def add(
     Example:
       adapterhub add "acme/sql>=1.2,<2"
     """
-    from adapterhub import project
+    from adapterhub.config import project
     from adapterhub.spec.requirement import Requirement
 
     asked = [Requirement.parse(text) for text in requirements]
@@ -108,7 +108,7 @@ def remove(
     Example:
       adapterhub remove acme/sql
     """
-    from adapterhub import project
+    from adapterhub.config import project
 
     folder = project.find()
 
@@ -132,7 +132,8 @@ def lock(
     Example:
       adapterhub lock --locked
     """
-    from adapterhub import project, sync
+    from adapterhub import sync
+    from adapterhub.config import project
 
     folder = project.find()
     made, changed, notes = sync.lock(adapterhub.open(), folder, options(locked, False, offline, exclude_newer, but))
@@ -157,7 +158,7 @@ def sync(
     Example:
       adapterhub sync --locked
     """
-    from adapterhub import project
+    from adapterhub.config import project
 
     _synced(project.find(), options(locked, frozen, offline, exclude_newer, but, max_bytes), None, as_json)
 
@@ -174,7 +175,7 @@ def update(
     Example:
       adapterhub update acme/sql
     """
-    from adapterhub import project
+    from adapterhub.config import project
 
     folder = project.find()
     known = [requirement.name for requirement in project.read(folder).requirements()]
@@ -186,7 +187,7 @@ def update(
 
 def _changed(folder: Path, change: Any, how: Options) -> None:
     """Change adapterhub.toml, lock and sync; if anything fails both files are as they were."""
-    from adapterhub import project
+    from adapterhub.config import project
     from adapterhub.files import durable
 
     paths = [folder / project.FILE, folder / project.LOCK]

@@ -52,7 +52,7 @@ def push(
 
 def registry_at(where: str) -> Registry:
     """The registry at an address that the user typed, or that a source's name stands for. Raises UsageError, NotFound."""
-    from adapterhub import project
+    from adapterhub.config import project
     from adapterhub.sources import named
     from adapterhub.sources.registry import Registry
     from adapterhub.spec.address import LOOKS, shown

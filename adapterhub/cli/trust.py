@@ -143,7 +143,7 @@ def folder_(
     Example:
       adapterhub trust folder helpdesk
     """
-    from adapterhub import folders, project
+    from adapterhub.config import folders, project
     from adapterhub.files import durable
     from adapterhub.store import DATABASE
 

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from adapterhub.config.source_tables import Table, own_insecure, resolved_path
 from adapterhub.errors import ManifestError, NotFound, UsageError
 from adapterhub.files import durable
-from adapterhub.sources.table import Table, own_insecure, resolved_path
 from adapterhub.spec.address import LOOKS, address, shown
 from adapterhub.spec.manifest import File, Release
 from adapterhub.spec.names import Reference

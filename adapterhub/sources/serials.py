@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from adapterhub import settings
+from adapterhub.config import user
 from adapterhub.errors import IntegrityError
 from adapterhub.files import durable
 
@@ -43,4 +43,4 @@ def forget(url: str) -> None:
 
 
 def _path(url: str) -> Path:
-    return settings.config_folder() / "serials" / hashlib.sha256(url.encode()).hexdigest()[:32]
+    return user.config_folder() / "serials" / hashlib.sha256(url.encode()).hexdigest()[:32]

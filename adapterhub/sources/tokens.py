@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapterhub import settings
+from adapterhub.config import user
 from adapterhub.errors import HubError, NotFound, UsageError
 from adapterhub.files import durable
 from adapterhub.spec.address import Address, address
@@ -28,7 +28,7 @@ _AROUND = " \t\r\n"
 
 
 def path() -> Path:
-    return settings.config_folder() / "tokens.json"
+    return user.config_folder() / "tokens.json"
 
 
 def checked(text: str, where: str) -> str:

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from adapterhub.config.user import config_folder
 from adapterhub.errors import NameInUse, NotFound, UnsafeFile, UsageError
 from adapterhub.files import durable
-from adapterhub.settings import config_folder
 
 PREFIX = "ed25519:"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")

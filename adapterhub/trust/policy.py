@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any
 
-from adapterhub import settings
+from adapterhub.config import user
 from adapterhub.errors import HubError, IntegrityError, NotFound, UnsafeFile, UsageError
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import NAME
@@ -52,7 +52,7 @@ Policy = Mapping[str, Trusted]
 
 def policy() -> Policy:
     """The user's, from config.toml. Raises UsageError."""
-    return {namespace: _trusted(namespace, table) for namespace, table in settings.load().trust.items()}
+    return {namespace: _trusted(namespace, table) for namespace, table in user.load().trust.items()}
 
 
 def known_keys() -> list[PublicKey]:
@@ -86,7 +86,7 @@ def check_signed(release: Release, envelopes: Iterable[bytes], policy: Policy) -
     if found.kind != "valid":
         raise UnsafeFile(
             f"{release} is refused: {_told(found)}, and your configuration requires a trusted signature",
-            f"ask its publisher to sign it, or change [trust] in {settings.config_file()}",
+            f"ask its publisher to sign it, or change [trust] in {user.config_file()}",
         )
 
 
@@ -112,7 +112,7 @@ def trust_key(namespace: str, key: str, until: str | None = None, require: bool 
         raise UsageError(f"{until!r} is no date", "write it as 2027-12-31") from None
     table |= {"require": True} if require else {}
     _trusted(namespace, table)
-    with settings.edited() as document:
+    with user.edited() as document:
         here = document.setdefault("trust", {}).setdefault(namespace, {})
         known = list(here.get("keys", []))
         here.update(table)
@@ -121,7 +121,7 @@ def trust_key(namespace: str, key: str, until: str | None = None, require: bool 
 
 def distrust(namespace: str) -> None:
     """Take a namespace out of config.toml. Raises NotFound."""
-    with settings.edited() as document:
+    with user.edited() as document:
         if namespace not in document.get("trust", {}):
             raise NotFound(f"no key is trusted for {namespace!r}", "adapterhub trust list")
         del document["trust"][namespace]
@@ -151,7 +151,7 @@ def _one(release: Release, envelope: bytes, trusted: Trusted | None, now: dateti
 
 
 def _trusted(namespace: str, table: Mapping[str, Any]) -> Trusted:
-    where = f"[trust.{namespace}] in {settings.config_file()}"
+    where = f"[trust.{namespace}] in {user.config_file()}"
     if namespace != "*" and (not NAME.fullmatch(namespace) or "/" in namespace):
         raise UsageError(f"{where} is no namespace", "acme, of adapters named acme/..., or *")
     if unknown := set(table) - {"keys", "until", "require"}:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from adapterhub.bases import cache_folder
 from adapterhub.bases.smollm2 import FOLDER
-from adapterhub.folders import home
+from adapterhub.config.folders import home
+from adapterhub.config.project import FILE
+from adapterhub.config.user import config_folder
 from adapterhub.hub import DATABASE
-from adapterhub.project import FILE
-from adapterhub.settings import config_folder
 
 FAMILIES = ("ADAPTERHUB_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_", "GIT_CONFIG")
 """Whole families of settings; none of theirs is a test's business."""

@@ -12,16 +12,13 @@ from typing import Any
 
 import msgspec
 
+from adapterhub.config.project import LOCK, Project
 from adapterhub.errors import HubError, ManifestError, NotFound, UsageError
 from adapterhub.files import durable
 from adapterhub.files.bounded import LENGTH, read_toml
-from adapterhub.project import LOCK, Project
-from adapterhub.resolve import Resolution
 from adapterhub.spec.digest import check_digest
-from adapterhub.spec.expression import Ref as Reading
-from adapterhub.spec.expression import substitute
 from adapterhub.spec.manifest import Release
-from adapterhub.spec.names import Reference, check_name, check_version
+from adapterhub.spec.names import check_name, check_version
 from adapterhub.spec.parser import parse
 
 HEADER = "# Made by adapterhub from adapterhub.toml. Commit it; do not edit it.\n"
@@ -111,38 +108,6 @@ class Lock(_Struct, kw_only=True):
         return "".join(lines).encode()
 
 
-def made(project: Project, answer: Resolution) -> Lock:
-    """The lock of an answer for a project."""
-    asked = {release.digest for release, _ in answer.chosen.values()}
-    releases = sorted(answer.releases.values(), key=lambda found: (found[0].name, _order(found[0]), found[0].digest))
-    bases = {release.manifest.base.sketch.digest: release.manifest.base for release, _ in releases}
-    return Lock(
-        requirements=project.stated(),
-        adapter=[
-            Locked(
-                name=release.name,
-                version=release.version,
-                digest=release.digest,
-                size=sum(file.size for file in release.manifest.files.values()),
-                source=source,
-                base=release.manifest.base.sketch.digest,
-                asked=release.digest in asked,
-                needs=sorted({parent.digest for parent in release.manifest.required}),
-            )
-            for release, source in releases
-        ],
-        stack=[
-            LockedStack(name=name, expression=_pinned(text, answer.chosen))
-            for name, text in sorted(project.stacks.items())
-        ],
-        base=[
-            LockedBase(name=base.name, structure=base.structure, sketch=digest, tokenizer=base.tokenizer)
-            for digest, base in sorted(bases.items())
-        ],
-        plugin=[LockedPlugin(name=name, version=version) for name, version in sorted(answer.plugins.items())],
-    )
-
-
 def read(folder: Path) -> Lock:
     """The lock in a project's folder. Raises NotFound; UsageError for a file that is no lock; HubError for a newer one."""
     path = folder / LOCK
@@ -216,14 +181,6 @@ def _check(lock: Lock) -> None:
         raise ValueError("a base is not in it")
     for stack in lock.stack:
         parse(stack.expression)
-
-
-def _pinned(text: str, chosen: Mapping[str, tuple[Release, str]]) -> str:
-    return str(substitute(parse(text), lambda ref: Reading(Reference(ref.name, chosen[ref.name][0].version))))
-
-
-def _order(release: Release) -> tuple[int, ...]:
-    return tuple(map(int, release.version.split(".")))
 
 
 def _text(value: object) -> str:

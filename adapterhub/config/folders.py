@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from adapterhub import settings
+from adapterhub.config import user
 from adapterhub.errors import NotFound, NotTrusted, UsageError
 from adapterhub.files import durable
 
@@ -31,11 +31,11 @@ def home() -> Path:
 
 def listed(kind: Kind) -> list[str]:
     """Return the folders that the user's configuration lists. Raises UsageError for a table that says something else."""
-    table = settings.load().folders
+    table = user.load().folders
     found = table.get(kind, [])
     if set(table) - {"hubs", "projects"} or not isinstance(found, list) or not all(isinstance(x, str) for x in found):
         raise UsageError(
-            f"{settings.config_file()}: the table [folders] is not right", 'write hubs = ["/a/folder"], projects = []'
+            f"{user.config_file()}: the table [folders] is not right", 'write hubs = ["/a/folder"], projects = []'
         )
     return found
 
@@ -57,7 +57,7 @@ def add(kind: Kind, folder: Path) -> None:
     real = str(folder.resolve())
     if real in listed(kind):
         return
-    with settings.edited() as document:
+    with user.edited() as document:
         table = document.setdefault("folders", {})
         table[kind] = sorted({real, *(path for path in table.get(kind, []) if Path(path).is_dir())})
 
@@ -67,7 +67,7 @@ def remove(folder: Path) -> None:
     real = str(folder.resolve())
     if not any(real in listed(kind) for kind in ("hubs", "projects")):
         raise NotFound(f"{real} is not listed", "adapterhub trust folder lists those that are")
-    with settings.edited() as document:
+    with user.edited() as document:
         table = document["folders"]
         for kind in ("hubs", "projects"):
             if kind in table:

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from adapterhub.config.source_tables import Table, check_tables
 from adapterhub.errors import NameInUse, NotFound, UsageError
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_toml
-from adapterhub.sources.table import Table, check_tables
 from adapterhub.spec.expression import references
 from adapterhub.spec.names import PART
 from adapterhub.spec.parser import parse

@@ -34,7 +34,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     plugins: dict[str, Any] = {}
     """`enabled = ["adapterhub-loreft"]`: see adapterhub.plugins."""
     folders: dict[str, Any] = {}
-    """hubs, projects: those that are the user's own, see adapterhub.folders."""
+    """hubs, projects: those that are the user's own, see adapterhub.config.folders."""
     sources: dict[str, dict[str, Any]] = {}
     """Name -> url or path, namespaces: see adapterhub.sources."""
 

@@ -1,0 +1,1 @@
+"""Files that people edit, config.toml and adapterhub.toml, and the lock."""

@@ -1,0 +1,1 @@
+"""Releases that come in: resolve, lock, fetch."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import plugins
-from adapterhub.boundary import author_line
 from adapterhub.contracts import make
 from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError, UnsafeFile
 from adapterhub.form_contracts import call
 from adapterhub.lanes import remembers
 from adapterhub.modification import Modification, Step, Tap
+from adapterhub.plugins.boundary import author_line
 from adapterhub.sites import Site, tapped
 from adapterhub.spec.manifest import Made, Manifest, Release
 from adapterhub.weights import compute_device, matrix, values

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import plugins
-from adapterhub.boundary import Wrong, guard, guarded
 from adapterhub.data import Data
 from adapterhub.decoding import check_shapes
 from adapterhub.encoding import Example
 from adapterhub.method import Given, Measurement, Method, Stage
 from adapterhub.modification import Modification
+from adapterhub.plugins.boundary import Wrong, guard, guarded
 from adapterhub.spec.digest import canonical
 from adapterhub.verifier import Verdict
 

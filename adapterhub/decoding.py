@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adapterhub.boundary import Wrong
 from adapterhub.codecs import Codec, Shapes, shapes_of
 from adapterhub.errors import CodecError, HubError, IntegrityError
+from adapterhub.plugins.boundary import Wrong
 from adapterhub.sites import Site, current_path
 from adapterhub.spec.manifest import Manifest
 

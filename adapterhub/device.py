@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from adapterhub.boundary import out_of_memory
 from adapterhub.errors import HubError, UsageError
+from adapterhub.plugins.boundary import out_of_memory
 
 
 def default_device(text: str | torch.device = "auto") -> torch.device:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub.boundary import Wrong, guard
 from adapterhub.modification import Lane, Modification
+from adapterhub.plugins.boundary import Wrong, guard
 
 
 def call(part: Any, hook: str, *given: Any, site: str = "") -> Any:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from transformers.pytorch_utils import Conv1D
 
-from adapterhub.boundary import guard
 from adapterhub.errors import BatchError, NotFoldable, PluginError
 from adapterhub.forward import Forward, current, plan_at
 from adapterhub.modification import Modification
+from adapterhub.plugins.boundary import guard
 from adapterhub.weights import compute_dtype, matrix
 
 _BEFORE = "_adapterhub_before"

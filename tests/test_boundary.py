@@ -8,13 +8,13 @@ import torch
 
 import adapterhub
 from adapterhub import plugins
-from adapterhub.boundary import guard
 from adapterhub.contracts import make
 from adapterhub.errors import HubError, PluginError, UsageError
 from adapterhub.form_contracts import call
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.methods.lora import LoRA
 from adapterhub.modification import Modification, Step
+from adapterhub.plugins.boundary import guard
 from tests.support import acme
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -135,7 +135,7 @@ def installed(monkeypatch):
         "objectives": {"margin": Margin, "alone": Alone}, "recipes": {"twice": Twice}, "schedules": {"alternate": Alternate},
         "methods": {"mean": Mean},
     }  # fmt: skip
-    real = plugins._points
+    real = plugins.discovery.points
 
     def points(group):
         dist = SimpleNamespace(name="here", version="1")
@@ -146,7 +146,7 @@ def installed(monkeypatch):
         return real(group) | mine
 
     plugins.load.cache_clear()
-    monkeypatch.setattr(plugins, "_points", points)
+    monkeypatch.setattr(plugins.discovery, "points", points)
     yield
     plugins.load.cache_clear()
 

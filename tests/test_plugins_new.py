@@ -11,7 +11,7 @@ import tomllib
 import pytest
 
 from adapterhub.errors import NameInUse, UsageError
-from adapterhub.scaffold import make
+from adapterhub.plugins.scaffold import make
 
 
 def install(package, target):

@@ -75,7 +75,7 @@ def path(tmp_path):
 @pytest.fixture(autouse=True)
 def provide(monkeypatch):
     """provide(name, method): as if a package had brought it. The methods `lean` and `narrow` are there."""
-    points = dict(plugins._points("methods"))
+    points = dict(plugins.discovery.points("methods"))
 
     def provide(name, made):
         dist = SimpleNamespace(name="lean", version="1")
@@ -85,7 +85,9 @@ def provide(monkeypatch):
     provide("narrow", Narrow)
     plugins.load.cache_clear()
     monkeypatch.setattr(
-        plugins, "_points", lambda group, real=plugins._points: points if group == "methods" else real(group)
+        plugins.discovery,
+        "points",
+        lambda group, real=plugins.discovery.points: points if group == "methods" else real(group),
     )
     yield provide
     plugins.load.cache_clear()

@@ -350,10 +350,10 @@ def packages(tmp_path, monkeypatch):
     package(site, "ground", "bases", "smollm2")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("ADAPTERHUB_PLUGINS", "")
-    plugins._installed.cache_clear()
+    plugins.metadata.entry_points_of.cache_clear()
     plugins.load.cache_clear()
     yield monkeypatch
-    plugins._installed.cache_clear()
+    plugins.metadata.entry_points_of.cache_clear()
     plugins.load.cache_clear()
 
 

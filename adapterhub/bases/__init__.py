@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub import plugins
-from adapterhub.boundary import Wrong, guard
 from adapterhub.config import project as projects
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_json
 from adapterhub.files.safetensors_header import read_layout
+from adapterhub.plugins.boundary import Wrong, guard
 
 if TYPE_CHECKING:
     import torch

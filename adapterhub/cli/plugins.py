@@ -173,7 +173,7 @@ def new(
     Example:
       adapterhub plugins new shift && uv pip install ./adapterhub-shift && adapterhub plugins check shift
     """
-    from adapterhub.scaffold import make
+    from adapterhub.plugins.scaffold import make
 
     folder = make(name, Path.cwd())
     out(folder)

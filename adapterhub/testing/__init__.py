@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from traceback import walk_tb
 
 from adapterhub import plugins
-from adapterhub.boundary import author_line
 from adapterhub.errors import PluginError, UsageError
+from adapterhub.plugins.boundary import author_line
 
 
 @dataclass(frozen=True)

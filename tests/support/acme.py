@@ -26,5 +26,5 @@ def install(monkeypatch, folder, source, **parts):
 
 def forget():
     """Look for installed parts anew."""
-    plugins._installed.cache_clear()
+    plugins.metadata.entry_points_of.cache_clear()
     plugins.load.cache_clear()

@@ -7,9 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from adapterhub import plugins
 from adapterhub.errors import NameInUse, UsageError
 from adapterhub.files import durable
+from adapterhub.plugins.discovery import distribution, names
 
 
 def make(name: str, where: Path) -> Path:
@@ -23,8 +23,8 @@ def make(name: str, where: Path) -> Path:
         )
     part = name.replace("-", "_")  # no dashes: a form's name stands in tensor names, a module's in import lines
     for group in ("forms", "methods"):
-        if part in plugins.names(group):
-            owner = plugins.distribution(group, part)
+        if part in names(group):
+            owner = distribution(group, part)
             raise NameInUse(f"{owner} already brings {group} named {part!r}", "take another name")
     form = "".join(word.capitalize() for word in name.split("-"))
     module = f"adapterhub_{part}"
@@ -38,6 +38,8 @@ def make(name: str, where: Path) -> Path:
     folder = where / f"adapterhub-{name}"
     with durable.new_folder(folder) as draft:
         for target, source in made.items():
-            template = files("adapterhub").joinpath(f"templates/plugin/{source}.txt").read_text(encoding="utf-8")
+            template = (
+                files("adapterhub.plugins").joinpath(f"templates/plugin/{source}.txt").read_text(encoding="utf-8")
+            )
             durable.write_bytes(draft / target, Template(template).substitute(words).encode())
     return folder

@@ -66,17 +66,14 @@ def _threads(request):
 
 @pytest.fixture(autouse=True)
 def _environment():
-    """What a test sets in the environment must not reach the next one."""
-    before = dict(os.environ)
+    """What a test sets of our settings, and of those that our libraries read, must not reach the next one."""
+    before = isolation.settings()
     yield
-    after = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    before.pop("PYTEST_CURRENT_TEST", None)
-    changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
-    for name in changed:
+    after = isolation.settings()
+    for name in {*before, *after}:
         os.environ.pop(name, None)
-        if name in before:
-            os.environ[name] = before[name]
-    assert not changed, f"left changed in the environment: {', '.join(changed)}"
+    os.environ.update(before)
+    assert after == before, "a test left settings changed in the environment"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,6 +24,12 @@ SINGLE = {
 LEFT_OUT = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis"}
 """Folders that tools write in passing."""
 
+
+def settings() -> dict[str, str]:
+    """The variables of the environment that a test must not see of the user, as they are now."""
+    return {name: value for name, value in os.environ.items() if name in SINGLE or name.startswith(FAMILIES)}
+
+
 Seen = dict[str, tuple[int, int]]
 """Path -> size and time of the last change; folders count by their names alone."""
 

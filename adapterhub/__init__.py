@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from adapterhub.codecs import Codec
     from adapterhub.mergers import Merger
     from adapterhub.method import Given, Measurement, Method, Stage
-    from adapterhub.modification import Modification, Step, Tap
+    from adapterhub.modification import Modification, Step
     from adapterhub.objective import Objective
     from adapterhub.parameter_schedule import ParameterSchedule
     from adapterhub.recipe import Recipe
     from adapterhub.runtime import Model
     from adapterhub.setting import Moment, Setting
-    from adapterhub.sites import Site
+    from adapterhub.sites import Site, Tap
     from adapterhub.verifier import Verdict, Verifier
 
 _LAZY = {
@@ -39,7 +39,7 @@ _LAZY = {
     "Site": "adapterhub.sites",
     "Stage": "adapterhub.method",
     "Step": "adapterhub.modification",
-    "Tap": "adapterhub.modification",
+    "Tap": "adapterhub.sites",
     "Verdict": "adapterhub.verifier",
     "Verifier": "adapterhub.verifier",
 }

@@ -14,11 +14,11 @@ from adapterhub.contracts import make
 from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError, UnsafeFile
 from adapterhub.form_contracts import call
 from adapterhub.lanes import remembers
-from adapterhub.modification import Modification, Step, Tap
+from adapterhub.modification import Modification, Step
 from adapterhub.plugins.boundary import author_line
-from adapterhub.sites import Site, tapped
+from adapterhub.sites import Site, Tap, tapped
+from adapterhub.sites.weights import compute_device, matrix, values
 from adapterhub.spec.manifest import Made, Manifest, Release
-from adapterhub.weights import compute_device, matrix, values
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from adapterhub import attention, hooks
 from adapterhub.errors import BatchError, UnsafeFile
 from adapterhub.forward import Call, Followed, Forward, Plan, Sequences, call_of, called, current, enter
-from adapterhub.modification import Tap
 from adapterhub.padding import Padding
-from adapterhub.sites import Site, layer_of, sites, tapped
+from adapterhub.sites import Site, Tap, layer_of, sites, tapped
 
 GIVEN = (
     "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids", "decoder_inputs_embeds"

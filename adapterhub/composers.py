@@ -19,8 +19,8 @@ from adapterhub import lanes as of_lanes
 from adapterhub.errors import NotFoldable
 from adapterhub.form_contracts import call
 from adapterhub.lanes import BARE, Lane
-from adapterhub.modification import Modification, Step, Tap
-from adapterhub.sites import Columns
+from adapterhub.modification import Modification, Step
+from adapterhub.sites import Columns, Tap
 from adapterhub.weight_change import Change, Entry, added, in_turn, multiplied, plus, summed, through
 
 

@@ -10,7 +10,7 @@ from adapterhub.composers import Stack
 from adapterhub.errors import NotFoldable, UnsafeFile
 from adapterhub.form_contracts import call
 from adapterhub.forward import LARGEST
-from adapterhub.weights import compute_device, computes, matrix, stored, unlike, widths
+from adapterhub.sites.weights import compute_device, computes, matrix, stored, unlike, widths
 
 
 @torch.no_grad()

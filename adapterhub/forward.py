@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from adapterhub.ensemble import Lanes
 from adapterhub.errors import BatchError, UnsafeFile
 from adapterhub.lanes import Memory
-from adapterhub.modification import Modification, Step, Tap
-from adapterhub.sites import Site
+from adapterhub.modification import Modification, Step
+from adapterhub.sites import Site, Tap
 
 
 @dataclass(eq=False)

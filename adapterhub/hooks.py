@@ -20,7 +20,7 @@ from adapterhub.errors import BatchError, NotFoldable, PluginError
 from adapterhub.forward import Forward, current, plan_at
 from adapterhub.modification import Modification
 from adapterhub.plugins.boundary import guard
-from adapterhub.weights import compute_dtype, matrix
+from adapterhub.sites.weights import compute_dtype, matrix
 
 _BEFORE = "_adapterhub_before"
 """Where a module keeps the forwards that something else had given it: the latest, which may call those before it, last."""

@@ -27,9 +27,9 @@ from adapterhub.modification import Modification
 from adapterhub.publish import publish_tensors
 from adapterhub.residents import Residents, current
 from adapterhub.sites import sites
+from adapterhub.sites.weights import values
 from adapterhub.spec.manifest import Parent, Release
 from adapterhub.spec.parents import joined_licences, warn_missing_parents
-from adapterhub.weights import values
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.modification import Modification
 from adapterhub.sites import Site
-from adapterhub.weights import values
+from adapterhub.sites.weights import values
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,21 +18,8 @@ from torch.nn.functional import embedding, linear
 from adapterhub.errors import BatchError, NotFoldable
 from adapterhub.lanes import BARE, Lane
 from adapterhub.sites import Site
+from adapterhub.sites.site import Tap
 from adapterhub.weight_change import NOTHING, Change, Entry, added
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Hidden states of another site that a modification reads: what went into the site, or came out of it with all that
-    adapters changed there. The site must run before the one that reads."""
-
-    role: str
-    layer: int | None = None
-    """None: the one outside of the layers (the embedding)."""
-    into: bool = False
-    """What went in (of an embedding: the token ids), instead of what came out."""
-    part: str = ""
-    """As Site.part: "encoder" or "decoder" where there are both."""
 
 
 @dataclass

@@ -14,9 +14,9 @@ from adapterhub.compose import expand, read
 from adapterhub.contracts import make
 from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.sites import Site, current_path
+from adapterhub.sites.weights import compute_device, compute_dtype
 from adapterhub.spec.expression import Node, references
 from adapterhub.spec.parents import warn_missing_parents
-from adapterhub.weights import compute_device, compute_dtype
 
 if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint

@@ -208,7 +208,7 @@ def test_an_unknown_architecture_has_its_linear_layers():
         select(found, "query")
     assert "no site of this base is named 'query': the roles of the architecture 'opt' are not known" in str(refusal)
     fix = refusal.value.hint
-    assert "q_proj" in fix and "adapterhub/architectures.toml" in fix and "model_types = ['opt']" in fix
+    assert "q_proj" in fix and "adapterhub/sites/architectures.toml" in fix and "model_types = ['opt']" in fix
 
 
 def test_select(tiny_model):

@@ -8,9 +8,9 @@ import torch
 from adapterhub.attach import Attachment
 from adapterhub.errors import BatchError, IncompatibleBase
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.modification import Modification, Tap
+from adapterhub.modification import Modification
 from adapterhub.plan import stacked
-from adapterhub.sites import sites, tapped
+from adapterhub.sites import Tap, sites, tapped
 from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_llama
 from adapterhub.testing.families import inputs, tiny
 

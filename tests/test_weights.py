@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adapterhub.errors import IncompatibleBase
-from adapterhub.weights import compute_device, compute_dtype, computes, matrix, unlike, values, widths
+from adapterhub.sites.weights import compute_device, compute_dtype, computes, matrix, unlike, values, widths
 
 
 def layer(bias=True):

@@ -14,12 +14,13 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adapterhub import plugins, weights
+from adapterhub import plugins
 from adapterhub.bases import ResolvedBase, load_model, quantised, sketch
 from adapterhub.bases.compare import Verdict, compare_sketches
 from adapterhub.bases.tokenizer import tokenizer_digest
 from adapterhub.errors import IncompatibleBase, IntegrityError
 from adapterhub.files.bounded import read_json
+from adapterhub.sites import weights
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import Base, File
 

@@ -16,8 +16,8 @@ from adapterhub.forms.low_rank import LowRank
 from adapterhub.look.touched import alike, by_layer, require_tensors
 from adapterhub.modification import Modification
 from adapterhub.sites import Site
+from adapterhub.sites.weights import values
 from adapterhub.spec.manifest import Release
-from adapterhub.weights import values
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

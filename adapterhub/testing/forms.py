@@ -12,9 +12,9 @@ from adapterhub.composers import Mix, Route, Scaled, Stack
 from adapterhub.errors import NotFoldable
 from adapterhub.fold import fold as fold_into
 from adapterhub.form_contracts import call
-from adapterhub.modification import Modification, Step, Tap, named_tensors
+from adapterhub.modification import Modification, Step, named_tensors
 from adapterhub.plan import placed, stacked
-from adapterhub.sites import sites
+from adapterhub.sites import Tap, sites
 from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_for
 from adapterhub.testing.widths import widths
 

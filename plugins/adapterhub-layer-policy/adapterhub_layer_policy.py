@@ -15,7 +15,7 @@ from adapterhub import Given, ParameterSchedule, Site
 from adapterhub.errors import UsageError
 from adapterhub.forms.dense import Dense
 from adapterhub.method import Parts
-from adapterhub.weights import matrix
+from adapterhub.sites.weights import matrix
 
 
 class LayerPolicy(ParameterSchedule):

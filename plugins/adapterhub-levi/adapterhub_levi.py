@@ -13,8 +13,7 @@ from torch.nn.functional import embedding, pad, relu, rms_norm
 
 from adapterhub import Method, Modification, Site, Step
 from adapterhub.errors import BatchError, IncompatibleBase, UsageError
-from adapterhub.modification import Tap
-from adapterhub.sites import select
+from adapterhub.sites import Tap, select
 
 EPSILON = 1e-6
 """Of the norms of both views."""

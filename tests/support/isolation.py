@@ -72,7 +72,7 @@ def move_in(home: Path) -> None:
 
     Base models that were converted before are lent, as a link: half a gigabyte, made anew in twenty seconds."""
     converted = cache_folder() / FOLDER
-    for name in [name for name in os.environ if name in SINGLE or name.startswith(FAMILIES)]:
+    for name in settings():
         del os.environ[name]
     at = {
         "HOME": home,

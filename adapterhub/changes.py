@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub.composers import Stack
+from adapterhub.composers import Stack, scaled
 from adapterhub.errors import NotFoldable
 from adapterhub.factors import balanced, product_norm, product_svd
 from adapterhub.form_contracts import call
@@ -123,7 +123,7 @@ def cheapest(weight: Tensor | None, bias: Tensor | None = None) -> list[Modifica
 
 
 def _times(part: Modification, weight: float) -> Modification:
-    return part if weight == 1 else call(part, "scaled", weight)
+    return part if weight == 1 else scaled(part, weight)
 
 
 def _plus(tensors: Sequence[Tensor | None]) -> Tensor | None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from adapterhub import lanes as of_lanes
-from adapterhub.errors import NotFoldable
 from adapterhub.form_contracts import call
 from adapterhub.lanes import BARE, Lane
 from adapterhub.modification import Modification, Step
@@ -85,34 +84,32 @@ class Scaled(Weighed):
         self.weight = weight
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        change = _ask(self.parts[0], "delta_in", x, step.child(0))
+        change = ask(self.parts[0], "delta_in", x, step.child(0))
         step.kept["seen"] = plus(x, change)  # its own change, whole
         return _times(change, self.weight)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
         seen = step.kept.get("seen", x)
-        return _times(_ask(self.parts[0], "delta_out", seen, y, step.child(0)), self.weight)
+        return _times(ask(self.parts[0], "delta_out", seen, y, step.child(0)), self.weight)
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
         # At full weight it is its part, whatever that is: one that changes both ends, too.
         return (
-            _ask(self.parts[0], "delta_weight", weight, bias)
-            if self.weight == 1
-            else super().delta_weight(weight, bias)
+            ask(self.parts[0], "delta_weight", weight, bias) if self.weight == 1 else super().delta_weight(weight, bias)
         )
 
     def weight_in(self, weight: Tensor) -> Change:
-        return multiplied(_ask(self.parts[0], "weight_in", weight), self.weight)
+        return multiplied(ask(self.parts[0], "weight_in", weight), self.weight)
 
     def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
-        return multiplied(_ask(self.parts[0], "weight_out", enter, weight, bias), self.weight)
+        return multiplied(ask(self.parts[0], "weight_out", enter, weight, bias), self.weight)
 
     @property
     def advance(self) -> int:
         return of_lanes.whole(self.parts[0].advance, self.weight)
 
     def lanes(self) -> tuple[Lane, ...]:
-        return of_lanes.gathered([Lane(1 - self.weight), *of_lanes.weighed(_ask(self.parts[0], "lanes"), self.weight)])
+        return of_lanes.gathered([Lane(1 - self.weight), *of_lanes.weighed(ask(self.parts[0], "lanes"), self.weight)])
 
     def scaled(self, weight: float) -> Scaled:
         return Scaled(self.parts[0], self.weight * weight)
@@ -125,7 +122,7 @@ class Stack(Composite):
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
         total, seen = None, {}
         for i in reversed(range(len(self.parts))):
-            total = plus(total, _ask(self.parts[i], "delta_in", plus(x, total), step.child(i)))
+            total = plus(total, ask(self.parts[i], "delta_in", plus(x, total), step.child(i)))
             seen[i] = plus(x, total)  # what the parts inside of it add, it does not see
         step.kept["seen"] = seen
         return total
@@ -133,21 +130,21 @@ class Stack(Composite):
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
         seen, total = step.kept.get("seen", {}), None
         for i, part in enumerate(self.parts):
-            change = _ask(part, "delta_out", seen.get(i, x), y, step.child(i))
+            change = ask(part, "delta_out", seen.get(i, x), y, step.child(i))
             y, total = plus(y, change), plus(total, change)
         return total
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
-        return in_turn([partial(_ask, part, "delta_weight") for part in self.parts], weight, bias)
+        return in_turn([partial(ask, part, "delta_weight") for part in self.parts], weight, bias)
 
     def weight_in(self, weight: Tensor) -> Change:
-        return in_turn([lambda w, _, part=part: _ask(part, "weight_in", w) for part in self.parts], weight, None)
+        return in_turn([lambda w, _, part=part: ask(part, "weight_in", w) for part in self.parts], weight, None)
 
     def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
         def change(i: int):
             outer = Stack(self.parts[i + 1 :])  # what has changed the input before it comes to this part
             inner = through(outer.weight_in, enter) if outer.changes_input else enter
-            return lambda w, b: _ask(self.parts[i], "weight_out", inner, w, b)
+            return lambda w, b: ask(self.parts[i], "weight_out", inner, w, b)
 
         return in_turn(map(change, range(len(self.parts))), weight, bias)
 
@@ -155,7 +152,7 @@ class Stack(Composite):
         """Memories side by side: each lane of one with each of the others."""
         lanes = BARE
         for part in self.parts:
-            lanes = [Lane(a.weight * b.weight, a.memories + b.memories) for a in lanes for b in _ask(part, "lanes")]
+            lanes = [Lane(a.weight * b.weight, a.memories + b.memories) for a in lanes for b in ask(part, "lanes")]
         return of_lanes.gathered(lanes)
 
 
@@ -165,24 +162,24 @@ class Mix(Weighed):
     Of parts that change the input this is the first-order sum: there is one y, that of the input with all their changes."""
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        changes = [_ask(part, "delta_in", x, step.child(i)) for i, part in enumerate(self.parts)]
+        changes = [ask(part, "delta_in", x, step.child(i)) for i, part in enumerate(self.parts)]
         step.kept["seen"] = {i: plus(x, change) for i, change in enumerate(changes)}
         return _sum(changes)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
         seen = step.kept.get("seen", {})
-        return _sum(_ask(part, "delta_out", seen.get(i, x), y, step.child(i)) for i, part in enumerate(self.parts))
+        return _sum(ask(part, "delta_out", seen.get(i, x), y, step.child(i)) for i, part in enumerate(self.parts))
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
         if len(self.parts) == 1:
-            return _ask(self.parts[0], "delta_weight", weight, bias)
+            return ask(self.parts[0], "delta_weight", weight, bias)
         return super().delta_weight(weight, bias)
 
     def weight_in(self, weight: Tensor) -> Change:
-        return summed(_ask(part, "weight_in", weight) for part in self.parts)
+        return summed(ask(part, "weight_in", weight) for part in self.parts)
 
     def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
-        return summed(_ask(part, "weight_out", enter, weight, bias) for part in self.parts)
+        return summed(ask(part, "weight_out", enter, weight, bias) for part in self.parts)
 
     @property
     def advance(self) -> int:
@@ -209,21 +206,21 @@ class Inside(Composite):
         self.parts[0].bind(None if weight is None else weight[self.columns.to(weight.device)])
 
     def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        return _ask(self.parts[0], "delta_in", x, step)
+        return ask(self.parts[0], "delta_in", x, step)
 
     def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
         columns = self.columns = self.columns.to(y.device)
-        change = _ask(self.parts[0], "delta_out", x, y[..., columns], step)
+        change = ask(self.parts[0], "delta_out", x, y[..., columns], step)
         return None if change is None else torch.zeros_like(y).index_copy(-1, columns, change.to(y.dtype))
 
     def delta_weight(self, weight: Tensor, bias: Tensor | None) -> Change:
-        return self._spread(weight, bias, partial(_ask, self.parts[0], "delta_weight"))
+        return self._spread(weight, bias, partial(ask, self.parts[0], "delta_weight"))
 
     def weight_in(self, weight: Tensor) -> Change:
-        return _ask(self.parts[0], "weight_in", weight)
+        return ask(self.parts[0], "weight_in", weight)
 
     def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
-        return self._spread(weight, bias, lambda w, b: _ask(self.parts[0], "weight_out", enter, w, b))
+        return self._spread(weight, bias, lambda w, b: ask(self.parts[0], "weight_out", enter, w, b))
 
     def _spread(self, weight: Tensor, bias: Tensor | None, change) -> Change:
         columns = self.columns.to(weight.device)
@@ -234,7 +231,7 @@ class Inside(Composite):
         )
 
     def scaled(self, weight: float) -> Modification:
-        return Inside(self.parts[0].scaled(weight), self.place)
+        return Inside(scaled(self.parts[0], weight), self.place)
 
     @classmethod
     def join(cls, parts: Sequence[Modification]) -> Modification | None:
@@ -244,40 +241,13 @@ class Inside(Composite):
         return None if joined is None else Inside(joined, parts[0].place)
 
 
-class Route(Composite):
-    """Each row of the batch its own: parts[i] for row i, None for the bare base."""
-
-    def __init__(self, rows: Sequence[Modification | None]):
-        distinct = {id(part): part for part in rows if part is not None}
-        super().__init__(list(distinct.values()))
-        self.members = [torch.tensor([i for i, part in enumerate(rows) if id(part) == key]) for key in distinct]
-
-    folds = False  # unlike rows have no weight in common
-
-    def weight_in(self, weight: Tensor) -> Change:
-        raise NotFoldable("unlike rows have no weight in common", "run it attached")
-
-    def weight_out(self, enter: Entry | None, weight: Tensor, bias: Tensor | None) -> Change:
-        return self.weight_in(weight)
-
-    def delta_in(self, x: Tensor, step: Step) -> Tensor | None:
-        return self._scatter(x, lambda part, rows, step: _ask(part, "delta_in", x[rows], step), step)
-
-    def delta_out(self, x: Tensor, y: Tensor, step: Step) -> Tensor | None:
-        return self._scatter(y, lambda part, rows, step: _ask(part, "delta_out", x[rows], y[rows], step), step)
-
-    def _scatter(self, like: Tensor, change, step: Step) -> Tensor | None:
-        total = None
-        self.members = [rows.to(like.device) for rows in self.members]  # once: nothing to move after the first time
-        for i, (part, rows) in enumerate(zip(self.parts, self.members, strict=True)):
-            value = change(part, rows, step.child(i, rows))
-            if value is not None:
-                total = torch.zeros_like(like) if total is None else total
-                total = total.index_add(0, rows, value.to(total.dtype))
-        return total
+def scaled(part: Modification, weight: float) -> Modification:
+    """Return the part with its change multiplied by weight: as its form does it, else by multiplying what it answers."""
+    own = call(part, "scaled", weight)
+    return Scaled(part, weight) if own is None else own
 
 
-def _ask(part: Modification, hook: str, *given: Any) -> Any:
+def ask(part: Modification, hook: str, *given: Any) -> Any:
     """What a part answers; a form's answer, anybody's, is checked, and compositions pass on what was."""
     return getattr(part, hook)(*given) if isinstance(part, Composite) else call(part, hook, *given)
 

@@ -78,14 +78,10 @@ def _weight_out(result: Any, enter: Any, weight: Any, bias: Any) -> tuple[Tensor
     return _delta_weight(result, weight, bias)
 
 
-def _modification(result: Any, *given: Any) -> Any:
-    if not isinstance(result, Modification):
-        raise Wrong(f"a Modification was expected, this is {_shown(result)}")
-    return result
-
-
 def _modification_or_none(result: Any, *given: Any) -> Any:
-    return None if result is None else _modification(result)
+    if result is not None and not isinstance(result, Modification):
+        raise Wrong(f"a Modification, or None, was expected, this is {_shown(result)}")
+    return result
 
 
 def _lanes(result: Any) -> Any:
@@ -113,9 +109,9 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "delta_weight": _delta_weight,
     "weight_in": _weight_in,
     "weight_out": _weight_out,
-    "scaled": _modification,
+    "scaled": _modification_or_none,
     "join": _modification_or_none,
-    "rows": _modification,
+    "rows": _modification_or_none,
     "random": _modification_or_none,
 }
 """Hook -> the check of what it returns, given what the hook was given."""

@@ -174,11 +174,9 @@ class Modification:
                 "stack it at full weight: 'a + b', or run it attached",
             )
 
-    def scaled(self, weight: float) -> Modification:
-        """The same modification with its change multiplied by weight."""
-        from adapterhub.composers import Scaled
-
-        return Scaled(self, weight)
+    def scaled(self, weight: float) -> Modification | None:
+        """Return the same modification with its change multiplied by weight, or None: then its answers are multiplied."""
+        return None
 
     @classmethod
     def join(cls, parts: Sequence[Modification]) -> Modification | None:
@@ -186,11 +184,10 @@ class Modification:
         return None
 
     @classmethod
-    def rows(cls, parts: Sequence[Modification | None]) -> Modification:
-        """One modification for a batch whose row i gets parts[i] (None: unchanged). Default: a loop over the distinct."""
-        from adapterhub.composers import Route
-
-        return Route(parts)
+    def rows(cls, parts: Sequence[Modification | None]) -> Modification | None:
+        """Return one modification for a batch whose row i gets parts[i] (None: unchanged), or None: then the distinct ones
+        run one after another."""
+        return None
 
     @classmethod
     def random(cls, site: Site) -> Modification | None:

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from adapterhub.adapter import Modifications, check_range
 from adapterhub.attention import Memory, advances, memories
-from adapterhub.composers import Inside, Mix, Route, Scaled, Stack
+from adapterhub.composers import Inside, Mix, Scaled, Stack, scaled
 from adapterhub.ensemble import Lanes
 from adapterhub.errors import UsageError
 from adapterhub.form_contracts import call
 from adapterhub.forward import Plan
 from adapterhub.gate import Gate
 from adapterhub.modification import Modification
+from adapterhub.route import Route
+from adapterhub.route import rows as rows_of
 from adapterhub.sites import Site
 from adapterhub.spec.expression import Ensemble, Node, Ref, Scale
 from adapterhub.spec.expression import Gate as GateNode
@@ -42,9 +44,9 @@ def assemble(
             return own(adapter(str(reference)))
         case Scale(weight, inner):
             whole = assemble(inner, adapter, join, sites)
-            scaled = {path: _scaled(parts, weight, join) for path, parts in whole.items()}
-            check_range(scaled, f"{weight:g}*({inner})", torch.float32)
-            return scaled
+            multiplied = {path: _scaled(parts, weight, join) for path, parts in whole.items()}
+            check_range(multiplied, f"{weight:g}*({inner})", torch.float32)
+            return multiplied
         case StackNode(nodes):
             many = [assemble(inner, adapter, join, sites) for inner in nodes]
             return {path: _joined(parts, join) for path, parts in stacked(many).items()}
@@ -174,7 +176,7 @@ def _batched_at(path: str, rows: Sequence[list[Modification]], join: bool) -> Mo
         column = [row[k] if k < len(row) else None for row in rows]
         for kind in dict.fromkeys(type(part) for part in column if part is not None):
             members = [part if type(part) is kind else None for part in column]
-            steps.append(call(kind, "rows", members, site=path) if join else Route(members))
+            steps.append(rows_of(kind, members, path) if join else Route(members))
     return Stack(steps)
 
 
@@ -193,7 +195,7 @@ def _joined(parts: Iterable[Modification], join: bool) -> list[Modification]:
 
 def _scaled(parts: list[Modification], weight: float, join: bool) -> list[Modification]:
     if join and all(part.additive for part in parts):  # then scaling distributes
-        return [call(part, "scaled", weight) for part in parts]
+        return [scaled(part, weight) for part in parts]
     return [Scaled(Stack(parts), weight)]
 
 

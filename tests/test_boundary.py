@@ -436,9 +436,9 @@ def test_what_a_form_gives_is_checked_where_it_is_called():
     assert says(weight, "delta_weight", weight, bias).startswith("a pair (ΔW, Δb) was expected, this is a Tensor")
     assert says((weight.mT, None), "delta_weight", weight, bias).startswith("a change of shape (5, 4) was expected")
     assert says((None, weight), "delta_weight", weight, bias).startswith("a change of shape (5,) was expected")
-    for hook in ("scaled", "rows"):
-        assert says(None, hook, []) == "a Modification was expected, this is None"
-    assert says(weight, "join", []) == "a Modification was expected, this is a Tensor of float32 and shape (5, 4)"
+    for hook in ("scaled", "rows", "join"):
+        wanted = "a Modification, or None, was expected, this is a Tensor of float32 and shape (5, 4)"
+        assert says(weight, hook, []) == wanted
     Form.gives = torch.randn(5)  # the same for every token: it spreads, as it always has
     assert torch.equal(call(Form(), "delta_out", x, y, step), Form.gives.expand(2, 3, 5))
     Form.gives = None

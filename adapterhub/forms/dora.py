@@ -90,7 +90,7 @@ class DoRA(Modification):
         base, (excess, ratio) = self._base().to(self.up), self._factors()
         return excess[:, None] * base + ratio[:, None] * (times(self.scale, self.up) @ self.down), None
 
-    def scaled(self, weight: float) -> Modification:
+    def scaled(self, weight: float) -> Modification | None:
         return self if weight == 1 else super().scaled(weight)
 
     @classmethod

@@ -77,7 +77,7 @@ class LowRank(Modification):
         return cls(down=down, up=up, scale=torch.ones_like(parts[0].scale))
 
     @classmethod
-    def rows(cls, parts: Sequence[Modification | None]) -> Modification:
+    def rows(cls, parts: Sequence[Modification | None]) -> Modification | None:
         """Two batched products over gathered factors, if most rows differ; else the loop over the distinct ones.
 
         Gathered once per batch, never per layer or step (what that saves: docs/performance.md)."""

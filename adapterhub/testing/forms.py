@@ -8,12 +8,14 @@ import torch
 
 from adapterhub.adapter import Modifications, bind, modifications_of, random_states
 from adapterhub.attach import Attachment
-from adapterhub.composers import Mix, Route, Scaled, Stack
+from adapterhub.composers import Mix, Scaled, Stack, scaled
 from adapterhub.errors import NotFoldable
 from adapterhub.fold import fold as fold_into
 from adapterhub.form_contracts import call
 from adapterhub.modification import Modification, Step, named_tensors
 from adapterhub.plan import placed, stacked
+from adapterhub.route import Route
+from adapterhub.route import rows as rows_of
 from adapterhub.sites import Tap, sites
 from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_for
 from adapterhub.testing.widths import widths
@@ -157,13 +159,13 @@ def algebra(form: type[Modification], device: str) -> None:
         if one.additive:
             assert not one.changes_input, f"{path}: additive, yet it changes the input"
             _same(change, _change(one, x, torch.zeros_like(y), states), f"{path}: additive, yet it reads the output")
-        _same(_change(call(one, "scaled", -0.3, site=path), x, y, states), -0.3 * change, f"{path}: scaled by -0.3")
+        _same(_change(scaled(one, -0.3), x, y, states), -0.3 * change, f"{path}: scaled by -0.3")
         joined = call(form, "join", [one, two], site=path)
         if joined is not None:
             stack = _change(Stack([one, two]), x, y, states)
             _same(_change(joined, x, y, states), stack, f"{path}: join is not the stack")
         for members in ([one, None], [two, one]):
-            got, want = call(form, "rows", members, site=path), Route(members)
+            got, want = rows_of(form, members, path), Route(members)
             _same(_change(got, x, y, states), _change(want, x, y, states), f"{path}: rows are not each row's own")
 
 

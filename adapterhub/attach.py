@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import attention, hooks
+from adapterhub.data.padding import Padding
 from adapterhub.errors import BatchError, UnsafeFile
 from adapterhub.forward import Call, Followed, Forward, Plan, Sequences, call_of, called, current, enter
-from adapterhub.padding import Padding
 from adapterhub.sites import Site, Tap, layer_of, sites, tapped
 
 GIVEN = (

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from adapterhub import plugins
 from adapterhub.data import Data
+from adapterhub.data.encoding import Example
 from adapterhub.decoding import check_shapes
-from adapterhub.encoding import Example
 from adapterhub.method import Given, Measurement, Method, Stage
 from adapterhub.modification import Modification
 from adapterhub.plugins.boundary import Wrong, guard, guarded

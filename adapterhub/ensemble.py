@@ -47,3 +47,18 @@ class Lanes:
         total = logits.new_zeros(self.count, *logits.shape[1:], dtype=wide)
         index = torch.tensor(self.rows, device=logits.device)
         return total.index_add(0, index, weights * logits.to(wide)).to(logits.dtype)
+
+
+def repeated(args: tuple, kwargs: dict, times: int) -> tuple[tuple, dict]:
+    """What `generate` is called with, as for each row given `times` times: it need not repeat them any more."""
+    if kwargs.get("encoder_outputs") is not None:  # these it does repeat
+        return args, kwargs
+    rows = {name for name in kwargs if name == "inputs" or name.startswith(("input_", "inputs_", "decoder_"))}
+    rows |= {name for name in kwargs if name.endswith("attention_mask")}
+    kwargs = {
+        name: value.repeat_interleave(times, 0) if name in rows and isinstance(value, Tensor) else value
+        for name, value in kwargs.items()
+    }
+    if args and isinstance(args[0], Tensor):
+        args = (args[0].repeat_interleave(times, 0), *args[1:])
+    return args, {**kwargs, "num_return_sequences": 1}

@@ -13,8 +13,9 @@ import torch
 
 from adapterhub.data import Data, Row
 from adapterhub.data import read as read_rows
+from adapterhub.data.batches import collate, pad_left, pad_token
+from adapterhub.data.encoding import Example, check_vocabulary, encode, tokens
 from adapterhub.device import memory_told
-from adapterhub.encoding import Example, check_vocabulary, collate, encode, pad_left, pad_token, tokens
 from adapterhub.errors import DataError, UsageError
 from adapterhub.scoring import label_scores, token_losses
 

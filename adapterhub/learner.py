@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -15,15 +14,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from adapterhub import contracts
+from adapterhub.data.seeds import seeded
 from adapterhub.errors import IntegrityError, UsageError
 from adapterhub.ingredients import Ingredients
 from adapterhub.method import Given, Parts, Stage
 from adapterhub.setting import Moment, Setting
-
-
-def seeded(*words: object) -> int:
-    """A seed that follows from these words, whatever the machine."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, words)).encode()).digest()[:7], "big")
 
 
 class Learner(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from adapterhub.data import Data
-from adapterhub.encoding import Example
+from adapterhub.data.encoding import Example
 from adapterhub.setting import Moment, Setting
 
 

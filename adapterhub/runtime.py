@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from adapterhub.adapter import Modifications, check_fit
 from adapterhub.attach import Attachment
 from adapterhub.compose import pin
-from adapterhub.context import Context
+from adapterhub.data.batches import pad_left, pad_token
+from adapterhub.data.context import Context
+from adapterhub.data.encoding import opened
 from adapterhub.device import precision
-from adapterhub.encoding import opened, pad_left, pad_token, repeated
+from adapterhub.ensemble import repeated
 from adapterhub.errors import NotFoldable, UsageError
 from adapterhub.fold import fold
 from adapterhub.forward import Plan

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from adapterhub.encoding import IGNORE, Example, collate, pad_left, pad_token
+from adapterhub.data.batches import IGNORE, collate, pad_left, pad_token
+from adapterhub.data.encoding import Example
 
 if TYPE_CHECKING:
     from adapterhub.runtime import Model

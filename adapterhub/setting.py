@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adapterhub.encoding import Example, collate
+from adapterhub.data.batches import collate
+from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.runtime import Model
 

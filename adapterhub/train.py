@@ -17,8 +17,10 @@ import torch
 from adapterhub import plugins
 from adapterhub.adapter import require_effect
 from adapterhub.data import Data, read
+from adapterhub.data.batches import pad_token
+from adapterhub.data.encoding import Example, check_vocabulary, encode, grouped
+from adapterhub.data.seeds import check_seed
 from adapterhub.device import memory_told
-from adapterhub.encoding import Example, check_vocabulary, encode, grouped, pad_token
 from adapterhub.errors import NameInUse, UsageError
 from adapterhub.files import durable
 from adapterhub.ingredients import ingredients
@@ -32,7 +34,7 @@ from adapterhub.runtime import Model, load
 from adapterhub.setting import Setting
 from adapterhub.spec import claims
 from adapterhub.spec.digest import canonical, digest_of
-from adapterhub.spec.manifest import Made, Release, check_seed
+from adapterhub.spec.manifest import Made, Release
 from adapterhub.spec.names import Reference, check_version
 from adapterhub.spec.parents import joined_licences
 from adapterhub.stages import Planned, check, forget, planned

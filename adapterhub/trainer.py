@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging
 
 from adapterhub.contracts import number
-from adapterhub.encoding import collate
+from adapterhub.data.batches import collate
 from adapterhub.errors import HubError, UsageError
 from adapterhub.files import durable
 from adapterhub.learner import Learner

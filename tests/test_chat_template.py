@@ -11,9 +11,10 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from adapterhub import chat_template, data
-from adapterhub.chat_template import render
-from adapterhub.encoding import encode
+from adapterhub import data
+from adapterhub.data import chat_template
+from adapterhub.data.chat_template import render
+from adapterhub.data.encoding import encode
 from adapterhub.errors import DataError
 
 PLAIN = (

@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from adapterhub.context import Context
-from adapterhub.encoding import Example
+from adapterhub.data.context import Context
+from adapterhub.data.encoding import Example
 from adapterhub.errors import BatchError, ContextWarning, HubError, UsageError
 from adapterhub.forms.prefix import Prefix
 from adapterhub.runtime import Model

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from adapterhub.data import read
-from adapterhub.encoding import IGNORE, Example, check_vocabulary, collate, encode, grouped
+from adapterhub.data.batches import IGNORE, collate
+from adapterhub.data.encoding import Example, check_vocabulary, encode, grouped
 from adapterhub.errors import DataError, NotFound, UsageError
 
 GOOD = '{"prompt": "a", "completion": "b"}'

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from adapterhub.data import read
-from adapterhub.encoding import encode
+from adapterhub.data.encoding import encode
 from adapterhub.errors import DataError, UsageError
 from adapterhub.evaluate import evaluate, paired, wilson
 from adapterhub.forms.low_rank import LowRank

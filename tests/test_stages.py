@@ -151,7 +151,8 @@ def test_the_penalty_is_part_of_the_objective(hub, train, path, tiny_folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from adapterhub.data import read
-    from adapterhub.encoding import collate, encode
+    from adapterhub.data.batches import collate
+    from adapterhub.data.encoding import encode
 
     release = train(options={"l1": 1e-2})
     base = AutoModelForCausalLM.from_pretrained(tiny_folder).requires_grad_(False)

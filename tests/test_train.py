@@ -13,7 +13,7 @@ import torch
 import adapterhub
 from adapterhub.adapter import Adapter
 from adapterhub.data import read
-from adapterhub.encoding import encode
+from adapterhub.data.encoding import encode
 from adapterhub.errors import (
     DataError,
     HubError,

@@ -14,8 +14,8 @@ import adapterhub
 from adapterhub.cli.make import BASE, DEVICE, DTYPE
 from adapterhub.cli.output import Json, clean, json_out, note, table
 from adapterhub.cli.packages import Force
+from adapterhub.data.seeds import check_seed
 from adapterhub.errors import UsageError
-from adapterhub.spec.manifest import check_seed
 
 if TYPE_CHECKING:
     from adapterhub.runtime import Model
@@ -110,7 +110,7 @@ def _answer(model: Model, messages: list[dict[str, str]], max_new_tokens: int, s
     """The model's turn, printed as it comes."""
     from transformers import TextStreamer
 
-    from adapterhub.chat_template import render
+    from adapterhub.data.chat_template import render
 
     said: list[str] = []
 

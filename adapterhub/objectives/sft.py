@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from adapterhub.encoding import IGNORE
+from adapterhub.data.batches import IGNORE
 from adapterhub.objective import Objective
 from adapterhub.scoring import token_losses
 from adapterhub.setting import Moment

@@ -9,18 +9,11 @@ from typing import Any
 
 import msgspec
 
-from adapterhub.errors import ManifestError, UsageError
+from adapterhub.errors import ManifestError
 from adapterhub.files.bounded import read_json
 from adapterhub.spec.claims import LARGEST, LINE, TEXT
 from adapterhub.spec.digest import canonical, check_digest
 from adapterhub.spec.names import check_name, check_version
-
-
-def check_seed(seed: int) -> int:
-    """The seed itself. Raises UsageError for what is none of torch's and NumPy's."""
-    if not 0 <= seed < 1 << 32:
-        raise UsageError(f"the seed is {seed}", "give a number from 0 to 4294967295")
-    return seed
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):

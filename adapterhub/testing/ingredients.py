@@ -21,10 +21,11 @@ from torch import Tensor
 from adapterhub import plugins
 from adapterhub.contracts import make
 from adapterhub.data import Data, Row
-from adapterhub.encoding import Example, grouped
+from adapterhub.data.encoding import Example, grouped
+from adapterhub.data.seeds import seeded
 from adapterhub.errors import HubError
 from adapterhub.ingredients import DEFAULT, Ingredient, Ingredients
-from adapterhub.learner import Learner, seeded
+from adapterhub.learner import Learner
 from adapterhub.method import Method
 from adapterhub.methods.bottleneck import BottleneckAdapter
 from adapterhub.methods.full import Full

@@ -20,7 +20,7 @@ import torch
 from adapterhub import plugins
 from adapterhub.adapter import Modifications, forms_of, modifications_of
 from adapterhub.contracts import make
-from adapterhub.encoding import Example
+from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.ingredients import ingredients

@@ -32,7 +32,8 @@ from adapterhub_corda import CorDA
 import adapterhub
 from adapterhub import Given, Setting
 from adapterhub.data import read
-from adapterhub.encoding import encode, pad_token
+from adapterhub.data.batches import pad_token
+from adapterhub.data.encoding import encode
 from adapterhub.evaluate import evaluate
 from adapterhub.forms.low_rank import LowRank
 

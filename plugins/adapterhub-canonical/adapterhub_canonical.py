@@ -19,7 +19,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from adapterhub import Model, Moment, Objective, Setting
 from adapterhub.data import read
-from adapterhub.encoding import IGNORE, encode, pad_token
+from adapterhub.data.batches import IGNORE, pad_token
+from adapterhub.data.encoding import encode
 from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.scoring import token_losses
 

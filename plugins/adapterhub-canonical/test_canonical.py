@@ -10,7 +10,8 @@ from adapterhub_canonical import Canonical, Carried, divergence, edit_loss, with
 
 import adapterhub
 from adapterhub import Model, Setting, plugins
-from adapterhub.encoding import Example, pad_left
+from adapterhub.data.batches import pad_left
+from adapterhub.data.encoding import Example
 from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer

@@ -11,7 +11,7 @@ from adapterhub_copg import CoPG, pair_loss
 
 import adapterhub
 from adapterhub import Setting, plugins
-from adapterhub.encoding import Example
+from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.runtime import Model
 from adapterhub.scoring import label_scores, token_losses

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import Given, Measurement, Method, Modification, Setting, Site, Stage, Step
-from adapterhub.encoding import Example
+from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.scoring import token_losses

@@ -10,7 +10,7 @@ from adapterhub_corda import Anchored, CorDA, covariances, decompose
 import adapterhub
 from adapterhub import Given, Model, Setting, Step, plugins
 from adapterhub.adapter import Adapter
-from adapterhub.encoding import Example
+from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.fold import fold
 from adapterhub.forms.low_rank import LowRank

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import adapterhub
 from adapterhub import plugins
 from adapterhub.adapter import Adapter
-from adapterhub.encoding import IGNORE
+from adapterhub.data.batches import IGNORE
 from adapterhub.errors import UsageError
 from adapterhub.learner import Learner
 from adapterhub.sites import select, sites

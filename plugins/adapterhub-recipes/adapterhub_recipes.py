@@ -16,7 +16,8 @@ from torch.nn.functional import cosine_similarity
 
 from adapterhub import Moment, Recipe, Setting
 from adapterhub.data import Data
-from adapterhub.encoding import IGNORE, Example, opened, pad_left
+from adapterhub.data.batches import IGNORE, pad_left
+from adapterhub.data.encoding import Example, opened
 from adapterhub.errors import UsageError
 
 

@@ -13,7 +13,8 @@ import adapterhub
 from adapterhub import Model, Moment, Setting, plugins
 from adapterhub.adapter import Adapter
 from adapterhub.data import read
-from adapterhub.encoding import IGNORE, Example
+from adapterhub.data.batches import IGNORE
+from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.methods.lora import LoRA
 from adapterhub.testing import check

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adapterhub import Moment, Objective, Setting, plugins
 from adapterhub.contracts import make
-from adapterhub.encoding import IGNORE, pad_left
+from adapterhub.data.batches import IGNORE, pad_left
 from adapterhub.errors import UsageError
 from adapterhub.runtime import Model
 from adapterhub.scoring import token_losses

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import adapterhub
 from adapterhub import Moment, Setting, plugins
 from adapterhub.adapter import Adapter
-from adapterhub.encoding import Example
+from adapterhub.data.encoding import Example
 from adapterhub.errors import HubError, NoEffect, UsageError
 from adapterhub.runtime import Model
 from adapterhub.testing import check

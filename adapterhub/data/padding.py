@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterhub.context import ABSOLUTE, Context
+from adapterhub.data.context import ABSOLUTE, Context
 from adapterhub.errors import BatchError
 from adapterhub.sites import family
 

@@ -11,18 +11,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from adapterhub.chat_template import render
-from adapterhub.data import Data, Row
+from adapterhub.data.chat_template import render
+from adapterhub.data.rows import Data, Row
 from adapterhub.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-IGNORE = -100
-"""The label of a position without loss, as transformers has it."""
 
 
 @dataclass(frozen=True)
@@ -154,56 +148,3 @@ def check_vocabulary(examples: Iterable[Example], base: PreTrainedModel) -> None
 
 
 # --- batching ----------------------------------------------------------------------------------------------------
-
-
-def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """(rows, longest) int64 ids with the padding before them, and the mask, 1 where a token stands."""
-    longest = max(map(len, sequences))
-    ids = torch.full((len(sequences), longest), pad)
-    mask = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        ids[row, longest - len(sequence) :] = torch.tensor(sequence)
-        mask[row, longest - len(sequence) :] = 1
-    return ids, mask
-
-
-def collate(examples: Iterable[Example | Sequence[Example]], pad: int) -> dict[str, Tensor]:
-    """A batch padded on the left, so that the answers lie at the end and the head is needed only there.
-
-    input_ids, attention_mask (rows, tokens); labels (rows, answer): the tokens that the last `answer` positions
-    but the very last predict, IGNORE where there is no loss; answer is the longest completion's length. Of groups of
-    examples also reward (rows,) float32 and group (rows,) int64."""
-    examples = list(examples)
-    if examples and not isinstance(examples[0], Example):
-        flat = [example for group in examples for example in group]
-        told = {
-            "reward": torch.tensor([example.reward for example in flat]),
-            "group": torch.tensor([example.group for example in flat]),
-        }
-        return collate(flat, pad) | told
-    ids, mask = pad_left([example.ids for example in examples], pad)
-    counts = [example.targets for example in examples]
-    labels = ids[:, ids.shape[1] - max(counts) :].clone()
-    for row, count in enumerate(counts):
-        labels[row, : labels.shape[1] - count] = IGNORE
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token does, since padding is masked."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def repeated(args: tuple, kwargs: dict, times: int) -> tuple[tuple, dict]:
-    """What `generate` is called with, as for each row given `times` times: it need not repeat them any more."""
-    if kwargs.get("encoder_outputs") is not None:  # these it does repeat
-        return args, kwargs
-    rows = {name for name in kwargs if name == "inputs" or name.startswith(("input_", "inputs_", "decoder_"))}
-    rows |= {name for name in kwargs if name.endswith("attention_mask")}
-    kwargs = {
-        name: value.repeat_interleave(times, 0) if name in rows and isinstance(value, Tensor) else value
-        for name, value in kwargs.items()
-    }
-    if args and isinstance(args[0], Tensor):
-        args = (args[0].repeat_interleave(times, 0), *args[1:])
-    return args, {**kwargs, "num_return_sequences": 1}

@@ -19,7 +19,7 @@ from adapterhub.errors import BatchError, ContextWarning, UsageError
 from adapterhub.sites import family
 
 if TYPE_CHECKING:
-    from adapterhub.encoding import Example
+    from adapterhub.data.encoding import Example
 
 ABSOLUTE = re.compile(r"(^|\.)(wpe|\w*position\w*embed\w*|\w*embed\w*position\w*)$")
 """Modules that give each place of a row a vector of its own, learned or of waves."""

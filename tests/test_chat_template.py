@@ -132,7 +132,7 @@ def test_a_script_without_a_guard_is_not_run_again(tmp_path, tiny_folder):
     script.write_text(
         "print('run')\n"
         "from transformers import AutoTokenizer\n"
-        "from adapterhub import chat_template\n"
+        "from adapterhub.data import chat_template\n"
         f"tokenizer = AutoTokenizer.from_pretrained({str(tiny_folder)!r})\n"
         f"tokenizer.chat_template = {PLAIN!r}\n"
         "print(chat_template.render(tokenizer, [([{'role': 'a', 'content': 'b'}], False)]))\n"
@@ -149,7 +149,7 @@ def test_a_loop_ends_also_where_whoever_waits_is_killed(tmp_path, tiny_folder):
     """By the limit on its computing."""
     script = (
         "from transformers import AutoTokenizer\n"
-        "from adapterhub import chat_template as c\n"
+        "from adapterhub.data import chat_template as c\n"
         "c.SECONDS = 600\n"
         f"tokenizer = AutoTokenizer.from_pretrained({str(tiny_folder)!r})\n"
         f"tokenizer.chat_template = {PLAIN!r}\n"

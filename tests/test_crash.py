@@ -303,7 +303,7 @@ def test_A10_a_signal_in_the_middle(before, work_in, number, code):
     program = (
         "import signal, sys, time, pathlib\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts in the background ignores it
-        "from adapterhub import durable\n"
+        "from adapterhub.files import durable\n"
         "def watch(step, path, detail=None):\n"
         "    if step == 'rename':\n"
         "        sys.stdout.write('now\\n')\n"

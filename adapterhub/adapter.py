@@ -41,7 +41,7 @@ class Adapter:
         if "tensors" not in manifest.files:
             raise IntegrityError(f"{release} holds no tensors", "get it again from its source")
         from adapterhub import decoding
-        from adapterhub.tensors import load as load_tensors
+        from adapterhub.tensors.file.file import load as load_tensors
 
         file = manifest.files["tensors"]
         with hub.store.shared():

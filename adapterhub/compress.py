@@ -17,13 +17,13 @@ from adapterhub.adapter import Adapter, Modifications, forms_of, modifications_o
 from adapterhub.changes import WHOLE, change_of
 from adapterhub.contracts import make
 from adapterhub.errors import CodecError, NoEffect, UsageError
-from adapterhub.factors import product_norm
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.modification import Modification
 from adapterhub.spec.manifest import Made, Manifest, Parent, Release
 from adapterhub.spec.names import check_name
-from adapterhub.tensors import dump, load
+from adapterhub.tensors.file.factors import product_norm
+from adapterhub.tensors.file.file import dump, load
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -15,7 +15,7 @@ from adapterhub.spec.expression import Ensemble, Node, Ref, beneath, references
 from adapterhub.spec.manifest import Base, Made, Manifest, Parent, Release
 from adapterhub.spec.names import Reference, check_name
 from adapterhub.spec.parents import weighed
-from adapterhub.tensors import dump
+from adapterhub.tensors.file.file import dump
 
 if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint

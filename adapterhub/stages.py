@@ -24,7 +24,7 @@ from adapterhub.modification import named_tensors
 from adapterhub.runtime import Model
 from adapterhub.setting import Setting
 from adapterhub.spec.digest import canonical, digest_of
-from adapterhub.tensors import dump, load
+from adapterhub.tensors.file.file import dump, load
 from adapterhub.trainer import Schedule, fit
 
 

@@ -40,7 +40,7 @@ from adapterhub.spec.parents import joined_licences
 from adapterhub.stages import Planned, check, forget, planned
 from adapterhub.stages import run as run_stages
 from adapterhub.start import Start, start
-from adapterhub.tensors import check_finite
+from adapterhub.tensors.file.file import check_finite
 from adapterhub.trainer import Schedule
 
 if TYPE_CHECKING:

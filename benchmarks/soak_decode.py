@@ -44,6 +44,8 @@ SOAK = {"D3": d3}
 
 def _kinds() -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
     """{what: (a sound file, how it is read)}."""
+    from adapterhub.tensors.file.file import dump, load
+
     from adapterhub import plugins
     from adapterhub.adapter import modifications_of
     from adapterhub.contracts import make
@@ -52,7 +54,6 @@ def _kinds() -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
     from adapterhub.files.safetensors_header import read_header
     from adapterhub.spec.digest import digest_of
     from adapterhub.spec.manifest import Base, File, Made, Manifest
-    from adapterhub.tensors import dump, load
     from adapterhub.testing.codecs import sample
 
     base = Base(

@@ -6,17 +6,17 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from adapterhub.tensors.file.file import dump
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterhub import plugins
-from adapterhub.codecs import rice
 from adapterhub.codecs.compeft import ComPEFT
 from adapterhub.codecs.int8 import Int8
 from adapterhub.codecs.svd import SVD
 from adapterhub.codecs.topk import TopK
 from adapterhub.errors import CodecError, UsageError
-from adapterhub.tensors import dump
+from adapterhub.tensors.file import rice
 from adapterhub.testing import check_part
 from adapterhub.testing.codecs import sample
 

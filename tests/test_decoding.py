@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from adapterhub.tensors.file.file import dump
 from msgspec import structs
 
 import adapterhub
@@ -24,7 +25,6 @@ from adapterhub.forms.low_rank import LowRank
 from adapterhub.look import scan
 from adapterhub.sites import sites
 from adapterhub.spec.manifest import Made, Manifest
-from adapterhub.tensors import dump
 from adapterhub.testing.bed import tiny_llama
 
 ROOT = Path(__file__).parent.parent

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from adapterhub import tensors
 from adapterhub.errors import IntegrityError, NotFound, UnsafeFile
 from adapterhub.files.safetensors_header import MAX_HEADER, read_header, read_layout
+from adapterhub.tensors.file import file
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -97,7 +97,7 @@ def test_D1_D2_hostile_files_are_refused_at_once(tmp_path, kind, data):
     message = str(caught.value)
     assert len(message) < 400 and message.isprintable() and caught.value.hint
     with pytest.raises(kind):
-        tensors.load(data)
+        file.load(data)
 
 
 def test_D1_D2_memory_is_bounded():
@@ -147,7 +147,7 @@ def test_header_is_what_the_library_wrote(tmp_path):
     }
     offset = read_layout(path)["model.layers.0.x"].offset
     assert path.read_bytes()[offset : offset + 48] == given["model.layers.0.x"].numpy().tobytes()
-    loaded = tensors.load(path)
+    loaded = file.load(path)
     assert loaded.keys() == given.keys()
     assert all(torch.equal(loaded[n].float(), given[n].float()) and loaded[n].dtype == given[n].dtype for n in given)
 
@@ -158,7 +158,7 @@ def test_names_come_in_their_order(tmp_path):
     data = save({name: torch.zeros(1) for name in reversed(names)})
     (tmp_path / "file").write_bytes(data)
     for source in (data, tmp_path / "file"):
-        assert list(tensors.load(source)) == sorted(names)
+        assert list(file.load(source)) == sorted(names)
 
 
 def test_no_file(tmp_path):
@@ -179,18 +179,18 @@ def test_a_pipe_is_refused_unopened(tmp_path):
 def test_D8_values_that_are_no_numbers(tmp_path, bad, dtype):
     given = {"fine": torch.zeros(3), "broken": torch.tensor([0, bad, 0], dtype=dtype)}
     with pytest.raises(UnsafeFile, match="broken"):
-        tensors.dump(given)
+        file.dump(given)
     data = save(given)
     with pytest.raises(UnsafeFile, match="broken") as caught:
-        tensors.load(data)
+        file.load(data)
     assert "fine" not in str(caught.value)
 
 
 def test_equal_tensors_give_equal_bytes(device):
     a, b = torch.randn(4, 6), torch.arange(5)
     shared = torch.randn(8, 6)
-    data = tensors.dump({"x.a": a, "x.b": b, "top": shared[:4], "low": shared[4:]})
-    other = tensors.dump(
+    data = file.dump({"x.a": a, "x.b": b, "top": shared[:4], "low": shared[4:]})
+    other = file.dump(
         {
             "low": shared[4:].clone(),
             "x.b": b.clone(),
@@ -199,12 +199,12 @@ def test_equal_tensors_give_equal_bytes(device):
         }
     )
     assert data == other
-    loaded = tensors.load(data, device)
+    loaded = file.load(data, device)
     assert torch.equal(loaded["x.a"].cpu(), a) and loaded["x.a"].device.type == device
-    assert data != tensors.dump({"x.a": a + 1e-6, "x.b": b, "top": shared[:4], "low": shared[4:]})
+    assert data != file.dump({"x.a": a + 1e-6, "x.b": b, "top": shared[:4], "low": shared[4:]})
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "", "é"])
 def test_a_name_that_load_refuses_is_not_written(name):
     with pytest.raises(UnsafeFile):
-        tensors.dump({name: torch.zeros(1)})
+        file.dump({name: torch.zeros(1)})

@@ -444,7 +444,7 @@ def test_tensors_without_a_method_go_on_too(hub, train, tiny_folder, path):
     made = train()
     parts = Adapter.load(hub, made).modifications()
     tensors = named_tensors({site: [*here, *here] for site, here in parts.items()})
-    from adapterhub.tensors import dump
+    from adapterhub.tensors.file.file import dump
 
     manifest = msgspec.structs.replace(
         made.manifest, name="me/two", method=None, forms={site: ["low_rank"] * 2 for site in parts}

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from adapterhub import tensors
 from adapterhub.bases import cache_folder, weight_files
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, UnsafeFile
 from adapterhub.files import durable
@@ -27,6 +26,7 @@ from adapterhub.files.bounded import read_json
 from adapterhub.files.safetensors_header import DTYPES, read_layout
 from adapterhub.sites import weights
 from adapterhub.spec.digest import canonical
+from adapterhub.tensors.file import file as tensors
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapterhub.codecs import SMALL, Codec, Shapes, absolute, rice
+from adapterhub.codecs import SMALL, Codec, Shapes, absolute
 from adapterhub.errors import CodecError, UsageError
+from adapterhub.tensors.file import rice
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapterhub.codecs import Codec
 from adapterhub.errors import CodecError, UsageError
-from adapterhub.factors import balanced, numerical_rank, product_svd
+from adapterhub.tensors.file.factors import balanced, numerical_rank, product_svd
 
 
 class SVD(Codec):

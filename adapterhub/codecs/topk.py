@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapterhub.codecs import Codec
 from adapterhub.errors import CodecError, UsageError
-from adapterhub.magnitude import largest
+from adapterhub.tensors.file.largest import largest
 
 FORMS = ("low_rank", "dense", "sparse")
 """What says the change of a weight without the base's own; all of them at one site become one sparse change."""

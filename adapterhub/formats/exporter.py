@@ -21,7 +21,7 @@ from adapterhub.spec.expression import Ensemble, Ref, references
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference
 from adapterhub.spec.parents import warn_missing_parents
-from adapterhub.tensors import dump
+from adapterhub.tensors.file.file import dump
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

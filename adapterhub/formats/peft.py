@@ -21,7 +21,7 @@ from adapterhub.formats.peft_tuner import read_tuner
 from adapterhub.formats.peft_types import CACHES, PROMPTS
 from adapterhub.plan import stacked
 from adapterhub.spec.manifest import Made
-from adapterhub.tensors import load
+from adapterhub.tensors.file.file import load
 
 TENSORS = "adapter_model.safetensors"
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from adapterhub.adapter import Adapter
 from adapterhub.changes import change_of
 from adapterhub.errors import NotFoldable
-from adapterhub.factors import product_svd
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.index import kind
 from adapterhub.look.touched import by_layer, require_tensors
 from adapterhub.modification import Modification
 from adapterhub.spec.manifest import Manifest
+from adapterhub.tensors.file.factors import product_svd
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -20,7 +20,7 @@ from adapterhub.codecs import Codec, shapes_of
 from adapterhub.compress import site_errors
 from adapterhub.errors import CodecError, HubError
 from adapterhub.files import durable
-from adapterhub.tensors import dump, load
+from adapterhub.tensors.file.file import dump, load
 from adapterhub.testing.forms import Declined
 from adapterhub.testing.generators import untouched
 
@@ -254,7 +254,7 @@ FRESH = """
 import sys
 from importlib import import_module
 from pathlib import Path
-from adapterhub.tensors import dump, load
+from adapterhub.tensors.file import dump, load
 module, name, folder = sys.argv[1:]
 codec, folder = import_module(module), Path(folder)
 for part in name.split("."):

@@ -116,7 +116,7 @@ def fold(form: type[Modification], device: str) -> None:
 
 def save(form: type[Modification], device: str) -> None:
     """Stored and read again by names alone it does exactly the same."""
-    from adapterhub.tensors import dump, load
+    from adapterhub.tensors.file.file import dump, load
 
     bed = _bed(form, device, torch.float32)
     adapter, sequence = random_adapter(form, bed.base, 1), _sequences(device, (9,))[0]

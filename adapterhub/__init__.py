@@ -11,37 +11,37 @@ from adapterhub.files import platforms  # noqa: F401  (first: it refuses a syste
 from adapterhub.hub import Hub, open
 
 if TYPE_CHECKING:
-    from adapterhub.codecs import Codec
-    from adapterhub.mergers import Merger
-    from adapterhub.method import Given, Measurement, Method, Stage
-    from adapterhub.modification import Modification, Step
-    from adapterhub.objective import Objective
-    from adapterhub.parameter_schedule import ParameterSchedule
-    from adapterhub.recipe import Recipe
+    from adapterhub.kinds.codec import Codec
+    from adapterhub.kinds.merger import Merger
+    from adapterhub.kinds.method import Given, Measurement, Method, Stage
+    from adapterhub.kinds.modification import Modification, Step
+    from adapterhub.kinds.objective import Objective
+    from adapterhub.kinds.recipe import Recipe
+    from adapterhub.kinds.schedule import ParameterSchedule
+    from adapterhub.kinds.training import Moment, Setting
+    from adapterhub.kinds.verifier import Verdict, Verifier
     from adapterhub.runtime import Model
-    from adapterhub.setting import Moment, Setting
     from adapterhub.sites import Site, Tap
-    from adapterhub.verifier import Verdict, Verifier
 
 _LAZY = {
     "Codec": "adapterhub.codecs",
-    "Given": "adapterhub.method",
-    "Measurement": "adapterhub.method",
+    "Given": "adapterhub.kinds.method",
+    "Measurement": "adapterhub.kinds.method",
     "Merger": "adapterhub.mergers",
-    "Method": "adapterhub.method",
+    "Method": "adapterhub.kinds.method",
     "Model": "adapterhub.runtime",
-    "Modification": "adapterhub.modification",
-    "Moment": "adapterhub.setting",
-    "Objective": "adapterhub.objective",
-    "ParameterSchedule": "adapterhub.parameter_schedule",
-    "Recipe": "adapterhub.recipe",
-    "Setting": "adapterhub.setting",
+    "Modification": "adapterhub.kinds.modification",
+    "Moment": "adapterhub.kinds.training",
+    "Objective": "adapterhub.kinds.objective",
+    "ParameterSchedule": "adapterhub.kinds.schedule",
+    "Recipe": "adapterhub.kinds.recipe",
+    "Setting": "adapterhub.kinds.training",
     "Site": "adapterhub.sites",
-    "Stage": "adapterhub.method",
-    "Step": "adapterhub.modification",
+    "Stage": "adapterhub.kinds.method",
+    "Step": "adapterhub.kinds.modification",
     "Tap": "adapterhub.sites",
-    "Verdict": "adapterhub.verifier",
-    "Verifier": "adapterhub.verifier",
+    "Verdict": "adapterhub.kinds.verifier",
+    "Verifier": "adapterhub.kinds.verifier",
 }
 
 __all__ = [

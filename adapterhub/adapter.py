@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import plugins
-from adapterhub.contracts import make
 from adapterhub.errors import IncompatibleBase, IntegrityError, NoEffect, PluginError, UnsafeFile
-from adapterhub.form_contracts import call
-from adapterhub.lanes import remembers
-from adapterhub.modification import Modification, Step
+from adapterhub.kinds.contracts import make
+from adapterhub.kinds.form_contracts import call
+from adapterhub.kinds.lanes import remembers
+from adapterhub.kinds.modification import Modification, Modifications, Step
 from adapterhub.plugins.boundary import author_line
 from adapterhub.sites import Site, Tap, tapped
 from adapterhub.sites.weights import compute_device, matrix, values
@@ -22,9 +22,6 @@ from adapterhub.spec.manifest import Made, Manifest, Release
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
-
-Modifications = dict[str, list[Modification]]
-"""{site path: what happens there, in order}."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Adapter:
         if "tensors" not in manifest.files:
             raise IntegrityError(f"{release} holds no tensors", "get it again from its source")
         from adapterhub import decoding
-        from adapterhub.tensors.file.file import load as load_tensors
+        from adapterhub.tensors.file import load as load_tensors
 
         file = manifest.files["tensors"]
         with hub.store.shared():

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from adapterhub.composers import Stack, scaled
 from adapterhub.errors import NotFoldable
-from adapterhub.form_contracts import call
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.sparse import Sparse
-from adapterhub.modification import Modification
-from adapterhub.tensors.file.factors import balanced, product_norm, product_svd
+from adapterhub.kinds.form_contracts import call
+from adapterhub.kinds.modification import Modification
+from adapterhub.tensors.factors import balanced, product_norm, product_svd
 
 EXACT = 1e-6
 """A form whose change is this near (relative, Frobenius norm) holds it to float32: sums of float32 numbers round as much."""

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub import lanes as of_lanes
-from adapterhub.form_contracts import call
-from adapterhub.lanes import BARE, Lane
-from adapterhub.modification import Modification, Step
+from adapterhub.kinds import lanes as of_lanes
+from adapterhub.kinds.form_contracts import call
+from adapterhub.kinds.lanes import BARE, Lane
+from adapterhub.kinds.modification import Modification, Step
+from adapterhub.kinds.weight_change import Change, Entry, added, in_turn, multiplied, plus, summed, through
 from adapterhub.sites import Columns, Tap
-from adapterhub.weight_change import Change, Entry, added, in_turn, multiplied, plus, summed, through
 
 
 def _any(name: str) -> property:

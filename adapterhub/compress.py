@@ -13,17 +13,17 @@ from msgspec import structs
 from torch import Tensor
 
 from adapterhub import plugins
-from adapterhub.adapter import Adapter, Modifications, forms_of, modifications_of
+from adapterhub.adapter import Adapter, forms_of, modifications_of
 from adapterhub.changes import WHOLE, change_of
-from adapterhub.contracts import make
 from adapterhub.errors import CodecError, NoEffect, UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.modification import Modification
+from adapterhub.kinds.contracts import make
+from adapterhub.kinds.modification import Modification, Modifications
 from adapterhub.spec.manifest import Made, Manifest, Parent, Release
 from adapterhub.spec.names import check_name
-from adapterhub.tensors.file.factors import product_norm
-from adapterhub.tensors.file.file import dump, load
+from adapterhub.tensors.factors import product_norm
+from adapterhub.tensors.file import dump, load
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

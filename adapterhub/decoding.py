@@ -16,12 +16,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from adapterhub.codecs import Codec, Shapes, shapes_of
 from adapterhub.errors import CodecError, HubError, IntegrityError
-from adapterhub.plugins.boundary import Wrong
+from adapterhub.kinds.codec import Codec, Shapes, shapes_of
 from adapterhub.sites import Site, current_path
 from adapterhub.spec.manifest import Manifest
 
@@ -150,15 +148,3 @@ def check_sparse(tensors: Mapping[str, Tensor], manifest: Manifest, hub: Hub) ->
                 f"the sparse change at {path} says that the weight there is {outputs} x {inputs}, for {held} bytes",
                 "name the base that it is for (--base), or get the adapter again from its source",
             )
-
-
-def check_shapes(result: object, *arguments: object) -> Shapes:
-    """What a codec's `gives` returned, if it is that. Raises Wrong."""
-    if not isinstance(result, Mapping):
-        raise Wrong(f"a dict of (dtype, shape) by the names of tensors was expected, this is a {type(result).__name__}")
-    for name, told in result.items():
-        dtype, shape = told if isinstance(told, tuple) and len(told) == 2 else (None, ())
-        sizes = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
-        if not isinstance(name, str) or not isinstance(dtype, torch.dtype) or not sizes:
-            raise Wrong(f"(dtype, shape) was expected for {ascii(name)[:80]}, this is {ascii(told)[:80]}")
-    return dict(result)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adapterhub.adapter import Modifications
 from adapterhub.composers import Stack
 from adapterhub.errors import NotFoldable, UnsafeFile
-from adapterhub.form_contracts import call
 from adapterhub.forward import LARGEST
+from adapterhub.kinds.form_contracts import call
+from adapterhub.kinds.modification import Modifications
 from adapterhub.sites.weights import compute_device, computes, matrix, stored, unlike, widths
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from adapterhub.ensemble import Lanes
 from adapterhub.errors import BatchError, UnsafeFile
-from adapterhub.lanes import Memory
-from adapterhub.modification import Modification, Step
+from adapterhub.kinds.lanes import Memory
+from adapterhub.kinds.modification import Modification, Step
 from adapterhub.sites import Site, Tap
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from adapterhub.composers import Composite
 from adapterhub.errors import IncompatibleBase, UsageError
-from adapterhub.lanes import remembers
-from adapterhub.modification import Modification, Step, project
+from adapterhub.kinds.lanes import remembers
+from adapterhub.kinds.modification import Modification, Step, project
+from adapterhub.kinds.weight_change import Change, Entry
 from adapterhub.sites import Site
-from adapterhub.weight_change import Change, Entry
 
 
 class Gate(Composite):

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapterhub.errors import BatchError, NotFoldable, PluginError
 from adapterhub.forward import Forward, current, plan_at
-from adapterhub.modification import Modification
+from adapterhub.kinds.modification import Modification
 from adapterhub.plugins.boundary import guard
 from adapterhub.sites.weights import compute_dtype, matrix
 

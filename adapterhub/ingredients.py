@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from adapterhub import plugins
-from adapterhub.contracts import make, number
 from adapterhub.errors import UsageError
-from adapterhub.objective import Objective
-from adapterhub.parameter_schedule import ParameterSchedule
-from adapterhub.recipe import Recipe
+from adapterhub.kinds.contracts import make, number
+from adapterhub.kinds.objective import Objective
+from adapterhub.kinds.recipe import Recipe
+from adapterhub.kinds.schedule import ParameterSchedule
 from adapterhub.spec.manifest import Release
 
 DEFAULT = "sft"

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from adapterhub import contracts
 from adapterhub.data.seeds import seeded
 from adapterhub.errors import IntegrityError, UsageError
 from adapterhub.ingredients import Ingredients
-from adapterhub.method import Given, Parts, Stage
-from adapterhub.setting import Moment, Setting
+from adapterhub.kinds import contracts
+from adapterhub.kinds.method import Given, Parts, Stage
+from adapterhub.kinds.training import Moment, Setting
 
 
 class Learner(nn.Module):

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import plugins
-from adapterhub.adapter import Adapter, Modifications
+from adapterhub.adapter import Adapter
 from adapterhub.changes import CANCELLED, WHOLE, Result, change_of, cheapest, side_by_side, weighted_sum
 from adapterhub.compose import common_base
-from adapterhub.contracts import make
 from adapterhub.errors import NoEffect, NotFoldable, NotMergeable, UsageError
-from adapterhub.form_contracts import call
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.mergers import Merger
-from adapterhub.modification import Modification
+from adapterhub.kinds.contracts import make
+from adapterhub.kinds.form_contracts import call
+from adapterhub.kinds.merger import Merger
+from adapterhub.kinds.modification import Modification, Modifications
 from adapterhub.publish import publish_tensors
 from adapterhub.residents import Residents, current
 from adapterhub.sites import sites

@@ -8,15 +8,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from adapterhub.adapter import Modifications, check_range
+from adapterhub.adapter import check_range
 from adapterhub.attention import Memory, advances, memories
 from adapterhub.composers import Inside, Mix, Scaled, Stack, scaled
 from adapterhub.ensemble import Lanes
 from adapterhub.errors import UsageError
-from adapterhub.form_contracts import call
 from adapterhub.forward import Plan
 from adapterhub.gate import Gate
-from adapterhub.modification import Modification
+from adapterhub.kinds.form_contracts import call
+from adapterhub.kinds.modification import Modification, Modifications
 from adapterhub.route import Route
 from adapterhub.route import rows as rows_of
 from adapterhub.sites import Site

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub import plugins
-from adapterhub.adapter import Modifications, forms_of
+from adapterhub.adapter import forms_of
 from adapterhub.compose import expand
-from adapterhub.modification import named_tensors
+from adapterhub.kinds.modification import Modifications, named_tensors
 from adapterhub.spec.expression import Ensemble, Node, Ref, beneath, references
 from adapterhub.spec.manifest import Base, Made, Manifest, Parent, Release
 from adapterhub.spec.names import Reference, check_name
 from adapterhub.spec.parents import weighed
-from adapterhub.tensors.file.file import dump
+from adapterhub.tensors.file import dump
 
 if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint

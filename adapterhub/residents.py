@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from adapterhub import plugins
-from adapterhub.adapter import Adapter, Modifications, as_parameters, bind, check_fit, check_range
+from adapterhub.adapter import Adapter, as_parameters, bind, check_fit, check_range
 from adapterhub.compose import expand, read
-from adapterhub.contracts import make
 from adapterhub.errors import IncompatibleBase, UsageError
+from adapterhub.kinds.contracts import make
+from adapterhub.kinds.modification import Modifications
 from adapterhub.sites import Site, current_path
 from adapterhub.sites.weights import compute_device, compute_dtype
 from adapterhub.spec.expression import Node, references
@@ -21,7 +22,7 @@ from adapterhub.spec.parents import warn_missing_parents
 if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint
     from adapterhub.hub import Hub
-    from adapterhub.method import Method
+    from adapterhub.kinds.method import Method
 
 
 class Residents:

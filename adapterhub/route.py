@@ -9,9 +9,9 @@ from torch import Tensor
 
 from adapterhub.composers import Composite, ask
 from adapterhub.errors import NotFoldable
-from adapterhub.form_contracts import call
-from adapterhub.modification import Modification, Step
-from adapterhub.weight_change import Change, Entry
+from adapterhub.kinds.form_contracts import call
+from adapterhub.kinds.modification import Modification, Step
+from adapterhub.kinds.weight_change import Change, Entry
 
 
 class Route(Composite):

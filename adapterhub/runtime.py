@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from adapterhub.adapter import Modifications, check_fit
+from adapterhub.adapter import check_fit
 from adapterhub.attach import Attachment
 from adapterhub.compose import pin
 from adapterhub.data.batches import pad_left, pad_token
@@ -21,7 +21,7 @@ from adapterhub.ensemble import repeated
 from adapterhub.errors import NotFoldable, UsageError
 from adapterhub.fold import fold
 from adapterhub.forward import Plan
-from adapterhub.modification import Modification, named_tensors
+from adapterhub.kinds.modification import Modification, Modifications, named_tensors
 from adapterhub.plan import assemble, batch, copied, furthest, placed, stacked
 from adapterhub.plan_cache import PlanCache
 from adapterhub.residents import Residents

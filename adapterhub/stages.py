@@ -18,13 +18,13 @@ from adapterhub.adapter import modifications_of
 from adapterhub.errors import UsageError
 from adapterhub.files import durable
 from adapterhub.ingredients import Ingredients
+from adapterhub.kinds.method import Given, Measurement, Parts, Stage, require_plain
+from adapterhub.kinds.modification import named_tensors
+from adapterhub.kinds.training import Setting
 from adapterhub.learner import Learner
-from adapterhub.method import Given, Measurement, Parts, Stage, require_plain
-from adapterhub.modification import named_tensors
 from adapterhub.runtime import Model
-from adapterhub.setting import Setting
 from adapterhub.spec.digest import canonical, digest_of
-from adapterhub.tensors.file.file import dump, load
+from adapterhub.tensors.file import dump, load
 from adapterhub.trainer import Schedule, fit
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from adapterhub import plugins
-from adapterhub.adapter import Adapter, Modifications, forms_of
+from adapterhub.adapter import Adapter, forms_of
 from adapterhub.compose import expand
-from adapterhub.contracts import make
 from adapterhub.errors import UsageError
-from adapterhub.method import Given, Method, Parts, Stage
+from adapterhub.kinds.contracts import make
+from adapterhub.kinds.method import Given, Method, Parts, Stage
+from adapterhub.kinds.modification import Modifications
 from adapterhub.plan import gated
 from adapterhub.runtime import Model
 from adapterhub.spec.expression import references

@@ -24,14 +24,14 @@ from adapterhub.device import memory_told
 from adapterhub.errors import NameInUse, UsageError
 from adapterhub.files import durable
 from adapterhub.ingredients import ingredients
-from adapterhub.method import Stage
-from adapterhub.modification import named_tensors
+from adapterhub.kinds.method import Stage
+from adapterhub.kinds.modification import named_tensors
+from adapterhub.kinds.recipe import Recipe
+from adapterhub.kinds.training import Setting
 from adapterhub.names import check_new
 from adapterhub.publish import publish_tensors
-from adapterhub.recipe import Recipe
 from adapterhub.record import measured_on, metrics_of, recipe_of, told
 from adapterhub.runtime import Model, load
-from adapterhub.setting import Setting
 from adapterhub.spec import claims
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Made, Release
@@ -40,7 +40,7 @@ from adapterhub.spec.parents import joined_licences
 from adapterhub.stages import Planned, check, forget, planned
 from adapterhub.stages import run as run_stages
 from adapterhub.start import Start, start
-from adapterhub.tensors.file.file import check_finite
+from adapterhub.tensors.file import check_finite
 from adapterhub.trainer import Schedule
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from adapterhub.contracts import number
 from adapterhub.data.batches import collate
 from adapterhub.errors import HubError, UsageError
 from adapterhub.files import durable
+from adapterhub.kinds.contracts import number
 from adapterhub.learner import Learner
 from adapterhub.spec.digest import canonical
 

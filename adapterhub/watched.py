@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from adapterhub.contracts import make
 from adapterhub.errors import PluginError
-from adapterhub.method import Method, Stage
+from adapterhub.kinds.contracts import make
+from adapterhub.kinds.method import Method, Stage
 
 WHOLE = frozenset({"__dict__", "__getstate__", "__reduce__", "__reduce_ex__"})
 """To read one of these of a config is to read all its options."""

@@ -44,16 +44,15 @@ SOAK = {"D3": d3}
 
 def _kinds() -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
     """{what: (a sound file, how it is read)}."""
-    from adapterhub.tensors.file.file import dump, load
-
     from adapterhub import plugins
     from adapterhub.adapter import modifications_of
-    from adapterhub.contracts import make
     from adapterhub.decoding import SPARE, decode
     from adapterhub.errors import CodecError
     from adapterhub.files.safetensors_header import read_header
+    from adapterhub.kinds.contracts import make
     from adapterhub.spec.digest import digest_of
     from adapterhub.spec.manifest import Base, File, Made, Manifest
+    from adapterhub.tensors.file import dump, load
     from adapterhub.testing.codecs import sample
 
     base = Base(

@@ -10,7 +10,7 @@ from adapterhub.composers import Mix, Scaled, Stack
 from adapterhub.errors import BatchError, UsageError
 from adapterhub.fold import fold
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.modification import Modification, Step
+from adapterhub.kinds.modification import Modification, Step
 from adapterhub.plan import build
 from adapterhub.runtime import Model
 from adapterhub.testing.bed import random_adapter, tiny_llama

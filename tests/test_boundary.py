@@ -8,12 +8,12 @@ import torch
 
 import adapterhub
 from adapterhub import plugins
-from adapterhub.contracts import make
 from adapterhub.errors import HubError, PluginError, UsageError
-from adapterhub.form_contracts import call
 from adapterhub.forms.low_rank import LowRank
+from adapterhub.kinds.contracts import make
+from adapterhub.kinds.form_contracts import call
+from adapterhub.kinds.modification import Modification, Step
 from adapterhub.methods.lora import LoRA
-from adapterhub.modification import Modification, Step
 from adapterhub.plugins.boundary import guard
 from tests.support import acme
 
@@ -149,11 +149,11 @@ CLASSES = {
     ),
     ("methods", "acme = Acme", "class Acme: pass"): (
         "adapterhub-acme 0.1: method acme, entry point adapterhub_acme:Acme: "
-        "a subclass of adapterhub.method.Method was expected, this is adapterhub_acme.Acme"
+        "a subclass of adapterhub.kinds.method.Method was expected, this is adapterhub_acme.Acme"
     ),
     ("forms", "acme = Acme", "from adapterhub.methods.lora import LoRA as Acme"): (
         "adapterhub-acme 0.1: form acme, entry point adapterhub_acme:Acme: "
-        "a subclass of adapterhub.modification.Modification was expected, this is adapterhub.methods.lora.LoRA"
+        "a subclass of adapterhub.kinds.modification.Modification was expected, this is adapterhub.methods.lora.LoRA"
     ),
     ("forms", "acme = Acme", "from adapterhub import Modification\nclass Acme(Modification):\n  form = 'acne'"): (
         "adapterhub-acme 0.1: form acme, entry point adapterhub_acme:Acme: "
@@ -383,7 +383,8 @@ def test_the_outer_guard_adds_the_site_that_the_inner_one_did_not_know():
 
 
 def test_a_recipe_around_a_step_hides_no_error_and_is_left(installed):
-    from adapterhub import Recipe, contracts
+    from adapterhub import Recipe
+    from adapterhub.kinds import contracts
 
     left = []
 

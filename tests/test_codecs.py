@@ -6,7 +6,6 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from adapterhub.tensors.file.file import dump
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +15,8 @@ from adapterhub.codecs.int8 import Int8
 from adapterhub.codecs.svd import SVD
 from adapterhub.codecs.topk import TopK
 from adapterhub.errors import CodecError, UsageError
-from adapterhub.tensors.file import rice
+from adapterhub.tensors import rice
+from adapterhub.tensors.file import dump
 from adapterhub.testing import check_part
 from adapterhub.testing.codecs import sample
 

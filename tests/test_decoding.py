@@ -10,7 +10,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from adapterhub.tensors.file.file import dump
 from msgspec import structs
 
 import adapterhub
@@ -25,6 +24,7 @@ from adapterhub.forms.low_rank import LowRank
 from adapterhub.look import scan
 from adapterhub.sites import sites
 from adapterhub.spec.manifest import Made, Manifest
+from adapterhub.tensors.file import dump
 from adapterhub.testing.bed import tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -148,7 +148,7 @@ class Odd(Unlike):
     ("codec", "error", "says"), [(Unlike, CodecError, "otherwise than it said"), (Odd, PluginError, "was expected for")]
 )
 def test_a_codec_is_held_to_what_it_tells(hub, record, codec, error, says):
-    from adapterhub.contracts import make
+    from adapterhub.kinds.contracts import make
 
     tensors = {f"{SITE}.low_rank.0.up": torch.ones(4, 4)}
     manifest = publish(hub, record, tensors).manifest

@@ -12,7 +12,7 @@ from adapterhub.data.encoding import encode
 from adapterhub.errors import DataError, UsageError
 from adapterhub.evaluate import evaluate, paired, wilson
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.modification import Modification
+from adapterhub.kinds.modification import Modification
 from adapterhub.runtime import Model
 from adapterhub.scoring import label_scores
 

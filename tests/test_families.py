@@ -15,7 +15,7 @@ from adapterhub.errors import BatchError
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
-from adapterhub.modification import named_tensors
+from adapterhub.kinds.modification import named_tensors
 from adapterhub.plan import stacked
 from adapterhub.publish import publish_tensors
 from adapterhub.runtime import Model

@@ -19,9 +19,9 @@ from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
 from adapterhub.forms.sparse import Sparse
+from adapterhub.kinds.modification import Step
 from adapterhub.methods.bottleneck import BottleneckAdapter
 from adapterhub.methods.lora import LoRA
-from adapterhub.modification import Step
 from adapterhub.sites import Columns, Heads, Site
 from adapterhub.testing.bed import alone
 from adapterhub.testing.families import tiny

@@ -27,7 +27,7 @@ from worlds import OF_WEIGHTS, World, smaller_than, whole
 
 from adapterhub import plugins
 from adapterhub.errors import NotFoldable
-from adapterhub.modification import named_tensors
+from adapterhub.kinds.modification import named_tensors
 from adapterhub.spec.expression import Ensemble, Gate, Ref, Scale, Stack, depth, references
 from adapterhub.spec.names import Reference
 from adapterhub.spec.parser import parse

@@ -13,15 +13,15 @@ from adapterhub.cli.app import execute
 from adapterhub.errors import IncompatibleBase
 from adapterhub.forms.bottleneck import Bottleneck
 from adapterhub.forms.low_rank import LowRank
+from adapterhub.kinds.method import Measurement, Method, Stage
+from adapterhub.kinds.modification import Modification
+from adapterhub.kinds.recipe import Recipe
+from adapterhub.kinds.schedule import ParameterSchedule
+from adapterhub.kinds.verifier import Verdict, Verifier
 from adapterhub.mergers import Merger
-from adapterhub.method import Measurement, Method, Stage
 from adapterhub.methods.lora import LoRA
-from adapterhub.modification import Modification
 from adapterhub.objectives.sft import SFT
-from adapterhub.parameter_schedule import ParameterSchedule
-from adapterhub.recipe import Recipe
 from adapterhub.testing import check, check_part, codecs, forms, ingredients, mergers, methods
-from adapterhub.verifier import Verdict, Verifier
 from tests.support import acme
 from tests.support.wrong_codecs import Half, Hashing, Lying, Remembering, Silent, Trying
 

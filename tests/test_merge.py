@@ -16,10 +16,10 @@ from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
 from adapterhub.forms.sparse import Sparse
+from adapterhub.kinds.modification import Modification
 from adapterhub.merge import merge_modifications
 from adapterhub.mergers import Merger
 from adapterhub.mergers.linear import Linear
-from adapterhub.modification import Modification
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 

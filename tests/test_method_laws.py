@@ -5,7 +5,7 @@ import torch
 
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.method import Method
+from adapterhub.kinds.method import Method
 from adapterhub.methods.lora import LoRA
 from adapterhub.testing import methods
 from adapterhub.testing.forms import Declined

@@ -23,8 +23,8 @@ from adapterhub.adapter import Adapter
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import HubError, NotFoldable, NotMergeable, UsageError
 from adapterhub.gate import Gate
+from adapterhub.kinds.modification import named_tensors
 from adapterhub.merge import merge
-from adapterhub.modification import named_tensors
 from adapterhub.publish import publish_tensors
 from adapterhub.runtime import Model
 from adapterhub.spec.manifest import Made

@@ -33,7 +33,7 @@ from adapterhub.formats.peft_lora import PREFIX
 from adapterhub.formats.peft_targets import patterned
 from adapterhub.formats.peft_types import REFUSED as REFUSED_TYPES
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.modification import named_tensors
+from adapterhub.kinds.modification import named_tensors
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 

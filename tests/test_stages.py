@@ -15,7 +15,7 @@ from adapterhub.adapter import Adapter
 from adapterhub.errors import PluginError, UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.method import Measurement, Method, Stage
+from adapterhub.kinds.method import Measurement, Method, Stage
 from adapterhub.methods.lora import LoRA
 from adapterhub.runtime import Model
 from adapterhub.sites import select

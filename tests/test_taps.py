@@ -8,7 +8,7 @@ import torch
 from adapterhub.attach import Attachment
 from adapterhub.errors import BatchError, IncompatibleBase
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.modification import Modification
+from adapterhub.kinds.modification import Modification
 from adapterhub.plan import stacked
 from adapterhub.sites import Tap, sites, tapped
 from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_llama

@@ -12,7 +12,7 @@ from safetensors.torch import save, save_file
 
 from adapterhub.errors import IntegrityError, NotFound, UnsafeFile
 from adapterhub.files.safetensors_header import MAX_HEADER, read_header, read_layout
-from adapterhub.tensors.file import file
+from adapterhub.tensors import file
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

@@ -26,12 +26,12 @@ from adapterhub.errors import (
     UsageError,
 )
 from adapterhub.ingredients import ingredients
+from adapterhub.kinds.method import Stage
+from adapterhub.kinds.modification import named_tensors
+from adapterhub.kinds.training import Setting
 from adapterhub.learner import Learner
-from adapterhub.method import Stage
 from adapterhub.methods.lora import LoRA
-from adapterhub.modification import named_tensors
 from adapterhub.runtime import Model
-from adapterhub.setting import Setting
 from adapterhub.train import DataWarning
 from adapterhub.trainer import Schedule, fit
 
@@ -444,7 +444,7 @@ def test_tensors_without_a_method_go_on_too(hub, train, tiny_folder, path):
     made = train()
     parts = Adapter.load(hub, made).modifications()
     tensors = named_tensors({site: [*here, *here] for site, here in parts.items()})
-    from adapterhub.tensors.file.file import dump
+    from adapterhub.tensors.file import dump
 
     manifest = msgspec.structs.replace(
         made.manifest, name="me/two", method=None, forms={site: ["low_rank"] * 2 for site in parts}

@@ -26,7 +26,7 @@ from adapterhub.files.bounded import read_json
 from adapterhub.files.safetensors_header import DTYPES, read_layout
 from adapterhub.sites import weights
 from adapterhub.spec.digest import canonical
-from adapterhub.tensors.file import file as tensors
+from adapterhub.tensors import file as tensors
 
 if TYPE_CHECKING:
     from torch import nn

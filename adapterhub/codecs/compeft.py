@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapterhub.codecs import SMALL, Codec, Shapes, absolute
 from adapterhub.errors import CodecError, UsageError
-from adapterhub.tensors.file import rice
+from adapterhub.kinds.codec import SMALL, Codec, Shapes, absolute
+from adapterhub.tensors import rice
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype

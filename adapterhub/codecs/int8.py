@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterhub.codecs import SMALL, Codec, Shapes, absolute, shapes_of
 from adapterhub.errors import CodecError
+from adapterhub.kinds.codec import SMALL, Codec, Shapes, absolute, shapes_of
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 ENDS = tuple(f".steps.{dtype}" for dtype in DTYPES)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adapterhub.codecs import Codec
 from adapterhub.errors import CodecError, UsageError
-from adapterhub.tensors.file.factors import balanced, numerical_rank, product_svd
+from adapterhub.kinds.codec import Codec
+from adapterhub.tensors.factors import balanced, numerical_rank, product_svd
 
 
 class SVD(Codec):

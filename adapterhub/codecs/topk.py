@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adapterhub.codecs import Codec
 from adapterhub.errors import CodecError, UsageError
-from adapterhub.tensors.file.largest import largest
+from adapterhub.kinds.codec import Codec
+from adapterhub.tensors.largest import largest
 
 FORMS = ("low_rank", "dense", "sparse")
 """What says the change of a weight without the base's own; all of them at one site become one sparse change."""

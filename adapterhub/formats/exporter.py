@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterhub import bases
-from adapterhub.adapter import Adapter, Modifications
+from adapterhub.adapter import Adapter
 from adapterhub.bases.fingerprint import check_base
 from adapterhub.compose import expand
 from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
@@ -16,12 +16,13 @@ from adapterhub.formats.peft import TENSORS
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import CONFIG
 from adapterhub.formats.peft_write import Files, FindBase, written
+from adapterhub.kinds.modification import Modifications
 from adapterhub.plan import assemble
 from adapterhub.spec.expression import Ensemble, Ref, references
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference
 from adapterhub.spec.parents import warn_missing_parents
-from adapterhub.tensors.file.file import dump
+from adapterhub.tensors.file import dump
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

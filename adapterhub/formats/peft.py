@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from adapterhub import plugins
-from adapterhub.adapter import Modifications, modifications_of
+from adapterhub.adapter import modifications_of
 from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile
 from adapterhub.formats import bounded_re
 from adapterhub.formats.peft_base import BaseModel
@@ -19,9 +19,10 @@ from adapterhub.formats.peft_names import current
 from adapterhub.formats.peft_prompt import read_prompt
 from adapterhub.formats.peft_tuner import read_tuner
 from adapterhub.formats.peft_types import CACHES, PROMPTS
+from adapterhub.kinds.modification import Modifications
 from adapterhub.plan import stacked
 from adapterhub.spec.manifest import Made
-from adapterhub.tensors.file.file import load
+from adapterhub.tensors.file import load
 
 TENSORS = "adapter_model.safetensors"
 

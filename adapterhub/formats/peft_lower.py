@@ -16,7 +16,7 @@ from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.sparse import Sparse
-from adapterhub.modification import Modification
+from adapterhub.kinds.modification import Modification
 
 CHUNK = 1024
 """Unit vectors at a time."""

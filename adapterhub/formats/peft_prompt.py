@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub.adapter import Modifications
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import AGAIN, CONFIG, Config
 from adapterhub.formats.peft_rotary import turned
 from adapterhub.formats.peft_types import CACHES
 from adapterhub.forms.prefix import Prefix
+from adapterhub.kinds.modification import Modifications
 from adapterhub.sites import Site
 
 NAME = "prompt_embeddings"

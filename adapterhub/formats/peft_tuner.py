@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import bases
-from adapterhub.adapter import Modifications
 from adapterhub.errors import HubError, IntegrityError, ManifestError
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import AGAIN, CONFIG, Config, warn_unknown
@@ -25,6 +24,7 @@ from adapterhub.formats.peft_lora import PREFIX
 from adapterhub.formats.peft_lower import changes, lowered
 from adapterhub.formats.peft_targets import anchored, named, patterned, targeted
 from adapterhub.formats.peft_types import UNMEASURED
+from adapterhub.kinds.modification import Modifications
 from adapterhub.sites import Site
 
 DROPPED = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub.adapter import Modifications, check_fit
+from adapterhub.adapter import check_fit
 from adapterhub.errors import UsageError
 from adapterhub.formats import peft_write_lora
 from adapterhub.formats.peft_base import BaseModel
@@ -24,7 +24,7 @@ from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
 from adapterhub.forms.sparse import Sparse
-from adapterhub.modification import Modification
+from adapterhub.kinds.modification import Modification, Modifications
 from adapterhub.sites import named_role
 from adapterhub.spec.manifest import Release
 

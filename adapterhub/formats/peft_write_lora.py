@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub.adapter import Modifications
 from adapterhub.formats.peft_lora import PREFIX
 from adapterhub.formats.peft_targets import anchored
 from adapterhub.forms.affine import Affine
@@ -18,7 +17,7 @@ from adapterhub.forms.dense import Dense
 from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.sparse import Sparse
-from adapterhub.modification import Modification
+from adapterhub.kinds.modification import Modification, Modifications
 from adapterhub.spec.manifest import Release
 
 Factors = LowRank | DoRA

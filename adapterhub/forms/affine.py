@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapterhub.errors import IncompatibleBase
-from adapterhub.modification import Modification, Step
+from adapterhub.kinds.modification import Modification, Step
 from adapterhub.sites import Site
 
 

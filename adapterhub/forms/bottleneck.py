@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, gelu, linear, relu, silu, tanh
 
 from adapterhub.errors import IncompatibleBase
-from adapterhub.modification import Modification, Step, times
+from adapterhub.kinds.modification import Modification, Step, times
 from adapterhub.sites import Site
 
 ACTIVATIONS = {"relu": relu, "gelu": gelu, "silu": silu, "tanh": tanh}

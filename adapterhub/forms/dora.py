@@ -8,7 +8,7 @@ from torch.nn.functional import dropout, linear
 
 from adapterhub.errors import IncompatibleBase, NotFoldable
 from adapterhub.forms.low_rank import check_rank
-from adapterhub.modification import Modification, Step, project, times
+from adapterhub.kinds.modification import Modification, Step, project, times
 from adapterhub.sites import Site
 
 

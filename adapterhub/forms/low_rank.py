@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 
 from adapterhub.errors import IncompatibleBase
-from adapterhub.modification import Modification, Step, project, times
+from adapterhub.kinds.modification import Modification, Step, project, times
 from adapterhub.sites import Site
 
 MOST_RANK, TIMES = 512, 4

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from adapterhub.errors import IncompatibleBase
-from adapterhub.lanes import Lane
-from adapterhub.modification import Modification
+from adapterhub.kinds.lanes import Lane
+from adapterhub.kinds.modification import Modification
 from adapterhub.sites import Site
 
 

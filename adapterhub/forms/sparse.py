@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapterhub.errors import IncompatibleBase
-from adapterhub.modification import Modification, Step, project
+from adapterhub.kinds.modification import Modification, Step, project
 from adapterhub.sites import Site
 
 

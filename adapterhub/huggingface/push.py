@@ -74,7 +74,7 @@ def contents(hub: Packages, release: Release, repo: str, before: str = "") -> di
 def _peft(hub: Packages, release: Release) -> tuple[dict | None, bytes | None]:
     """PEFT's config and tensor file; neither when PEFT has no type that says the same."""
     from adapterhub.formats.exporter import as_peft
-    from adapterhub.tensors.file.file import dump
+    from adapterhub.tensors.file import dump
 
     try:
         config, tensors = as_peft(hub, release)

@@ -13,10 +13,10 @@ from adapterhub.changes import change_of
 from adapterhub.errors import NotFoldable
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.index import kind
+from adapterhub.kinds.modification import Modification
 from adapterhub.look.touched import by_layer, require_tensors
-from adapterhub.modification import Modification
 from adapterhub.spec.manifest import Manifest
-from adapterhub.tensors.file.factors import product_svd
+from adapterhub.tensors.factors import product_svd
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -12,12 +12,12 @@ from adapterhub.adapter import Adapter
 from adapterhub.changes import change_of
 from adapterhub.errors import NotFoldable
 from adapterhub.forms.low_rank import LowRank
+from adapterhub.kinds.modification import Modification
 from adapterhub.look.touched import alike, by_layer, require_tensors
-from adapterhub.modification import Modification
 from adapterhub.sites import Site
 from adapterhub.sites.weights import values
 from adapterhub.spec.manifest import Release
-from adapterhub.tensors.file.factors import numerical_rank, product_svd
+from adapterhub.tensors.factors import numerical_rank, product_svd
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from adapterhub import bases
-from adapterhub.adapter import Modifications, bind, check_fit
+from adapterhub.adapter import bind, check_fit
 from adapterhub.attach import Attachment
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, NotFoldable, PluginError
 from adapterhub.fold import fold
 from adapterhub.forward import Plan
+from adapterhub.kinds.modification import Modifications
 from adapterhub.look.explain import Program, Step, problem
 from adapterhub.plan import assemble, batch
 from adapterhub.sites import Site, sites

@@ -10,10 +10,10 @@ from adapterhub.adapter import Adapter
 from adapterhub.changes import weighted_sum
 from adapterhub.errors import HubError
 from adapterhub.gate import Gate
+from adapterhub.kinds.modification import Modification
 from adapterhub.look.explain import Program, Step, children, problem, pruned
 from adapterhub.look.on_base import ENSEMBLE, Loaded, on_base
 from adapterhub.look.touched import alike, by_layer
-from adapterhub.modification import Modification
 from adapterhub.sites import current_path, family
 from adapterhub.spec.expression import Ensemble, Mix, Node, Ref, Scale, Stack, references
 

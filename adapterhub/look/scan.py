@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from adapterhub.adapter import Modifications
 from adapterhub.bases import sketch
 from adapterhub.changes import change_of
 from adapterhub.errors import NotFoldable, ScanWarning, UnsafeFile
 from adapterhub.files.bounded import read_json
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.modification import Modification
-from adapterhub.tensors.file.factors import product_norm
+from adapterhub.kinds.modification import Modification, Modifications
+from adapterhub.tensors.factors import product_norm
 
 LOUD = 3.0
 """A change of so many times the norm of the weight that it changes is told: training moves a weight by a fraction of it."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from adapterhub.mergers import Merger
+from adapterhub.kinds.merger import Merger
 
 
 class Linear(Merger):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from adapterhub.errors import UsageError
-from adapterhub.mergers import Merger
-from adapterhub.tensors.file.largest import largest
+from adapterhub.kinds.merger import Merger
+from adapterhub.tensors.largest import largest
 
 ROUNDING = 1e-12
 """Sums of votes that differ by less than this part of them are equal: 0.1 + 0.2 - 0.3 is 6e-17 in floats, and no majority."""

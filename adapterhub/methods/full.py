@@ -11,8 +11,8 @@ import torch
 from adapterhub.errors import UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
-from adapterhub.method import Method, require_plain
-from adapterhub.modification import Modification
+from adapterhub.kinds.method import Method, require_plain
+from adapterhub.kinds.modification import Modification
 from adapterhub.sites import Site, select
 
 

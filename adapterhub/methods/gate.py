@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from adapterhub.gate import Gate
-from adapterhub.method import Method
+from adapterhub.kinds.method import Method
 from adapterhub.sites import Site
 
 

@@ -10,7 +10,7 @@ import torch
 
 from adapterhub.errors import UsageError
 from adapterhub.forms.affine import Affine
-from adapterhub.method import Method
+from adapterhub.kinds.method import Method
 from adapterhub.sites import Site, select
 
 

@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from adapterhub.errors import UsageError
 from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.method import Method
+from adapterhub.kinds.method import Method
 from adapterhub.sites import Site, select
 
 

@@ -12,7 +12,7 @@ import torch
 
 from adapterhub.errors import UsageError
 from adapterhub.forms.prefix import Prefix
-from adapterhub.method import Method
+from adapterhub.kinds.method import Method
 from adapterhub.sites import Site, select
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from adapterhub.data.batches import IGNORE
-from adapterhub.objective import Objective
+from adapterhub.kinds.objective import Objective
+from adapterhub.kinds.training import Moment
 from adapterhub.scoring import token_losses
-from adapterhub.setting import Moment
 
 
 class SFT(Objective):

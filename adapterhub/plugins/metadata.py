@@ -6,15 +6,15 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 KINDS = {
-    "forms": "adapterhub.modification.Modification",
-    "composers": "adapterhub.modification.Modification",
-    "methods": "adapterhub.method.Method",
-    "objectives": "adapterhub.objective.Objective",
-    "recipes": "adapterhub.recipe.Recipe",
-    "schedules": "adapterhub.parameter_schedule.ParameterSchedule",
-    "verifiers": "adapterhub.verifier.Verifier",
-    "mergers": "adapterhub.mergers.Merger",
-    "codecs": "adapterhub.codecs.Codec",
+    "forms": "adapterhub.kinds.modification.Modification",
+    "composers": "adapterhub.kinds.modification.Modification",
+    "methods": "adapterhub.kinds.method.Method",
+    "objectives": "adapterhub.kinds.objective.Objective",
+    "recipes": "adapterhub.kinds.recipe.Recipe",
+    "schedules": "adapterhub.kinds.schedule.ParameterSchedule",
+    "verifiers": "adapterhub.kinds.verifier.Verifier",
+    "mergers": "adapterhub.kinds.merger.Merger",
+    "codecs": "adapterhub.kinds.codec.Codec",
     "bases": "builtins.object",
 }
 """Group -> the class that its parts are subclasses of, by name: to import it would cost every command torch."""

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapterhub.adapter import Modifications, bind
+from adapterhub.adapter import bind
 from adapterhub.attach import Attachment, Plan
 from adapterhub.errors import IncompatibleBase
-from adapterhub.form_contracts import call
-from adapterhub.method import Method
-from adapterhub.modification import Modification
+from adapterhub.kinds.form_contracts import call
+from adapterhub.kinds.method import Method
+from adapterhub.kinds.modification import Modification, Modifications
 from adapterhub.plan import build, placed
 from adapterhub.sites import Site, sites, tapped
 from adapterhub.testing.families import inputs, padded, tiny

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterhub.adapter import modifications_of
-from adapterhub.codecs import Codec, shapes_of
 from adapterhub.compress import site_errors
 from adapterhub.errors import CodecError, HubError
 from adapterhub.files import durable
-from adapterhub.tensors.file.file import dump, load
+from adapterhub.kinds.codec import Codec, shapes_of
+from adapterhub.tensors.file import dump, load
 from adapterhub.testing.forms import Declined
 from adapterhub.testing.generators import untouched
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from adapterhub.adapter import Modifications, bind, modifications_of, random_states
+from adapterhub.adapter import bind, modifications_of, random_states
 from adapterhub.attach import Attachment
 from adapterhub.composers import Mix, Scaled, Stack, scaled
 from adapterhub.errors import NotFoldable
 from adapterhub.fold import fold as fold_into
-from adapterhub.form_contracts import call
-from adapterhub.modification import Modification, Step, named_tensors
+from adapterhub.kinds.form_contracts import call
+from adapterhub.kinds.modification import Modification, Modifications, Step, named_tensors
 from adapterhub.plan import placed, stacked
 from adapterhub.route import Route
 from adapterhub.route import rows as rows_of
@@ -116,7 +116,7 @@ def fold(form: type[Modification], device: str) -> None:
 
 def save(form: type[Modification], device: str) -> None:
     """Stored and read again by names alone it does exactly the same."""
-    from adapterhub.tensors.file.file import dump, load
+    from adapterhub.tensors.file import dump, load
 
     bed = _bed(form, device, torch.float32)
     adapter, sequence = random_adapter(form, bed.base, 1), _sequences(device, (9,))[0]

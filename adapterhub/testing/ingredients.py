@@ -19,28 +19,28 @@ import torch
 from torch import Tensor
 
 from adapterhub import plugins
-from adapterhub.contracts import make
 from adapterhub.data import Data, Row
 from adapterhub.data.encoding import Example, grouped
 from adapterhub.data.seeds import seeded
 from adapterhub.errors import HubError
 from adapterhub.ingredients import DEFAULT, Ingredient, Ingredients
+from adapterhub.kinds.contracts import make
+from adapterhub.kinds.method import Method
+from adapterhub.kinds.modification import named_tensors
+from adapterhub.kinds.objective import Objective
+from adapterhub.kinds.recipe import Recipe
+from adapterhub.kinds.schedule import ParameterSchedule
+from adapterhub.kinds.training import Setting
+from adapterhub.kinds.verifier import Verifier
 from adapterhub.learner import Learner
-from adapterhub.method import Method
 from adapterhub.methods.bottleneck import BottleneckAdapter
 from adapterhub.methods.full import Full
 from adapterhub.methods.lora import LoRA
-from adapterhub.modification import named_tensors
-from adapterhub.objective import Objective
-from adapterhub.parameter_schedule import ParameterSchedule
-from adapterhub.recipe import Recipe
 from adapterhub.runtime import Model
-from adapterhub.setting import Setting
 from adapterhub.stages import attach, given, planned, run
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
 from adapterhub.testing.generators import untouched
 from adapterhub.trainer import Schedule
-from adapterhub.verifier import Verifier
 
 STEPS = 12
 

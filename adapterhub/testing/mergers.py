@@ -12,9 +12,9 @@ from adapterhub import plugins
 from adapterhub.composers import Stack
 from adapterhub.errors import NotFoldable
 from adapterhub.forms.low_rank import LowRank
+from adapterhub.kinds.merger import Merger
+from adapterhub.kinds.modification import Modification
 from adapterhub.merge import merge_modifications
-from adapterhub.mergers import Merger
-from adapterhub.modification import Modification
 from adapterhub.sites import Site
 from adapterhub.testing.forms import Declined
 from adapterhub.testing.generators import untouched

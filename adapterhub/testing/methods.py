@@ -18,17 +18,17 @@ import msgspec
 import torch
 
 from adapterhub import plugins
-from adapterhub.adapter import Modifications, forms_of, modifications_of
-from adapterhub.contracts import make
+from adapterhub.adapter import forms_of, modifications_of
 from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.ingredients import ingredients
-from adapterhub.method import Method
-from adapterhub.modification import named_tensors
+from adapterhub.kinds.contracts import make
+from adapterhub.kinds.method import Method
+from adapterhub.kinds.modification import Modifications, named_tensors
+from adapterhub.kinds.training import Setting
 from adapterhub.plan import gated
 from adapterhub.runtime import Model
-from adapterhub.setting import Setting
 from adapterhub.stages import Planned, attach, given, measure, planned, run, trained
 from adapterhub.start import gating
 from adapterhub.testing.bed import distance, random_adapter, tiny_for, tiny_llama

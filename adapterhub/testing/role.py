@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from adapterhub.errors import UsageError
-from adapterhub.form_contracts import call
-from adapterhub.method import Given, Method, Parts, Stage
-from adapterhub.modification import Modification
+from adapterhub.kinds.form_contracts import call
+from adapterhub.kinds.method import Given, Method, Parts, Stage
+from adapterhub.kinds.modification import Modification
 from adapterhub.sites import Site, sites
 from adapterhub.testing.bed import tiny_for
 

@@ -9,8 +9,8 @@ import torch
 
 from adapterhub.adapter import bind, random_states
 from adapterhub.errors import IncompatibleBase, PluginError
-from adapterhub.form_contracts import call
-from adapterhub.modification import Modification, Step
+from adapterhub.kinds.form_contracts import call
+from adapterhub.kinds.modification import Modification, Step
 from adapterhub.sites import Site, sites
 from adapterhub.testing.bed import reads, tiny_for
 

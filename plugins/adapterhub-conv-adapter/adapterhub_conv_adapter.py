@@ -17,7 +17,7 @@ from torch.nn.functional import conv1d, dropout, gelu, glu, layer_norm, linear, 
 
 from adapterhub import Method, Modification, Site, Step
 from adapterhub.errors import BatchError, IncompatibleBase, UsageError
-from adapterhub.modification import times
+from adapterhub.kinds.modification import times
 from adapterhub.sites import select
 
 AT_HEAD = "it mixes the tokens of a sequence, and a head may see the last ones only"

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from adapterhub.tensors.file.file import load
 from adapterhub_corda import Anchored, CorDA, covariances, decompose
 
 import adapterhub
@@ -16,6 +15,7 @@ from adapterhub.errors import UsageError
 from adapterhub.fold import fold
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.sites import select, sites
+from adapterhub.tensors.file import load
 from adapterhub.testing import check
 from adapterhub.testing.bed import distance, tiny_llama
 from adapterhub.testing.families import tiny

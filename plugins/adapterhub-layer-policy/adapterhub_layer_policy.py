@@ -14,7 +14,7 @@ import torch
 from adapterhub import Given, ParameterSchedule, Site
 from adapterhub.errors import UsageError
 from adapterhub.forms.dense import Dense
-from adapterhub.method import Parts
+from adapterhub.kinds.method import Parts
 from adapterhub.sites.weights import matrix
 
 

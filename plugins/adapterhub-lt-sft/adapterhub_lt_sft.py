@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from adapterhub.tensors.file.largest import largest
 from torch import Tensor
 
 from adapterhub import Given, Method, Modification, Site, Stage
 from adapterhub.errors import UsageError
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.sparse import Sparse
-from adapterhub.method import require_plain
+from adapterhub.kinds.method import require_plain
 from adapterhub.sites import select
+from adapterhub.tensors.largest import largest
 
 
 class LTSFT(Method):

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from adapterhub.tensors.file.file import load
 from adapterhub_lt_sft import LTSFT, strongest
 
 import adapterhub
@@ -13,6 +12,7 @@ from adapterhub import Given, plugins
 from adapterhub.adapter import Adapter, modifications_of
 from adapterhub.errors import UsageError
 from adapterhub.sites import select, sites
+from adapterhub.tensors.file import load
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from adapterhub.tensors.file.file import dump, load
 from adapterhub_peft import Peft
 from adapterhub_peft_layer import TYPES, PeftLayer, layers, plain, some
 from peft_outcomes import FAMILIES, SMALL, outcome, theirs
@@ -16,6 +15,7 @@ from adapterhub import Given, Step, plugins
 from adapterhub.adapter import Adapter, check_fit, modifications_of
 from adapterhub.errors import HubError, IncompatibleBase, NotFoldable, UsageError
 from adapterhub.sites import sites
+from adapterhub.tensors.file import dump, load
 from adapterhub.testing import check
 from adapterhub.testing import methods as laws
 from adapterhub.testing.bed import tiny_llama

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from adapterhub.errors import UsageError
 from adapterhub.formats.bounded_re import BadExpression, match
-from adapterhub.verifier import Verdict, Verifier
+from adapterhub.kinds.verifier import Verdict, Verifier
 
 WRONG = 0.1
 """The reward of an answer that can be read and is wrong (Luong et al., 2024)."""

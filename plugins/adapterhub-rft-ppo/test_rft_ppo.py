@@ -14,11 +14,11 @@ from adapterhub import Moment, Setting, plugins
 from adapterhub.adapter import Adapter
 from adapterhub.data.encoding import Example
 from adapterhub.errors import HubError, NoEffect, UsageError
+from adapterhub.kinds.verifier import Verdict
 from adapterhub.runtime import Model
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
 from adapterhub.trainer import _Watch
-from adapterhub.verifier import Verdict
 
 ROWS = [{"prompt": f"{i}+{i + 1}=", "completion": str(2 * i + 1)} for i in range(12)]
 OPTIONS = {"rft_ppo.max_new_tokens": 4}

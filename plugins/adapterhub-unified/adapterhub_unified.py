@@ -19,8 +19,8 @@ from adapterhub import Method, Modification, Site, Step, Tap
 from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.forms.bottleneck import ACTIVATIONS, Bottleneck
 from adapterhub.forms.low_rank import LowRank
+from adapterhub.kinds.modification import times
 from adapterhub.methods.prefix import PrefixTuning
-from adapterhub.modification import times
 from adapterhub.sites import select
 
 READS = ("x", "query")

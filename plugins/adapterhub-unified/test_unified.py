@@ -15,7 +15,7 @@ from adapterhub.adapter import Adapter, check_fit, modifications_of
 from adapterhub.attach import Attachment
 from adapterhub.errors import IncompatibleBase, NotFoldable, UsageError
 from adapterhub.fold import fold
-from adapterhub.modification import named_tensors
+from adapterhub.kinds.modification import named_tensors
 from adapterhub.plan import placed
 from adapterhub.sites import select, sites
 from adapterhub.testing import check

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adapterhub.setting import Moment, Setting
+from adapterhub.kinds.training import Moment, Setting
 
 
 class Objective:

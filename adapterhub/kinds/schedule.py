@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from adapterhub.method import Given, Parts
+from adapterhub.kinds.method import Given, Parts
 from adapterhub.sites import Site
 
 

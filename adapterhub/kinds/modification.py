@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from adapterhub.errors import BatchError, NotFoldable
-from adapterhub.lanes import BARE, Lane
-from adapterhub.sites import Site
-from adapterhub.sites.site import Tap
-from adapterhub.weight_change import NOTHING, Change, Entry, added
+from adapterhub.kinds.lanes import BARE, Lane
+from adapterhub.kinds.weight_change import NOTHING, Change, Entry, added
+from adapterhub.sites import Site, Tap
 
 
 @dataclass
@@ -250,3 +249,7 @@ def named_tensors(modifications: Mapping[str, Sequence[Modification]]) -> dict[s
             n = counts[part.form] = counts.get(part.form, -1) + 1
             named.update({f"{path}.{part.form}.{n}.{key}": tensor for key, tensor in part.tensors.items()})
     return named
+
+
+Modifications = dict[str, list[Modification]]
+"""{site path: what happens there, in order}."""

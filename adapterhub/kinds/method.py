@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterhub.errors import IncompatibleBase, UsageError
-from adapterhub.modification import Modification
+from adapterhub.kinds.modification import Modification
 from adapterhub.sites import Site
 from adapterhub.sites.weights import values
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from adapterhub.adapter import Modifications
-    from adapterhub.setting import Setting
+    from adapterhub.kinds.modification import Modifications
+    from adapterhub.kinds.training import Setting
 
 Parts = Mapping[str, Modification]
 """{site path: what is trained there}."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapterhub.data import Data
 from adapterhub.data.encoding import Example
-from adapterhub.setting import Moment, Setting
+from adapterhub.kinds.training import Moment, Setting
 
 
 class Recipe:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub.modification import Lane, Modification
+from adapterhub.kinds.modification import Lane, Modification
 from adapterhub.plugins.boundary import Wrong, guard
 
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from adapterhub import plugins
 from adapterhub.data import Data
 from adapterhub.data.encoding import Example
-from adapterhub.decoding import check_shapes
-from adapterhub.method import Given, Measurement, Method, Stage
-from adapterhub.modification import Modification
+from adapterhub.kinds.codec import check_shapes
+from adapterhub.kinds.method import Given, Measurement, Method, Stage
+from adapterhub.kinds.modification import Modification
+from adapterhub.kinds.verifier import Verdict
 from adapterhub.plugins.boundary import Wrong, guard, guarded
 from adapterhub.spec.digest import canonical
-from adapterhub.verifier import Verdict
 
 
 def make(cls: type, *arguments: Any) -> Any:

@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from adapterhub.composers import Stack
 from adapterhub.errors import BatchError
+from adapterhub.forms.composers import Stack
 from adapterhub.forward import current
 from adapterhub.kinds.lanes import Lane, Memory, remembers
 from adapterhub.kinds.modification import Modifications

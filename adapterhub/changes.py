@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub.composers import Stack, scaled
 from adapterhub.errors import NotFoldable
 from adapterhub.forms.affine import Affine
+from adapterhub.forms.composers import Stack, scaled
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.sparse import Sparse

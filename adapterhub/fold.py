@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adapterhub.composers import Stack
 from adapterhub.errors import NotFoldable, UnsafeFile
+from adapterhub.forms.composers import Stack
 from adapterhub.forward import LARGEST
 from adapterhub.kinds.form_contracts import call
 from adapterhub.kinds.modification import Modifications

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from adapterhub.adapter import check_range
 from adapterhub.attention import Memory, advances, memories
-from adapterhub.composers import Inside, Mix, Scaled, Stack, scaled
 from adapterhub.ensemble import Lanes
 from adapterhub.errors import UsageError
+from adapterhub.forms.composers import Inside, Mix, Scaled, Stack, scaled
+from adapterhub.forms.gate import Gate
+from adapterhub.forms.route import Route
+from adapterhub.forms.route import rows as rows_of
 from adapterhub.forward import Plan
-from adapterhub.gate import Gate
 from adapterhub.kinds.form_contracts import call
 from adapterhub.kinds.modification import Modification, Modifications
-from adapterhub.route import Route
-from adapterhub.route import rows as rows_of
 from adapterhub.sites import Site
 from adapterhub.spec.expression import Ensemble, Node, Ref, Scale
 from adapterhub.spec.expression import Gate as GateNode

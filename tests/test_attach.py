@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from adapterhub.attach import Attachment
-from adapterhub.composers import Mix, Scaled, Stack
 from adapterhub.errors import BatchError, UsageError
 from adapterhub.fold import fold
+from adapterhub.forms.composers import Mix, Scaled, Stack
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.modification import Modification, Step
 from adapterhub.plan import build

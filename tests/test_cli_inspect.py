@@ -21,9 +21,9 @@ from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, ManifestError
 from adapterhub.forms.affine import Affine
+from adapterhub.forms.gate import Gate
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
-from adapterhub.gate import Gate
 from adapterhub.look.touched import alike, by_layer, repeated, touched
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites

@@ -10,10 +10,10 @@ import torch
 from adapterhub import plugins
 from adapterhub.adapter import check_fit, modifications_of
 from adapterhub.attach import Attachment
-from adapterhub.composers import Mix, Scaled, Stack
 from adapterhub.errors import IncompatibleBase, IntegrityError, NotFoldable, PluginError, UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.bottleneck import Bottleneck
+from adapterhub.forms.composers import Mix, Scaled, Stack
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank

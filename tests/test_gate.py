@@ -8,13 +8,13 @@ import adapterhub
 from adapterhub import Model, Step
 from adapterhub.bases import resolve
 from adapterhub.bases.fingerprint import fingerprint
-from adapterhub.composers import Stack
 from adapterhub.errors import IncompatibleBase, NotFoldable, UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.bottleneck import Bottleneck
+from adapterhub.forms.composers import Stack
+from adapterhub.forms.gate import Gate
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
-from adapterhub.gate import Gate
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import Site
 from adapterhub.testing.bed import padded, random_adapter

@@ -22,7 +22,7 @@ from adapterhub import plugins
 from adapterhub.adapter import Adapter
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import HubError, NotFoldable, NotMergeable, UsageError
-from adapterhub.gate import Gate
+from adapterhub.forms.gate import Gate
 from adapterhub.kinds.modification import named_tensors
 from adapterhub.merge import merge
 from adapterhub.publish import publish_tensors

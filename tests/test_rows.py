@@ -8,7 +8,7 @@ from float64 import in_float64
 
 from adapterhub import plugins
 from adapterhub.attach import Attachment
-from adapterhub.composers import Mix, Scaled, Stack
+from adapterhub.forms.composers import Mix, Scaled, Stack
 from adapterhub.forms.prefix import Prefix
 from adapterhub.plan import stacked
 from adapterhub.sites import family, sites

@@ -18,7 +18,7 @@ from adapterhub.files import locks
 HOLD = """
 import sys, time
 from pathlib import Path
-from adapterhub import durable
+from adapterhub.files import durable
 with durable.lock(Path(sys.argv[1]), shared=sys.argv[2] == "shared"):
     print("held", flush=True)
     time.sleep(60)

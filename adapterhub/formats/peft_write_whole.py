@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub.adapter import bind, check_fit
-from adapterhub.composers import Stack
 from adapterhub.errors import HubError, UsageError
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_lora import PREFIX
 from adapterhub.forms.affine import Affine
+from adapterhub.forms.composers import Stack
 from adapterhub.kinds.modification import Modification, Modifications
 from adapterhub.sites import matrix
 from adapterhub.spec.manifest import Release

@@ -9,7 +9,7 @@ import torch
 from adapterhub.adapter import Adapter
 from adapterhub.changes import weighted_sum
 from adapterhub.errors import HubError
-from adapterhub.gate import Gate
+from adapterhub.forms.gate import Gate
 from adapterhub.kinds.modification import Modification
 from adapterhub.look.explain import Program, Step, children, problem, pruned
 from adapterhub.look.on_base import ENSEMBLE, Loaded, on_base

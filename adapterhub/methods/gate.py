@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapterhub.gate import Gate
+from adapterhub.forms.gate import Gate
 from adapterhub.kinds.method import Method
 from adapterhub.sites import Site
 

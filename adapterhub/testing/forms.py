@@ -8,14 +8,14 @@ import torch
 
 from adapterhub.adapter import bind, modifications_of, random_states
 from adapterhub.attach import Attachment
-from adapterhub.composers import Mix, Scaled, Stack, scaled
 from adapterhub.errors import NotFoldable
 from adapterhub.fold import fold as fold_into
+from adapterhub.forms.composers import Mix, Scaled, Stack, scaled
+from adapterhub.forms.route import Route
+from adapterhub.forms.route import rows as rows_of
 from adapterhub.kinds.form_contracts import call
 from adapterhub.kinds.modification import Modification, Modifications, Step, named_tensors
 from adapterhub.plan import placed, stacked
-from adapterhub.route import Route
-from adapterhub.route import rows as rows_of
 from adapterhub.sites import Tap, sites
 from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_for
 from adapterhub.testing.widths import widths

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from adapterhub import plugins
-from adapterhub.composers import Stack
 from adapterhub.errors import NotFoldable
+from adapterhub.forms.composers import Stack
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.merger import Merger
 from adapterhub.kinds.modification import Modification

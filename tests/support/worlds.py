@@ -19,7 +19,7 @@ from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import IncompatibleBase
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
-from adapterhub.gate import Gate as Weighing
+from adapterhub.forms.gate import Gate as Weighing
 from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 from adapterhub.spec.expression import Ensemble, Gate, Ref, Scale, depth

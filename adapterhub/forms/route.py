@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapterhub.composers import Composite, ask
 from adapterhub.errors import NotFoldable
+from adapterhub.forms.composers import Composite, ask
 from adapterhub.kinds.form_contracts import call
 from adapterhub.kinds.modification import Modification, Step
 from adapterhub.kinds.weight_change import Change, Entry

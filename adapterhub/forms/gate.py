@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapterhub.composers import Composite
 from adapterhub.errors import IncompatibleBase, UsageError
+from adapterhub.forms.composers import Composite
 from adapterhub.kinds.lanes import remembers
 from adapterhub.kinds.modification import Modification, Step, project
 from adapterhub.kinds.weight_change import Change, Entry

@@ -13,8 +13,8 @@ from msgspec import structs
 from torch import Tensor
 
 from adapterhub import plugins
-from adapterhub.adapter import Adapter, forms_of, modifications_of
-from adapterhub.changes import WHOLE, change_of
+from adapterhub.adapters.adapter import Adapter, forms_of, modifications_of
+from adapterhub.adapters.changes import WHOLE, change_of
 from adapterhub.errors import CodecError, NoEffect, UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank

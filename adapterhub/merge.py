@@ -1,6 +1,6 @@
 """Several adapters into one, site by site: sums of what can be added as it is, else each weight's dense change.
 
-How the result is stored is one rule (`adapterhub.changes`): exactly, in the fewest bytes."""
+How the result is stored is one rule (`adapterhub.adapters.changes`): exactly, in the fewest bytes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub import plugins
-from adapterhub.adapter import Adapter
-from adapterhub.changes import CANCELLED, WHOLE, Result, change_of, cheapest, side_by_side, weighted_sum
+from adapterhub.adapters.adapter import Adapter, current
+from adapterhub.adapters.changes import CANCELLED, WHOLE, Result, change_of, cheapest, side_by_side, weighted_sum
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.compose import common_base
 from adapterhub.errors import NoEffect, NotFoldable, NotMergeable, UsageError
 from adapterhub.forms.affine import Affine
@@ -24,8 +25,7 @@ from adapterhub.kinds.contracts import make
 from adapterhub.kinds.form_contracts import call
 from adapterhub.kinds.merger import Merger
 from adapterhub.kinds.modification import Modification, Modifications
-from adapterhub.publish import publish_tensors
-from adapterhub.residents import Residents, current
+from adapterhub.residents import Residents
 from adapterhub.sites import sites
 from adapterhub.sites.weights import values
 from adapterhub.spec.manifest import Parent, Release

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from adapterhub.adapter import check_range
+from adapterhub.adapters.fit import check_range
 from adapterhub.attention import Memory, advances, memories
 from adapterhub.ensemble import Lanes
 from adapterhub.errors import UsageError

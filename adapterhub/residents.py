@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from adapterhub import plugins
-from adapterhub.adapter import Adapter, as_parameters, bind, check_fit, check_range
+from adapterhub.adapters.adapter import Adapter, current
+from adapterhub.adapters.fit import as_parameters, bind, check_fit, check_range
 from adapterhub.compose import expand, read
-from adapterhub.errors import IncompatibleBase, UsageError
+from adapterhub.errors import UsageError
 from adapterhub.kinds.contracts import make
 from adapterhub.kinds.modification import Modifications
-from adapterhub.sites import Site, current_path
+from adapterhub.sites import Site
 from adapterhub.sites.weights import compute_device, compute_dtype
 from adapterhub.spec.expression import Node, references
 from adapterhub.spec.parents import warn_missing_parents
@@ -105,19 +106,3 @@ class Residents:
         """Where the module computes; of one whose tensors are all offloaded, where the rest of the base is."""
         here = compute_device(self.base.get_submodule(self._at[path].module))
         return here or compute_device(self.base) or torch.device("cpu")
-
-
-def current(parts: Modifications, architecture: str, name: str, known: Container[str] = ()) -> Modifications:
-    """The same under the paths that their modules have by now; those in `known` are right as they are.
-
-    Raises IncompatibleBase if two paths are one module's, the older and the newer: their order is not known."""
-    renamed: Modifications = {}
-    for path, here in parts.items():
-        new = path if path in known else current_path(architecture, path)
-        if new in renamed:
-            raise IncompatibleBase(
-                f"{name} names the module {new} twice, by its older path and its newer",
-                "make it again with one path for each module",
-            )
-        renamed[new] = here
-    return renamed

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from adapterhub.adapter import check_fit
+from adapterhub.adapters.fit import check_fit
+from adapterhub.adapters.names import named_tensors
 from adapterhub.attach import Attachment
 from adapterhub.compose import pin
 from adapterhub.data.batches import pad_left, pad_token
@@ -21,7 +22,7 @@ from adapterhub.ensemble import repeated
 from adapterhub.errors import NotFoldable, UsageError
 from adapterhub.fold import fold
 from adapterhub.forward import Plan
-from adapterhub.kinds.modification import Modification, Modifications, named_tensors
+from adapterhub.kinds.modification import Modification, Modifications
 from adapterhub.plan import assemble, batch, copied, furthest, placed, stacked
 from adapterhub.plan_cache import PlanCache
 from adapterhub.residents import Residents
@@ -275,7 +276,7 @@ class Model:
 
     def save(self, name: str, version: str | None = None) -> Release:
         """A new version of a trainable adapter, with its tensors as they are now, made from the one it goes on from."""
-        from adapterhub.publish import publish_next
+        from adapterhub.adapters.publish import publish_next
 
         if version is not None:
             check_version(version)

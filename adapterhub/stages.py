@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub.adapter import modifications_of
+from adapterhub.adapters.adapter import modifications_of
+from adapterhub.adapters.names import named_tensors
 from adapterhub.errors import UsageError
 from adapterhub.files import durable
 from adapterhub.ingredients import Ingredients
 from adapterhub.kinds.method import Given, Measurement, Parts, Stage, require_plain
-from adapterhub.kinds.modification import named_tensors
 from adapterhub.kinds.training import Setting
 from adapterhub.learner import Learner
 from adapterhub.runtime import Model

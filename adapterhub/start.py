@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from adapterhub import plugins
-from adapterhub.adapter import Adapter, forms_of
+from adapterhub.adapters.adapter import Adapter, forms_of
 from adapterhub.compose import expand
 from adapterhub.errors import UsageError
 from adapterhub.kinds.contracts import make

@@ -15,7 +15,9 @@ import msgspec
 import torch
 
 from adapterhub import plugins
-from adapterhub.adapter import require_effect
+from adapterhub.adapters.fit import require_effect
+from adapterhub.adapters.names import named_tensors
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.data import Data, read
 from adapterhub.data.batches import pad_token
 from adapterhub.data.encoding import Example, check_vocabulary, encode, grouped
@@ -25,11 +27,9 @@ from adapterhub.errors import NameInUse, UsageError
 from adapterhub.files import durable
 from adapterhub.ingredients import ingredients
 from adapterhub.kinds.method import Stage
-from adapterhub.kinds.modification import named_tensors
 from adapterhub.kinds.recipe import Recipe
 from adapterhub.kinds.training import Setting
 from adapterhub.names import check_new
-from adapterhub.publish import publish_tensors
 from adapterhub.record import measured_on, metrics_of, recipe_of, told
 from adapterhub.runtime import Model, load
 from adapterhub.spec import claims

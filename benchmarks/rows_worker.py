@@ -13,7 +13,7 @@ import torch
 
 import adapterhub
 from adapterhub import plugins
-from adapterhub.publish import publish_tensors
+from adapterhub.adapters.publish import publish_tensors
 
 ROWS = 8
 LINEAR = ("query", "key", "value", "attention_output", "ffn_gate", "ffn_up", "ffn_down")

@@ -45,8 +45,8 @@ SOAK = {"D3": d3}
 def _kinds() -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
     """{what: (a sound file, how it is read)}."""
     from adapterhub import plugins
-    from adapterhub.adapter import modifications_of
-    from adapterhub.decoding import SPARE, decode
+    from adapterhub.adapters.adapter import modifications_of
+    from adapterhub.adapters.decoding import SPARE, decode
     from adapterhub.errors import CodecError
     from adapterhub.files.safetensors_header import read_header
     from adapterhub.kinds.contracts import make

@@ -355,7 +355,7 @@ def test_a_form_that_falls_over_the_base(installed, tiny_model):
             self.length = weight.norm(dim=7)
     """
     installed(source, forms="acme = Acme")
-    from adapterhub.adapter import bind
+    from adapterhub.adapters.fit import bind
     from adapterhub.sites import sites
 
     model = tiny_model()

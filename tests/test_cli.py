@@ -483,9 +483,9 @@ def test_import_run_eval_merge_compress_compose_export(run, hub, lora, rows, tin
 def test_merge_with_its_base(run, hub, tiny_model, tiny_folder):
     import torch
 
+    from adapterhub.adapters.publish import publish_tensors
     from adapterhub.bases.fingerprint import fingerprint
     from adapterhub.forms.dora import DoRA
-    from adapterhub.publish import publish_tensors
     from adapterhub.sites import select, sites
 
     torch.manual_seed(0)

@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 import adapterhub
 from adapterhub import plugins
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, ManifestError
@@ -25,7 +26,6 @@ from adapterhub.forms.gate import Gate
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
 from adapterhub.look.touched import alike, by_layer, repeated, touched
-from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 from adapterhub.spec.manifest import Made, Manifest, Parent
 from adapterhub.testing.bed import random_adapter, tiny_llama

@@ -6,13 +6,13 @@ import torch
 from safetensors.torch import save
 
 import adapterhub
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import CodecError, NoEffect, PluginError, UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.bottleneck import Bottleneck
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 
 

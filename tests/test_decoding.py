@@ -13,15 +13,15 @@ import torch
 from msgspec import structs
 
 import adapterhub
-from adapterhub import decoding
-from adapterhub.adapter import Adapter, check_fit
+from adapterhub.adapters import decoding, scan
+from adapterhub.adapters.adapter import Adapter
+from adapterhub.adapters.fit import check_fit
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.codecs import Codec
 from adapterhub.codecs.compeft import ComPEFT, Index
 from adapterhub.codecs.int8 import Int8
 from adapterhub.errors import CodecError, HubError, IncompatibleBase, IntegrityError, PluginError
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.look import scan
 from adapterhub.sites import sites
 from adapterhub.spec.manifest import Made, Manifest
 from adapterhub.tensors.file import dump

@@ -5,12 +5,12 @@ import torch
 
 import adapterhub
 from adapterhub import Model
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases import resolve
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import BatchError, ExpressionError, NotFoldable, UsageError
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
-from adapterhub.publish import publish_tensors
 from adapterhub.testing.bed import padded, random_adapter
 
 ROWS = ["logits(base + me/a - 0.5*me/b)", "me/a + me/b", None, "logits(0.3*(me/a + me/p) + 0.7*me/b)", "me/p"]

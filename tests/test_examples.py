@@ -12,7 +12,7 @@ import torch
 
 import adapterhub
 from adapterhub import demo
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.errors import NotFound
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from adapterhub import plugins
-from adapterhub.adapter import check_fit, modifications_of
+from adapterhub.adapters.adapter import modifications_of
+from adapterhub.adapters.fit import check_fit
 from adapterhub.attach import Attachment
 from adapterhub.errors import IncompatibleBase, IntegrityError, NotFoldable, PluginError, UsageError
 from adapterhub.forms.affine import Affine

@@ -26,8 +26,8 @@ from forms_by_hand import FORMS
 from worlds import OF_WEIGHTS, World, smaller_than, whole
 
 from adapterhub import plugins
+from adapterhub.adapters.names import named_tensors
 from adapterhub.errors import NotFoldable
-from adapterhub.kinds.modification import named_tensors
 from adapterhub.spec.expression import Ensemble, Gate, Ref, Scale, Stack, depth, references
 from adapterhub.spec.names import Reference
 from adapterhub.spec.parser import parse

@@ -6,6 +6,7 @@ import torch
 
 import adapterhub
 from adapterhub import Model, Step
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases import resolve
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import IncompatibleBase, NotFoldable, UsageError
@@ -15,7 +16,6 @@ from adapterhub.forms.composers import Stack
 from adapterhub.forms.gate import Gate
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
-from adapterhub.publish import publish_tensors
 from adapterhub.sites import Site
 from adapterhub.testing.bed import padded, random_adapter
 
@@ -100,7 +100,7 @@ def test_training_learns_shares_and_publishes_them(hub):
     assert release.manifest.recipe.get("beneath") is None
     children = [set(hub.resolve(name).manifest.forms) for name in ("me/a", "me/b")]
     assert set(release.manifest.forms) == children[0] | children[1]
-    from adapterhub.adapter import Adapter
+    from adapterhub.adapters.adapter import Adapter
 
     moved = [t for name, t in Adapter.load(hub, release).tensors.items() if name.endswith("weight")]
     assert any(t.abs().max() > 1e-3 for t in moved)
@@ -125,7 +125,7 @@ def test_equal_shares_are_half_of_each(model, hub, tiny_folder, tmp_path):
     """A gate that never learned weighs each child by 1/2: the mix of the halves, exactly."""
     untrained = {path: torch.zeros_like(t) for path, t in _tensors(hub, "me/r").items()}
     base = fingerprint(resolve(str(tiny_folder)))
-    from adapterhub.adapter import modifications_of
+    from adapterhub.adapters.adapter import modifications_of
 
     publish_tensors(
         hub,
@@ -143,7 +143,7 @@ def test_equal_shares_are_half_of_each(model, hub, tiny_folder, tmp_path):
 
 
 def _tensors(hub, name):
-    from adapterhub.adapter import Adapter
+    from adapterhub.adapters.adapter import Adapter
 
     return Adapter.load(hub, hub.resolve(name)).tensors
 

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 
 import adapterhub
 from adapterhub import bases
+from adapterhub.adapters import scan
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, ManifestError, ScanWarning, UnsafeFile
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.huggingface.card import card
-from adapterhub.look import scan
 from adapterhub.sites import sites
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Manifest, Release

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import adapterhub
 from adapterhub import bases
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, UnsafeFile, UsageError
@@ -24,7 +25,6 @@ from adapterhub.forms.bottleneck import Bottleneck
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.huggingface.push import push
 from adapterhub.huggingface.transport import Repo
-from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 
 IDS = torch.arange(3, 27).reshape(2, 12)

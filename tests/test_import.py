@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterhub
 from adapterhub import bases
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.bases import fingerprint as fingerprints
 from adapterhub.errors import (
     HubError,

@@ -11,7 +11,7 @@ from torch import nn
 
 import adapterhub
 from adapterhub import Given, Measurement, Method, Objective, ParameterSchedule, Recipe, Stage, plugins
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.cli.app import execute
 from adapterhub.errors import PluginError, UsageError
 from adapterhub.forms.low_rank import LowRank

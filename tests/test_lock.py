@@ -384,9 +384,9 @@ def test_bases_have_the_names_that_the_project_gives_them(tmp_path, tiny_folder,
 def test_a_stack_runs_as_its_pinned_expression(tmp_path, tiny_folder, monkeypatch):
     import torch
 
+    from adapterhub.adapters.publish import publish_tensors
     from adapterhub.bases.fingerprint import fingerprint
     from adapterhub.forms.low_rank import LowRank
-    from adapterhub.publish import publish_tensors
     from adapterhub.sites import sites
     from adapterhub.testing.bed import tiny_llama
 

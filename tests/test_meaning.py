@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import adapterhub
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 from adapterhub.testing.families import tiny
 

@@ -6,7 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import adapterhub
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import IncompatibleBase, NoEffect, NotFound, NotMergeable, PluginError, UsageError
 from adapterhub.forms.affine import Affine
@@ -20,7 +21,6 @@ from adapterhub.kinds.modification import Modification
 from adapterhub.merge import merge_modifications
 from adapterhub.mergers import Merger
 from adapterhub.mergers.linear import Linear
-from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import adapterhub
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
+from adapterhub.adapters.changes import cheapest
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import fingerprint
-from adapterhub.changes import cheapest
 from adapterhub.errors import IncompatibleBase, NotMergeable
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
@@ -17,7 +18,6 @@ from adapterhub.forms.sparse import Sparse
 from adapterhub.merge import merge_modifications
 from adapterhub.mergers.linear import Linear
 from adapterhub.mergers.ties import Ties
-from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 
 LAYER = "model.layers.0"

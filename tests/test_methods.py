@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import adapterhub
 from adapterhub import plugins
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.cli.app import execute
 from adapterhub.errors import UsageError
 from adapterhub.runtime import Model

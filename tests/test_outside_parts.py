@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import adapterhub
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import PluginError
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.publish import publish_tensors
 
 PACKAGE = Path(__file__).parent / "outside" / "merger_and_codec"
 Q = "model.layers.0.self_attn.q_proj"

@@ -19,13 +19,13 @@ from by_hand import ByHand
 
 import adapterhub
 from adapterhub import plugins
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
+from adapterhub.adapters.names import named_tensors
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import HubError, NotFoldable, NotMergeable, UsageError
 from adapterhub.forms.gate import Gate
-from adapterhub.kinds.modification import named_tensors
 from adapterhub.merge import merge
-from adapterhub.publish import publish_tensors
 from adapterhub.runtime import Model
 from adapterhub.spec.manifest import Made
 from adapterhub.spec.parser import parse

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import adapterhub
+from adapterhub.adapters.names import named_tensors
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.errors import (
     HubError,
     IncompatibleBase,
@@ -33,8 +35,6 @@ from adapterhub.formats.peft_lora import PREFIX
 from adapterhub.formats.peft_targets import patterned
 from adapterhub.formats.peft_types import REFUSED as REFUSED_TYPES
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.kinds.modification import named_tensors
-from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 
 IDS = torch.arange(3, 27).reshape(2, 12)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import adapterhub
 from adapterhub import bases
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import IncompatibleBase, NotFound, UsageError
 from adapterhub.formats.peft import TENSORS
@@ -20,7 +21,6 @@ from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
 from adapterhub.forms.sparse import Sparse
-from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 from adapterhub.testing.families import tiny
 

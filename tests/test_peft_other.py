@@ -13,7 +13,7 @@ from transformers import BertModel
 
 import adapterhub
 from adapterhub import bases
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, ManifestError
 from adapterhub.formats.peft import TENSORS
 from adapterhub.formats.peft_lora import PREFIX

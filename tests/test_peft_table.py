@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import adapterhub
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.formats.peft_config import REFUSED, SAFE_STARTS
 from adapterhub.formats.peft_types import CACHES, PROMPTS, TUNERS
 from adapterhub.formats.peft_types import REFUSED as REFUSED_TYPES

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import adapterhub
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.publish import publish_tensors
 from adapterhub.runtime import Model
 
 ROWS, ORDERS, RANK = 8, 40, 16

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import adapterhub
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import BaseWarning, compare, fingerprint
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFoldable, UsageError
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.publish import publish_tensors
 from adapterhub.testing.bed import tiny_llama
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapterhub
 from adapterhub import plugins
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases import resolve
 from adapterhub.bases.fingerprint import BaseWarning, fingerprint
 from adapterhub.errors import (
@@ -21,7 +22,6 @@ from adapterhub.errors import (
     UnsafeFile,
     UsageError,
 )
-from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 from adapterhub.spec.manifest import Made
 

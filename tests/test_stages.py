@@ -11,7 +11,7 @@ import torch
 
 import adapterhub
 from adapterhub import plugins
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.errors import PluginError, UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import adapterhub
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
+from adapterhub.adapters.names import named_tensors
 from adapterhub.data import read
 from adapterhub.data.encoding import encode
 from adapterhub.errors import (
@@ -27,7 +28,6 @@ from adapterhub.errors import (
 )
 from adapterhub.ingredients import ingredients
 from adapterhub.kinds.method import Stage
-from adapterhub.kinds.modification import named_tensors
 from adapterhub.kinds.training import Setting
 from adapterhub.learner import Learner
 from adapterhub.methods.lora import LoRA

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 import adapterhub
 from adapterhub import plugins
-from adapterhub.adapter import part
+from adapterhub.adapters.adapter import part
 from adapterhub.cli.app import execute
 from adapterhub.config import user
 from adapterhub.errors import (

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import adapterhub
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.cli.app import execute
 from adapterhub.errors import NotFound, TagMoved, UsageError, YankedWarning
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.bottleneck import Bottleneck
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.publish import publish_tensors
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent
 from adapterhub.versions import lineage, rollback, yank

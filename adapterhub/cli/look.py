@@ -151,8 +151,8 @@ def scan(
     Example:
       adapterhub scan acme/sql
     """
-    from adapterhub.adapter import Adapter
-    from adapterhub.look import scan as scanning
+    from adapterhub.adapters import scan as scanning
+    from adapterhub.adapters.adapter import Adapter
     from adapterhub.look.touched import require_tensors
 
     hub = adapterhub.open()

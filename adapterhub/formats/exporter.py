@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterhub import bases
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.bases.fingerprint import check_base
 from adapterhub.compose import expand
 from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError

@@ -11,15 +11,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adapterhub import bases
-from adapterhub.adapter import check_fit, require_effect
+from adapterhub.adapters import scan
+from adapterhub.adapters.fit import check_fit, require_effect
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, NotFound, UsageError
 from adapterhub.files import durable
 from adapterhub.formats import peft
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import CONFIG, read_config
-from adapterhub.look import scan
-from adapterhub.publish import publish_tensors
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import check_name, check_version
 

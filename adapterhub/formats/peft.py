@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from adapterhub import plugins
-from adapterhub.adapter import modifications_of
+from adapterhub.adapters.adapter import modifications_of
 from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile
 from adapterhub.formats import bounded_re
 from adapterhub.formats.peft_base import BaseModel

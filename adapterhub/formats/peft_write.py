@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub.adapter import check_fit
+from adapterhub.adapters.fit import check_fit
 from adapterhub.errors import UsageError
 from adapterhub.formats import peft_write_lora
 from adapterhub.formats.peft_base import BaseModel

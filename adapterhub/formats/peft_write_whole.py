@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from adapterhub.adapter import bind, check_fit
+from adapterhub.adapters.fit import bind, check_fit
 from adapterhub.errors import HubError, UsageError
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_lora import PREFIX

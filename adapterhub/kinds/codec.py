@@ -56,7 +56,7 @@ class Codec:
         """What `decode` makes of these tensors, {name: (dtype, shape)}, told from the encoded tensors without making it.
 
         Whoever decodes a stranger's file holds this against what the base's sites can take, before `decode` allocates
-        anything (`adapterhub.decoding`). The default suits codecs that only rewrite tensors. Raises CodecError."""
+        anything (`adapterhub.adapters.decoding`). The default suits codecs that only rewrite tensors. Raises CodecError."""
         return shapes_of(tensors)
 
     def decode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

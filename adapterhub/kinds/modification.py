@@ -7,7 +7,7 @@ are exact for every form, and nothing needs to know which form it holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -238,17 +238,6 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
     picked = embedding(x, weight.mT)
     return picked if bias is None else picked + bias
-
-
-def named_tensors(modifications: Mapping[str, Sequence[Modification]]) -> dict[str, Tensor]:
-    """All tensors of {site path: modifications in order} by their stored names."""
-    named = {}
-    for path, parts in modifications.items():
-        counts: dict[str, int] = {}
-        for part in parts:
-            n = counts[part.form] = counts.get(part.form, -1) + 1
-            named.update({f"{path}.{part.form}.{n}.{key}": tensor for key, tensor in part.tensors.items()})
-    return named
 
 
 Modifications = dict[str, list[Modification]]

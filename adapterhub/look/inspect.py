@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adapterhub.adapter import Adapter
-from adapterhub.changes import change_of
+from adapterhub.adapters.adapter import Adapter
+from adapterhub.adapters.changes import change_of
 from adapterhub.errors import NotFoldable
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.modification import Modification

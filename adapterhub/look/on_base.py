@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapterhub import bases
-from adapterhub.adapter import bind, check_fit
+from adapterhub.adapters.fit import bind, check_fit
 from adapterhub.attach import Attachment
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, NotFoldable, PluginError

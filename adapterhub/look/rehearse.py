@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from adapterhub.adapter import Adapter
-from adapterhub.changes import weighted_sum
+from adapterhub.adapters.adapter import Adapter
+from adapterhub.adapters.changes import weighted_sum
 from adapterhub.errors import HubError
 from adapterhub.forms.gate import Gate
 from adapterhub.kinds.modification import Modification

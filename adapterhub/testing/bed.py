@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapterhub.adapter import bind
+from adapterhub.adapters.fit import bind
 from adapterhub.attach import Attachment, Plan
 from adapterhub.errors import IncompatibleBase
 from adapterhub.kinds.form_contracts import call

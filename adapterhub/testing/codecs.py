@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapterhub.adapter import modifications_of
+from adapterhub.adapters.adapter import modifications_of
 from adapterhub.compress import site_errors
 from adapterhub.errors import CodecError, HubError
 from adapterhub.files import durable

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from adapterhub.adapter import bind, modifications_of, random_states
+from adapterhub.adapters.adapter import modifications_of
+from adapterhub.adapters.fit import bind, random_states
+from adapterhub.adapters.names import named_tensors
 from adapterhub.attach import Attachment
 from adapterhub.errors import NotFoldable
 from adapterhub.fold import fold as fold_into
@@ -14,7 +16,7 @@ from adapterhub.forms.composers import Mix, Scaled, Stack, scaled
 from adapterhub.forms.route import Route
 from adapterhub.forms.route import rows as rows_of
 from adapterhub.kinds.form_contracts import call
-from adapterhub.kinds.modification import Modification, Modifications, Step, named_tensors
+from adapterhub.kinds.modification import Modification, Modifications, Step
 from adapterhub.plan import placed, stacked
 from adapterhub.sites import Tap, sites
 from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_for
@@ -210,7 +212,7 @@ def composers(form: type[Modification], device: str) -> None:
 
 def gradients(form: type[Modification], device: str) -> None:
     """Every tensor that learns gets a gradient, and gradient checkpointing gives the same ones."""
-    from adapterhub.adapter import as_parameters
+    from adapterhub.adapters.fit import as_parameters
 
     sequence = _sequences(device, (9,))[0][None]
     found = []

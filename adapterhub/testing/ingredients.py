@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from adapterhub import plugins
+from adapterhub.adapters.names import named_tensors
 from adapterhub.data import Data, Row
 from adapterhub.data.encoding import Example, grouped
 from adapterhub.data.seeds import seeded
@@ -26,7 +27,6 @@ from adapterhub.errors import HubError
 from adapterhub.ingredients import DEFAULT, Ingredient, Ingredients
 from adapterhub.kinds.contracts import make
 from adapterhub.kinds.method import Method
-from adapterhub.kinds.modification import named_tensors
 from adapterhub.kinds.objective import Objective
 from adapterhub.kinds.recipe import Recipe
 from adapterhub.kinds.schedule import ParameterSchedule

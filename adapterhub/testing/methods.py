@@ -18,14 +18,15 @@ import msgspec
 import torch
 
 from adapterhub import plugins
-from adapterhub.adapter import forms_of, modifications_of
+from adapterhub.adapters.adapter import forms_of, modifications_of
+from adapterhub.adapters.names import named_tensors
 from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.ingredients import ingredients
 from adapterhub.kinds.contracts import make
 from adapterhub.kinds.method import Method
-from adapterhub.kinds.modification import Modifications, named_tensors
+from adapterhub.kinds.modification import Modifications
 from adapterhub.kinds.training import Setting
 from adapterhub.plan import gated
 from adapterhub.runtime import Model

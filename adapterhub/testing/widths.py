@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from adapterhub.adapter import bind, random_states
+from adapterhub.adapters.fit import bind, random_states
 from adapterhub.errors import IncompatibleBase, PluginError
 from adapterhub.kinds.form_contracts import call
 from adapterhub.kinds.modification import Modification, Step

@@ -23,9 +23,9 @@ import tiny
 import torch
 
 import adapterhub
-from adapterhub.adapter import Adapter, modifications_of
+from adapterhub.adapters.adapter import Adapter, modifications_of
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.codecs import SMALL
-from adapterhub.publish import publish_tensors
 
 SEEDS, DENSITY = (1, 2, 3, 4, 5), 0.2
 ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)

@@ -28,7 +28,7 @@ import bed
 import tiny
 
 import adapterhub
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 
 SEEDS, FAR = (1, 2, 3, 4, 5), 3
 LAGS = {"local": FAR, "none": 1}

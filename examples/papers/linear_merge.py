@@ -28,9 +28,9 @@ import tiny
 import torch
 
 import adapterhub
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.publish import publish_tensors
 
 SEEDS = (1, 2, 3, 4, 5)
 WEIGHTS = (0.2, 0.4, 0.6, 0.8, 1.0)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import adapterhub
 from adapterhub import Model, Site, Step, plugins
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.attach import Attachment
 from adapterhub.errors import BatchError, IncompatibleBase, UsageError
 from adapterhub.sites import select, sites

@@ -9,7 +9,7 @@ from adapterhub_corda import Anchored, CorDA, covariances, decompose
 
 import adapterhub
 from adapterhub import Given, Model, Setting, Step, plugins
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.fold import fold

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import adapterhub
 from adapterhub import plugins
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.data.batches import IGNORE
 from adapterhub.errors import UsageError
 from adapterhub.learner import Learner

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import adapterhub
 from adapterhub import Given, plugins
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.errors import UsageError
 from adapterhub.learner import Learner
 from adapterhub.methods.full import Full

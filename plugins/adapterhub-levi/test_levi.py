@@ -10,7 +10,8 @@ from adapterhub_levi import LEVI, LayerEnsemble
 
 import adapterhub
 from adapterhub import Step, plugins
-from adapterhub.adapter import Adapter, check_fit
+from adapterhub.adapters.adapter import Adapter
+from adapterhub.adapters.fit import check_fit
 from adapterhub.attach import Attachment
 from adapterhub.errors import BatchError, IncompatibleBase, UsageError
 from adapterhub.fold import fold

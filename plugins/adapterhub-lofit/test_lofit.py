@@ -9,7 +9,7 @@ from adapterhub_lofit import LoFiT
 
 import adapterhub
 from adapterhub import Given, Step, plugins
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.errors import UsageError
 from adapterhub.fold import fold
 from adapterhub.sites import select, sites

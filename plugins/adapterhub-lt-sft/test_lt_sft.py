@@ -9,7 +9,7 @@ from adapterhub_lt_sft import LTSFT, strongest
 
 import adapterhub
 from adapterhub import Given, plugins
-from adapterhub.adapter import Adapter, modifications_of
+from adapterhub.adapters.adapter import Adapter, modifications_of
 from adapterhub.errors import UsageError
 from adapterhub.sites import select, sites
 from adapterhub.tensors.file import load

@@ -12,7 +12,8 @@ from peft_outcomes import FAMILIES, SMALL, outcome, theirs
 
 import adapterhub
 from adapterhub import Given, Step, plugins
-from adapterhub.adapter import Adapter, check_fit, modifications_of
+from adapterhub.adapters.adapter import Adapter, modifications_of
+from adapterhub.adapters.fit import check_fit
 from adapterhub.errors import HubError, IncompatibleBase, NotFoldable, UsageError
 from adapterhub.sites import sites
 from adapterhub.tensors.file import dump, load

@@ -11,7 +11,7 @@ from adapterhub_recipes import Cocktail, MaskedThought, NEFTune, ResponseOnly, S
 
 import adapterhub
 from adapterhub import Model, Moment, Setting, plugins
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.data import read
 from adapterhub.data.batches import IGNORE
 from adapterhub.data.encoding import Example

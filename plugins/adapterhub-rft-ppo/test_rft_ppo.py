@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import adapterhub
 from adapterhub import Moment, Setting, plugins
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.data.encoding import Example
 from adapterhub.errors import HubError, NoEffect, UsageError
 from adapterhub.kinds.verifier import Verdict

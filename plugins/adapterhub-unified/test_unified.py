@@ -11,11 +11,12 @@ from adapterhub_unified import AXES, PRESETS, HeadBottleneck, Unified
 
 import adapterhub
 from adapterhub import plugins
-from adapterhub.adapter import Adapter, check_fit, modifications_of
+from adapterhub.adapters.adapter import Adapter, modifications_of
+from adapterhub.adapters.fit import check_fit
+from adapterhub.adapters.names import named_tensors
 from adapterhub.attach import Attachment
 from adapterhub.errors import IncompatibleBase, NotFoldable, UsageError
 from adapterhub.fold import fold
-from adapterhub.kinds.modification import named_tensors
 from adapterhub.plan import placed
 from adapterhub.sites import select, sites
 from adapterhub.testing import check

@@ -12,7 +12,7 @@ import torch
 
 import adapterhub
 import adapterhub.train
-from adapterhub.adapter import Adapter
+from adapterhub.adapters.adapter import Adapter
 from adapterhub.trainer import _Watch
 
 VBLORA = {"num_vectors": 16, "vector_length": 8, "topk": 2, "r": 2}

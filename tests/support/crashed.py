@@ -81,8 +81,8 @@ def low_ranks(hub):
     """me/l1 and me/l2, to merge and to compress."""
     import torch
 
+    from adapterhub.adapters.publish import publish_tensors
     from adapterhub.forms.low_rank import LowRank
-    from adapterhub.publish import publish_tensors
 
     base = Base(name="tiny", architecture="llama", structure=digest_of(b"shapes"), sketch=File(digest="", size=0))
     for i in (1, 2):

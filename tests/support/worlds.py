@@ -14,13 +14,13 @@ from float64 import in_float64
 
 import adapterhub
 from adapterhub import plugins
-from adapterhub.adapter import check_fit
+from adapterhub.adapters.fit import check_fit
+from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import IncompatibleBase
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.gate import Gate as Weighing
-from adapterhub.publish import publish_tensors
 from adapterhub.sites import sites
 from adapterhub.spec.expression import Ensemble, Gate, Ref, Scale, depth
 from adapterhub.spec.parser import parse

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from adapterhub.adapters.changes import change_of
 from adapterhub.bases import sketch
-from adapterhub.changes import change_of
 from adapterhub.errors import NotFoldable, ScanWarning, UnsafeFile
 from adapterhub.files.bounded import read_json
 from adapterhub.forms.low_rank import LowRank

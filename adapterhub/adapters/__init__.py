@@ -1,0 +1,1 @@
+"""An adapter in memory: read, named, fitted to a base, summed as changes, published."""

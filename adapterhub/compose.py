@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterhub.errors import HubError, IncompatibleBase, UsageError
+from adapterhub.bases.agreement import common_base
+from adapterhub.errors import HubError, UsageError
 from adapterhub.spec.expression import Ensemble, Gate, Node, Ref, depth, references, substitute
-from adapterhub.spec.manifest import Base, Manifest, Parent, Release
+from adapterhub.spec.manifest import Manifest, Parent, Release
 from adapterhub.spec.names import Reference, check_name
 from adapterhub.spec.parents import check_expressions, joined_licences, weighed
 from adapterhub.spec.parser import parse
@@ -116,27 +117,3 @@ def expand(hub: Hub, node: Node | Ensemble) -> Node | Ensemble:
         return expanded, count, depth(node) + below
 
     return whole(node, 0)[0]
-
-
-def common_base(hub: Hub, releases: list[Release]) -> Base:
-    """The base of the first, if all were made for the same one (or for copies of it). Raises IncompatibleBase."""
-    first = releases[0]
-    for other in releases[1:]:
-        if difference := base_difference(hub, first.manifest.base, other.manifest.base):
-            raise IncompatibleBase(
-                f"{first} was made for {first.manifest.base.name}, {other} for {other.manifest.base.name}: {difference}",
-                "adapters of one composition or merge share one base; train one of them again on the other's base",
-            )
-    return first.manifest.base
-
-
-def base_difference(hub: Hub, one: Base, other: Base) -> str:
-    """Why two recorded bases are different models; "" if they are the same or copies of each other."""
-    if one.tokenizer and other.tokenizer and one.tokenizer != other.tokenizer:
-        return "they have different tokenizers"
-    if (one.structure, one.sketch.digest, one.computes) == (other.structure, other.sketch.digest, other.computes):
-        return ""
-    from adapterhub.bases.fingerprint import Fingerprint, compare
-
-    verdict = compare(*(Fingerprint(base, hub.store.read(base.sketch)) for base in (one, other)))
-    return verdict.reason if verdict.kind == "another" else ""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adapterhub.bases.device import memory_told
 from adapterhub.data import Data, Row
 from adapterhub.data import read as read_rows
 from adapterhub.data.batches import collate, pad_left, pad_token
 from adapterhub.data.encoding import Example, check_vocabulary, encode, tokens
-from adapterhub.device import memory_told
 from adapterhub.errors import DataError, UsageError
 from adapterhub.scoring import label_scores, token_losses
 
@@ -47,7 +47,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure an expression (None: the bare base) on the first `limit` rows of a file.
 
-    dtype: float32, bfloat16, float16, "stored" or "auto" (adapterhub.device). force: measure adapters that were made for
+    dtype: float32, bfloat16, float16, "stored" or "auto" (adapterhub.bases.device). force: measure adapters that were made for
     another base. model: one that is loaded already; then base, device, dtype and force are not used, and the expression
     None means what that model runs by default.
 

@@ -17,7 +17,8 @@ from adapterhub import plugins
 from adapterhub.adapters.adapter import Adapter, current
 from adapterhub.adapters.changes import CANCELLED, WHOLE, Result, change_of, cheapest, side_by_side, weighted_sum
 from adapterhub.adapters.publish import publish_tensors
-from adapterhub.compose import common_base
+from adapterhub.bases import loading, resolution
+from adapterhub.bases.agreement import common_base
 from adapterhub.errors import NoEffect, NotFoldable, NotMergeable, UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
@@ -103,14 +104,13 @@ def merge(
 
 def _on_base(hub: Hub, base: object, names: Sequence[str]) -> tuple[list[Modifications], BaseWeight]:
     """The adapters checked against the base, and where its weights are. Raises IncompatibleBase."""
-    from adapterhub import bases
     from adapterhub.bases.fingerprint import fingerprint
 
     if isinstance(base, nn.Module):
         model, print_of_base = base, fingerprint(base)
     else:
-        resolved = bases.resolve(base)
-        model, print_of_base = bases.load_model(resolved, "float32"), fingerprint(resolved)
+        resolved = resolution.resolve(base)
+        model, print_of_base = loading.load_model(resolved, "float32"), fingerprint(resolved)
     at = {site.path: site for site in sites(model)}
 
     def weight_at(path: str) -> tuple[Tensor | None, Tensor | None]:

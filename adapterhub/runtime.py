@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from adapterhub.adapters.fit import check_fit
 from adapterhub.adapters.names import named_tensors
 from adapterhub.attach import Attachment
+from adapterhub.bases import loading, resolution
+from adapterhub.bases.device import precision
 from adapterhub.compose import pin
 from adapterhub.data.batches import pad_left, pad_token
 from adapterhub.data.context import Context
 from adapterhub.data.encoding import opened
-from adapterhub.device import precision
 from adapterhub.ensemble import repeated
 from adapterhub.errors import NotFoldable, UsageError
 from adapterhub.fold import fold
@@ -55,17 +56,16 @@ def load(
     is frozen (then dtype and device are its own). dtype: as in `train`. force loads adapters that were made for another base.
 
     Raises NotFound, IncompatibleBase, ExpressionError, PluginError; UsageError for a trainable that is not in it."""
-    from adapterhub import bases
     from adapterhub.bases.fingerprint import fingerprint
 
     if isinstance(base, nn.Module):
         model, print_of_base = base.requires_grad_(False), fingerprint(base)
         origin = base.config.name_or_path
-        tokenizer = bases.load_tokenizer(bases.ResolvedBase(origin, Path(origin))) if origin else None
+        tokenizer = loading.load_tokenizer(resolution.ResolvedBase(origin, Path(origin))) if origin else None
     else:
-        resolved = bases.resolve(base)
-        model = bases.load_model(resolved, "auto" if dtype == "stored" else precision(dtype, device), device)
-        tokenizer, print_of_base = bases.load_tokenizer(resolved), fingerprint(resolved)
+        resolved = resolution.resolve(base)
+        model = loading.load_model(resolved, "auto" if dtype == "stored" else precision(dtype, device), device)
+        tokenizer, print_of_base = loading.load_tokenizer(resolved), fingerprint(resolved)
     loaded = Model(model, tokenizer, hub=hub, fingerprint=print_of_base, force=force)
     loaded.use(expression, trainable)
     return loaded

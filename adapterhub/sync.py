@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterhub import plugins
-from adapterhub.compose import base_difference
+from adapterhub.bases.agreement import base_difference
 from adapterhub.config import lock as locks
 from adapterhub.config import project as projects
 from adapterhub.config import user

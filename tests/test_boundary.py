@@ -8,6 +8,7 @@ import torch
 
 import adapterhub
 from adapterhub import plugins
+from adapterhub.bases import resolution
 from adapterhub.errors import HubError, PluginError, UsageError
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.contracts import make
@@ -316,11 +317,10 @@ def test_a_verifier(installed):
     "return open('/nowhere/at-all')": "FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/at-all'",
 }.items())  # fmt: skip
 def test_a_base(installed, body, says):
-    from adapterhub import bases
 
     installed(f"class Acme:\n    note = ''\n    def folder(self): {body}", bases="acme = Acme")
     with pytest.raises(PluginError) as caught:
-        bases.resolve("acme")
+        resolution.resolve("acme")
     assert str(caught.value) == f"adapterhub-acme 0.1: base acme, folder: {says}"
 
 

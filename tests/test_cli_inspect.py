@@ -304,7 +304,7 @@ def test_columns_of_a_fused_projection_are_held_against_their_own_part(tmp_path,
 def test_another_base_is_refused_before_its_weights_are_read(run, hub, tiny_saved, tiny_model, tmp_path, monkeypatch):
     other = tiny_saved(tmp_path / "other", tiny_model(seed=5))
     with monkeypatch.context() as patched:
-        patched.setattr("adapterhub.bases.load_model", lambda *_: pytest.fail("the weights were loaded"))
+        patched.setattr("adapterhub.bases.loading.load_model", lambda *_: pytest.fail("the weights were loaded"))
         status, out, err = run("inspect me/low-rank --base", other)
     assert (status, out) == (1, "") and "another model" in err
     with warnings.catch_warnings(record=True) as caught:
@@ -372,7 +372,7 @@ def really(hub, expression, base):
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_the_verdicts_are_what_happens(expression, hub, base, monkeypatch):
     runs, folds = really(hub, expression, base)
-    monkeypatch.setattr("adapterhub.bases.load_model", lambda *_: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr("adapterhub.bases.loading.load_model", lambda *_: pytest.fail("the weights were loaded"))
     told = hub.explain(expression, base)
     assert told["runs"] is runs, told
     assert bool(told["next"])

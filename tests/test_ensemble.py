@@ -6,8 +6,8 @@ import torch
 import adapterhub
 from adapterhub import Model
 from adapterhub.adapters.publish import publish_tensors
-from adapterhub.bases import resolve
 from adapterhub.bases.fingerprint import fingerprint
+from adapterhub.bases.resolution import resolve
 from adapterhub.errors import BatchError, ExpressionError, NotFoldable, UsageError
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix

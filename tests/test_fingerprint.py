@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from adapterhub.bases import ResolvedBase, load_model, resolve
 from adapterhub.bases.compare import compare_sketches, one_thread
 from adapterhub.bases.fingerprint import BaseWarning, Fingerprint, check_base, compare, fingerprint
+from adapterhub.bases.loading import load_model
+from adapterhub.bases.resolution import ResolvedBase, resolve
 from adapterhub.errors import IncompatibleBase, IntegrityError, UnsafeFile
 from adapterhub.spec.digest import digest_of
 

@@ -7,8 +7,8 @@ import torch
 import adapterhub
 from adapterhub import Model, Step
 from adapterhub.adapters.publish import publish_tensors
-from adapterhub.bases import resolve
 from adapterhub.bases.fingerprint import fingerprint
+from adapterhub.bases.resolution import resolve
 from adapterhub.errors import IncompatibleBase, NotFoldable, UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.bottleneck import Bottleneck

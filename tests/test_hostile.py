@@ -20,8 +20,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 import adapterhub
-from adapterhub import bases
 from adapterhub.adapters import scan
+from adapterhub.bases import loading, resolution
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, ManifestError, ScanWarning, UnsafeFile
@@ -108,7 +108,7 @@ def test_D9_changes_far_larger_than_the_base_are_told_or_refused(scale, outcome,
 
 def test_D9_the_estimate_is_that_of_the_whole_weights(tiny_folder):
     """Against the norms of the loaded base, within the sampling error of four rows."""
-    model = bases.load_model(bases.resolve(tiny_folder))
+    model = loading.load_model(resolution.resolve(tiny_folder))
     torch.manual_seed(0)
     there = [site for site in sites(model) if site.role in ("query", "ffn_down")]
     for site in there:

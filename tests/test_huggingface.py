@@ -16,8 +16,8 @@ from huggingface_hub import HfApi, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import adapterhub
-from adapterhub import bases
 from adapterhub.adapters.publish import publish_tensors
+from adapterhub.bases import loading, resolution
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, UnsafeFile, UsageError
@@ -57,7 +57,7 @@ def bob(tmp_path):
 def publish(hub, base, name, form=LowRank, seed=0, **more):
     torch.manual_seed(seed)
     record, sketch = fingerprint(base)
-    there = sites(bases.load_model(bases.resolve(base)))
+    there = sites(loading.load_model(resolution.resolve(base)))
     parts = {site.path: [form.random(site)] for site in there if site.role in ("query", "ffn_down")}
     return publish_tensors(hub, parts, name=name, base=record, sketch=sketch, **more)
 
@@ -73,10 +73,10 @@ def test_round_trip_and_plain_peft_reads_it(server, alice, bob, tiny_folder, tmp
     assert set(server.repos["acme/sql"].tags) == {"v0.1.0"}
 
     folder = snapshot_download("acme/sql", revision="v0.1.0", endpoint=server.origin, cache_dir=tmp_path / "theirs")
-    theirs = PeftModel.from_pretrained(bases.load_model(bases.resolve(tiny_folder)), folder).eval()
+    theirs = PeftModel.from_pretrained(loading.load_model(resolution.resolve(tiny_folder)), folder).eval()
     with torch.no_grad():
         wanted = alice.load(tiny_folder, "acme/sql")(input_ids=IDS).logits
-        given, plain = theirs(IDS).logits, bases.load_model(bases.resolve(tiny_folder))(IDS).logits
+        given, plain = theirs(IDS).logits, loading.load_model(resolution.resolve(tiny_folder))(IDS).logits
     assert (wanted - given).abs().max() < 1e-5 * wanted.abs().max() and (wanted - plain).abs().max() > 1e-2
 
     assert bob.install("hf:acme/sql") == [release]
@@ -232,7 +232,7 @@ def test_what_a_user_wrote_into_the_card_stays(server, alice, tiny_folder):
 def test_plain_peft_repos_install_as_they_are(server, bob, tiny_folder, tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(
-        bases.load_model(bases.resolve(tiny_folder)),
+        loading.load_model(resolution.resolve(tiny_folder)),
         LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
     )
     model.peft_config["default"].base_model_name_or_path = str(tiny_folder)

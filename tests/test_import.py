@@ -10,9 +10,9 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import adapterhub
-from adapterhub import bases
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.bases import fingerprint as fingerprints
+from adapterhub.bases import loading
 from adapterhub.errors import (
     HubError,
     IncompatibleBase,
@@ -104,9 +104,9 @@ def test_half_precision_is_kept(hub, folder):
 def test_the_sites_need_no_weights_of_the_base(hub, folder, monkeypatch):
     """They come from the config alone: every parameter of the skeleton is on the meta device."""
     seen = []
-    real = bases.skeleton
-    monkeypatch.setattr(bases, "skeleton", lambda resolved: seen.append(real(resolved)) or seen[-1])
-    monkeypatch.setattr(bases, "load_model", None)
+    real = loading.skeleton
+    monkeypatch.setattr(loading, "skeleton", lambda resolved: seen.append(real(resolved)) or seen[-1])
+    monkeypatch.setattr(loading, "load_model", None)
     hub.import_adapter(folder, name="me/x")
     assert {p.device.type for p in seen[0].parameters()} == {"meta"}
 

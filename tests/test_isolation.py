@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import adapterhub
-from adapterhub import bases
+from adapterhub.bases import resolution
 from adapterhub.config import user as settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,8 +22,9 @@ import pytest
 PROBE = """
 import json, os
 import adapterhub
-from adapterhub import bases, project, settings
-print(json.dumps([str(adapterhub.open().root), str(settings.config_folder()), str(bases.cache_folder()), str(project.nearest()),
+from adapterhub.bases import resolution
+from adapterhub.config import project, user
+print(json.dumps([str(adapterhub.open().root), str(user.config_folder()), str(resolution.cache_folder()), str(project.nearest()),
     os.path.expanduser("~"), os.environ.get("NO_COLOR"), os.environ.get("HF_TOKEN"), os.environ.get("ADAPTERHUB_TOKEN")]))
 """
 
@@ -108,4 +109,4 @@ def test_a_hub_that_every_test_would_find_is_refused(clone, tmp_path):
 def test_here_too():
     assert all(not Path(path).is_relative_to(ROOT) for path in (os.getcwd(), adapterhub.open().root))
     assert settings.config_folder().parent == adapterhub.open().root.parent == Path.cwd().parent
-    assert not bases.cache_folder().is_relative_to(ROOT) and "NO_COLOR" not in os.environ
+    assert not resolution.cache_folder().is_relative_to(ROOT) and "NO_COLOR" not in os.environ

@@ -12,6 +12,7 @@ import pytest
 from crashed import TENSORS, large, publish
 
 import adapterhub
+from adapterhub.bases import resolution
 from adapterhub.cli.app import execute
 from adapterhub.compose import read as read_expression
 from adapterhub.config import lock as locks
@@ -374,11 +375,10 @@ def test_no_project_is_told(tmp_path, monkeypatch):
 
 
 def test_bases_have_the_names_that_the_project_gives_them(tmp_path, tiny_folder, monkeypatch):
-    from adapterhub import bases
 
     (tmp_path / "adapterhub.toml").write_text(f'[bases]\nbase = "{tiny_folder}"\n')
     monkeypatch.chdir(tmp_path)
-    assert bases.resolve("base").folder == tiny_folder.resolve()
+    assert resolution.resolve("base").folder == tiny_folder.resolve()
 
 
 def test_a_stack_runs_as_its_pinned_expression(tmp_path, tiny_folder, monkeypatch):

@@ -8,8 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import adapterhub
-from adapterhub import bases
 from adapterhub.adapters.publish import publish_tensors
+from adapterhub.bases import loading, resolution
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import IncompatibleBase, NotFound, UsageError
 from adapterhub.formats.peft import TENSORS
@@ -47,17 +47,17 @@ def publish(hub, base, parts, name="me/x"):
 def random(form, path, base, seed=0):
     """One of the form for the site."""
     torch.manual_seed(seed)
-    site = next(site for site in sites(bases.load_model(bases.resolve(base))) if site.path == path)
+    site = next(site for site in sites(loading.load_model(resolution.resolve(base))) if site.path == path)
     return form.random(site)
 
 
 def same(hub, base, folder, reference="me/x"):
     """Whether PEFT gives with the exported files what we give; their type."""
     hub.export(reference, folder, base=base)
-    theirs = PeftModel.from_pretrained(bases.load_model(bases.resolve(base)), folder).eval()
+    theirs = PeftModel.from_pretrained(loading.load_model(resolution.resolve(base)), folder).eval()
     with torch.no_grad():
         ours, wanted = hub.load(base, reference, device="cpu")(input_ids=IDS).logits, theirs(IDS).logits
-        plain = bases.load_model(bases.resolve(base))(IDS).logits
+        plain = loading.load_model(resolution.resolve(base))(IDS).logits
     largest = wanted.abs().max()
     assert (ours - plain).abs().max() > 1e-3 * largest and (ours - wanted).abs().max() < 1e-5 * largest
     return json.loads((folder / CONFIG).read_text())

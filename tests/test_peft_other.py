@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 import adapterhub
-from adapterhub import bases
 from adapterhub.adapters.adapter import Adapter
+from adapterhub.bases import loading, resolution
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, ManifestError
 from adapterhub.formats.peft import TENSORS
 from adapterhub.formats.peft_lora import PREFIX
@@ -260,8 +260,8 @@ def test_a_base_without_the_head_says_what_to_do(tmp_path, hub):
 def test_a_base_is_of_the_class_that_its_config_names(name, kind, tmp_path):
     model = tiny(name, kind=kind)
     model.save_pretrained(tmp_path)
-    resolved = bases.resolve(tmp_path)
-    loaded, bare = bases.load_model(resolved), bases.skeleton(resolved)
+    resolved = resolution.resolve(tmp_path)
+    loaded, bare = loading.load_model(resolved), loading.skeleton(resolved)
     assert type(loaded) is type(bare) is type(model)
     with torch.no_grad():
         given = inputs(model, list(IDS))
@@ -270,7 +270,7 @@ def test_a_base_is_of_the_class_that_its_config_names(name, kind, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["Evil"]}))
     if isinstance(model, BertModel):  # without a name we know it is the causal language model, which this is not
         with pytest.raises(IntegrityError, match="lacks weights"):
-            bases.load_model(resolved)
+            loading.load_model(resolved)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ def test_a_norm_whose_gain_was_zero(tmp_path, hub, tiny_model, tiny_saved):
 
     rewrite(tmp_path / "x", spare)
     hub.import_adapter(tmp_path / "x", name="me/x", base=base)
-    theirs = peft.PeftModel.from_pretrained(bases.load_model(bases.resolve(base)), tmp_path / "x").eval()
+    theirs = peft.PeftModel.from_pretrained(loading.load_model(resolution.resolve(base)), tmp_path / "x").eval()
     with torch.no_grad():
         assert apart(logits(hub, base, "me/x"), theirs(IDS).logits) < 1e-5
 

@@ -8,6 +8,7 @@ from float64 import in_float64
 
 from adapterhub import plugins
 from adapterhub.attach import Attachment
+from adapterhub.bases import loading, resolution
 from adapterhub.forms.composers import Mix, Scaled, Stack
 from adapterhub.forms.prefix import Prefix
 from adapterhub.plan import stacked
@@ -125,9 +126,8 @@ def test_sdpa_in_bfloat16(name, device):
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_smollm2(device, dtype, tolerance):
-    from adapterhub import bases
 
-    model = bases.load_model(bases.resolve("smollm2"), dtype, device)
+    model = loading.load_model(resolution.resolve("smollm2"), dtype, device)
     model = in_float64(model) if dtype == torch.float64 else model
     among = [site for site in sites(model) if site.layer in (0, 14, 29) and site.role not in ("block", "norm")]
     hold(model, tolerance, strength=0.05, among=among, vocabulary=40_000)

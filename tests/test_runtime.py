@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import adapterhub
 from adapterhub import plugins
 from adapterhub.adapters.publish import publish_tensors
-from adapterhub.bases import resolve
 from adapterhub.bases.fingerprint import BaseWarning, fingerprint
+from adapterhub.bases.resolution import resolve
 from adapterhub.errors import (
     BatchError,
     HubError,

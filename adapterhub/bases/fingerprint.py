@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterhub import plugins
-from adapterhub.bases import ResolvedBase, load_model, quantised, sketch
+from adapterhub.bases import sketch
 from adapterhub.bases.compare import Verdict, compare_sketches
+from adapterhub.bases.loading import load_model
+from adapterhub.bases.resolution import ResolvedBase, quantised
 from adapterhub.bases.tokenizer import tokenizer_digest
 from adapterhub.errors import IncompatibleBase, IntegrityError
 from adapterhub.files.bounded import read_json

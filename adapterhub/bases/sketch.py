@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from adapterhub.bases import cache_folder, weight_files
+from adapterhub.bases.resolution import cache_folder, weight_files
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, UnsafeFile
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_json

@@ -16,7 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub.bases import _quiet, cache_folder
+from adapterhub.bases.loading import _quiet
+from adapterhub.bases.resolution import cache_folder
 from adapterhub.errors import IntegrityError, NotFound
 from adapterhub.files import durable
 

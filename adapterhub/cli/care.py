@@ -143,7 +143,7 @@ def room() -> str:
     import shutil
 
     from adapterhub import care
-    from adapterhub.bases import cache_folder
+    from adapterhub.bases.resolution import cache_folder
 
     told = ["nothing was changed"]
     with suppress(HubError, OSError):
@@ -178,7 +178,7 @@ def cache(
     Example:
       adapterhub cache --clean
     """
-    from adapterhub.bases import cache_folder
+    from adapterhub.bases.resolution import cache_folder
     from adapterhub.care import clean_cache
 
     folder = cache_folder()
@@ -199,7 +199,7 @@ def dirs(as_json: Json = False) -> None:
     Example:
       adapterhub dirs
     """
-    from adapterhub.bases import cache_folder
+    from adapterhub.bases.resolution import cache_folder
     from adapterhub.config.user import config_folder
 
     found = {"hub": str(adapterhub.open().root), "config": str(config_folder()), "cache": str(cache_folder())}

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import adapterhub
+from adapterhub.bases import resolution
 from adapterhub.cli.output import Json, json_out, note, out, record, size, table
 from adapterhub.errors import UsageError
 
@@ -269,7 +270,6 @@ def _structure(hub: adapterhub.Hub, base: str) -> str:
     try:
         return hub.resolve(base).manifest.base.structure
     except (NotFound, Wrong):
-        from adapterhub import bases
         from adapterhub.bases.fingerprint import fingerprint
 
-        return fingerprint(bases.resolve(base)).base.structure
+        return fingerprint(resolution.resolve(base)).base.structure

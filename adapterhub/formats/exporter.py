@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub import bases
 from adapterhub.adapters.adapter import Adapter
+from adapterhub.bases import resolution
 from adapterhub.bases.fingerprint import check_base
 from adapterhub.compose import expand
 from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
@@ -76,7 +76,7 @@ def _finder(hub: Hub, release: Release, base: str | Path | None) -> FindBase:
 
     def find(why: str) -> BaseModel:
         try:
-            resolved = bases.resolve(base or record.name)
+            resolved = resolution.resolve(base or record.name)
         except HubError as error:
             raise NotFound(f"{why}, and the base model is not at hand: {error}", "give it: --base PATH") from None
         try:

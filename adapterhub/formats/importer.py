@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedModel
 
-from adapterhub import bases
 from adapterhub.adapters import scan
 from adapterhub.adapters.fit import check_fit, require_effect
 from adapterhub.adapters.publish import publish_tensors
+from adapterhub.bases import resolution
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, NotFound, UsageError
 from adapterhub.files import durable
@@ -94,7 +94,7 @@ def _require_peft(folder: Path) -> None:
     raise NotFound(f"{folder} holds no {CONFIG}", "give the folder that PEFT's save_pretrained wrote")
 
 
-def _base(folder: Path, given: object, named: str | None) -> bases.ResolvedBase | PreTrainedModel:
+def _base(folder: Path, given: object, named: str | None) -> resolution.ResolvedBase | PreTrainedModel:
     if isinstance(given, PreTrainedModel):
         return given
     if isinstance(given, nn.Module):
@@ -103,13 +103,13 @@ def _base(folder: Path, given: object, named: str | None) -> bases.ResolvedBase 
             f"{what} is not a plain transformers model", "give the model that it was made of, or its folder"
         )
     if given is not None:
-        return bases.resolve(given)
+        return resolution.resolve(given)
     if not named:
         raise NotFound(
             f"{folder.name} does not name its base model", "say which: --base PATH, a repo id or a known name"
         )
     try:
-        return bases.resolve(named)
+        return resolution.resolve(named)
     except (HubError, OSError, RuntimeError, ValueError) as error:  # the last three: a text that is no path at all
         raise (type(error) if isinstance(error, HubError) else NotFound)(
             f"{folder.name} was made for the base model {ascii(named)[:100]}, which cannot be had: {error}"[:500],

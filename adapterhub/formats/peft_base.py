@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from adapterhub import bases
 from adapterhub.attention import OURS
+from adapterhub.bases import loading, resolution
 from adapterhub.errors import IncompatibleBase
 from adapterhub.sites import Site, sites
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseModel:
-    source: bases.ResolvedBase | PreTrainedModel
+    source: resolution.ResolvedBase | PreTrainedModel
     """A loaded model stays as it is: what is changed is a copy."""
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
         """On the meta device: widths and names, no weights."""
-        if isinstance(self.source, bases.ResolvedBase):
-            return bases.skeleton(self.source)
+        if isinstance(self.source, resolution.ResolvedBase):
+            return loading.skeleton(self.source)
         config = copy.deepcopy(self.source.config)
         named = {
             ours: kernel for kernel, ours in OURS.items()
@@ -45,8 +45,8 @@ class BaseModel:
 
     def load(self) -> PreTrainedModel:
         """Anew, in float32 on the CPU. Raises IncompatibleBase for a loaded model that holds other tensors than its class."""
-        if isinstance(self.source, bases.ResolvedBase):
-            return bases.load_model(self.source)
+        if isinstance(self.source, resolution.ResolvedBase):
+            return loading.load_model(self.source)
         made = copy.deepcopy(self.skeleton).to_empty(device="cpu")
         new, given = _tensors(made), _tensors(self.source)
         if unlike := sorted(k for k in new.keys() | given.keys() if _shape(new.get(k)) != _shape(given.get(k))):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterhub import bases
+from adapterhub.bases import resolution
 from adapterhub.errors import HubError, IntegrityError, ManifestError
 from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import AGAIN, CONFIG, Config, warn_unknown
@@ -200,6 +200,6 @@ def peft_errors(
             raise
         except Exception as error:
             raise HubError(
-                f"PEFT does not take {label}: {type(error).__name__}: {ascii(bases.first_line(error))[:200]}",
+                f"PEFT does not take {label}: {type(error).__name__}: {ascii(resolution.first_line(error))[:200]}",
                 hint,
             ) from None

@@ -9,7 +9,8 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from adapterhub import plugins
-from adapterhub.compose import common_base, expand, read
+from adapterhub.bases.agreement import common_base
+from adapterhub.compose import expand, read
 from adapterhub.errors import HubError
 from adapterhub.index import kind
 from adapterhub.look.checkup import needs

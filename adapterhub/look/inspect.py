@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.adapters.changes import change_of
+from adapterhub.bases import loading, resolution
 from adapterhub.errors import NotFoldable
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.modification import Modification
@@ -52,16 +53,15 @@ def inspect(hub: Hub, ref: str, base: object = None, force: bool = False) -> dic
 
 def _on_base(hub: Hub, release: Release, base: object, force: bool) -> tuple:
     """The adapter, checked against the base before its weights are loaded; the base's name, sites and model."""
-    from adapterhub import bases
     from adapterhub.bases.fingerprint import fingerprint
     from adapterhub.residents import Residents
     from adapterhub.sites import sites
 
-    resolved = bases.resolve(base)
-    bare = bases.skeleton(resolved)
+    resolved = resolution.resolve(base)
+    bare = loading.skeleton(resolved)
     here = sites(bare)
     parts = Residents(bare, here, hub, fingerprint(resolved), force).load(str(release))
-    return parts, resolved.name, {site.path: site for site in here}, bases.load_model(resolved, "auto")
+    return parts, resolved.name, {site.path: site for site in here}, loading.load_model(resolved, "auto")
 
 
 def _entry(path: str, part: Modification, site: Site | None, model: torch.nn.Module | None) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adapterhub import bases
 from adapterhub.adapters.fit import bind, check_fit
 from adapterhub.attach import Attachment
+from adapterhub.bases import loading, resolution
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, NotFoldable, PluginError
 from adapterhub.fold import fold
@@ -33,8 +33,8 @@ Loaded = dict[str, Modifications]
 
 def on_base(program: Program, loaded: Loaded, base: object) -> Iterator[Step]:
     try:
-        resolved = bases.resolve(base)
-        current, model = fingerprint(resolved), bases.skeleton(resolved)
+        resolved = resolution.resolve(base)
+        current, model = fingerprint(resolved), loading.skeleton(resolved)
     except HubError as error:
         yield problem("base", error)
         return
@@ -60,7 +60,7 @@ def on_base(program: Program, loaded: Loaded, base: object) -> Iterator[Step]:
         folding = Step("folding", "note", ENSEMBLE)
         if not isinstance(program.node, Ensemble):
             folding = _folded(model, bare(program.node))
-            if folding.state == "ok" and (how := bases.quantised(resolved.folder)):
+            if folding.state == "ok" and (how := resolution.quantised(resolved.folder)):
                 said = f"it folds where layers keep plain weights, and {resolved.name} is quantised ({how})"
                 folding = Step("folding", "note", said, hint="fold it into the unquantised base")
     except HubError as error:
@@ -107,7 +107,7 @@ def _rehearsed(model: PreTrainedModel, plan: Plan) -> Step:
         given = _given(model)
         model(**given)
     except Exception as error:  # some models look at the numbers of their masks
-        return Step("rehearsal", "note", f"this base does not run without its weights: {bases.first_line(error)}")
+        return Step("rehearsal", "note", f"this base does not run without its weights: {resolution.first_line(error)}")
     attachment = Attachment.of(model)
     try:
         with attachment.running(plan):
@@ -115,7 +115,7 @@ def _rehearsed(model: PreTrainedModel, plan: Plan) -> Step:
     except Exception as error:
         if isinstance(error, HubError) and not _looked(error):
             raise
-        return Step("rehearsal", "note", f"it does not run without numbers: {bases.first_line(error)}")
+        return Step("rehearsal", "note", f"it does not run without numbers: {resolution.first_line(error)}")
     finally:
         attachment.detach()
     return Step("rehearsal", "ok", "a forward pass on the base's skeleton (shapes only) goes through")
@@ -151,5 +151,5 @@ def _folded(model: PreTrainedModel, parts: Modifications) -> Step:
     except Exception as error:
         if isinstance(error, HubError) and not _looked(error):
             raise
-        return Step("folding", "note", f"whether it folds is not told without numbers: {bases.first_line(error)}")
+        return Step("folding", "note", f"whether it folds is not told without numbers: {resolution.first_line(error)}")
     return Step("folding", "ok", "it folds: model.fold()")

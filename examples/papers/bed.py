@@ -87,7 +87,7 @@ def weights(folder: Path) -> str:
 
 def _cached(name: str, steps: int, width: int, peak: float, seed: int) -> Path:
     """The model's folder, from the user's cache or made now. It says which model it is."""
-    from adapterhub.bases import cache_folder
+    from adapterhub.bases.resolution import cache_folder
     from adapterhub.files import durable
 
     key = hashlib.sha256(f"{recipe()} {made_with()}".encode()).hexdigest()[:8]

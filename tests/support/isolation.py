@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from adapterhub.bases import cache_folder
+from adapterhub.bases.resolution import cache_folder
 from adapterhub.bases.smollm2 import FOLDER
 from adapterhub.config.folders import home
 from adapterhub.config.project import FILE

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adapterhub.kinds.schedule import ParameterSchedule
     from adapterhub.kinds.training import Moment, Setting
     from adapterhub.kinds.verifier import Verdict, Verifier
-    from adapterhub.runtime import Model
+    from adapterhub.runtime.model import Model
     from adapterhub.sites import Site, Tap
 
 _LAZY = {

@@ -17,11 +17,11 @@ from adapterhub.data import read as read_rows
 from adapterhub.data.batches import collate, pad_left, pad_token
 from adapterhub.data.encoding import Example, check_vocabulary, encode, tokens
 from adapterhub.errors import DataError, UsageError
-from adapterhub.scoring import label_scores, token_losses
+from adapterhub.runtime.scoring import label_scores, token_losses
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
-    from adapterhub.runtime import Model
+    from adapterhub.runtime.model import Model
 
 METRICS = ("loss", "exact", "label")
 MOST_LABELS = 50
@@ -69,7 +69,7 @@ def evaluate(
     read = read.first(limit)
     wanted, labels = _plan(read, metrics, labels)
     if model is None:
-        from adapterhub.runtime import load
+        from adapterhub.runtime.model import load
 
         model, expression = load(hub, base, expression, dtype=dtype, device=device, force=force), None
     examples, cut = encode(read, model.tokenizer, max_length)

@@ -16,7 +16,7 @@ from adapterhub.spec.manifest import Release
 from adapterhub.store import DATABASE, Store
 
 if TYPE_CHECKING:
-    from adapterhub.runtime import Model
+    from adapterhub.runtime.model import Model
 
 
 def open(path: str | Path | None = None, create: bool = False, database: str | None = None) -> Hub:
@@ -202,7 +202,7 @@ class Hub(Packages):
         force: bool = False,
     ) -> Model:
         """A base model with a composition on it, to run or to train. See adapterhub.runtime.load."""
-        from adapterhub.runtime import load
+        from adapterhub.runtime.model import load
 
         return load(self, base, expression, dtype=dtype, device=device, trainable=trainable, force=force)
 

@@ -26,7 +26,7 @@ from adapterhub.kinds.contracts import make
 from adapterhub.kinds.form_contracts import call
 from adapterhub.kinds.merger import Merger
 from adapterhub.kinds.modification import Modification, Modifications
-from adapterhub.residents import Residents
+from adapterhub.runtime.residents import Residents
 from adapterhub.sites import sites
 from adapterhub.sites.weights import values
 from adapterhub.spec.manifest import Parent, Release

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapterhub.data import Data
 from adapterhub.evaluate import evaluate
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.start import Start
 from adapterhub.trainer import Schedule

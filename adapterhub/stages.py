@@ -22,7 +22,7 @@ from adapterhub.ingredients import Ingredients
 from adapterhub.kinds.method import Given, Measurement, Parts, Stage, require_plain
 from adapterhub.kinds.training import Setting
 from adapterhub.learner import Learner
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.tensors.file import dump, load
 from adapterhub.trainer import Schedule, fit

@@ -15,8 +15,8 @@ from adapterhub.errors import UsageError
 from adapterhub.kinds.contracts import make
 from adapterhub.kinds.method import Given, Method, Parts, Stage
 from adapterhub.kinds.modification import Modifications
-from adapterhub.plan import gated
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
+from adapterhub.runtime.plan import gated
 from adapterhub.spec.expression import references
 from adapterhub.spec.manifest import Made, Parent, Release
 from adapterhub.spec.parser import parse

@@ -31,7 +31,7 @@ from adapterhub.kinds.recipe import Recipe
 from adapterhub.kinds.training import Setting
 from adapterhub.names import check_new
 from adapterhub.record import measured_on, metrics_of, recipe_of, told
-from adapterhub.runtime import Model, load
+from adapterhub.runtime.model import Model, load
 from adapterhub.spec import claims
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Made, Release

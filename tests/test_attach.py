@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 
-from adapterhub.attach import Attachment
 from adapterhub.errors import BatchError, UsageError
-from adapterhub.fold import fold
 from adapterhub.forms.composers import Mix, Scaled, Stack
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.modification import Modification, Step
-from adapterhub.plan import build
-from adapterhub.runtime import Model
+from adapterhub.runtime.attachment import Attachment
+from adapterhub.runtime.fold import fold
+from adapterhub.runtime.model import Model
+from adapterhub.runtime.plan import build
 from adapterhub.testing.bed import random_adapter, tiny_llama
 
 IDS = torch.arange(3, 21).reshape(2, 9)

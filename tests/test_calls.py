@@ -16,13 +16,13 @@ from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OP
 import adapterhub
 from adapterhub import plugins
 from adapterhub.adapters.publish import publish_tensors
-from adapterhub.attach import Attachment
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import BatchError, UnsafeFile
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.runtime import Model
+from adapterhub.runtime.attachment import Attachment
+from adapterhub.runtime.model import Model
 from adapterhub.sites import select, sites
 from adapterhub.testing.families import tiny
 

@@ -10,7 +10,7 @@ from adapterhub.data.context import Context
 from adapterhub.data.encoding import Example
 from adapterhub.errors import BatchError, ContextWarning, HubError, UsageError
 from adapterhub.forms.prefix import Prefix
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 from adapterhub.sites import sites
 
 WIDE = {"vocab_size": 99}

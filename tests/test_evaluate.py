@@ -13,8 +13,8 @@ from adapterhub.errors import DataError, UsageError
 from adapterhub.evaluate import evaluate, paired, wilson
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.modification import Modification
-from adapterhub.runtime import Model
-from adapterhub.scoring import label_scores
+from adapterhub.runtime.model import Model
+from adapterhub.runtime.scoring import label_scores
 
 ROWS = [
     ("Is 2 even? ", "yes"),

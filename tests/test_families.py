@@ -11,14 +11,14 @@ from adapterhub import plugins
 from adapterhub.adapters.fit import as_parameters, bind
 from adapterhub.adapters.names import named_tensors
 from adapterhub.adapters.publish import publish_tensors
-from adapterhub.attach import Attachment
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import BatchError
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
-from adapterhub.plan import stacked
-from adapterhub.runtime import Model
+from adapterhub.runtime.attachment import Attachment
+from adapterhub.runtime.model import Model
+from adapterhub.runtime.plan import stacked
 from adapterhub.sites import select, sites
 from adapterhub.testing.bed import alone, decoded, distance, plan, random_adapter
 from adapterhub.testing.families import inputs, padded, tiny

@@ -10,7 +10,6 @@ import torch
 from adapterhub import plugins
 from adapterhub.adapters.adapter import modifications_of
 from adapterhub.adapters.fit import check_fit
-from adapterhub.attach import Attachment
 from adapterhub.errors import IncompatibleBase, IntegrityError, NotFoldable, PluginError, UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.bottleneck import Bottleneck
@@ -23,6 +22,7 @@ from adapterhub.forms.sparse import Sparse
 from adapterhub.kinds.modification import Step
 from adapterhub.methods.bottleneck import BottleneckAdapter
 from adapterhub.methods.lora import LoRA
+from adapterhub.runtime.attachment import Attachment
 from adapterhub.sites import Columns, Heads, Site
 from adapterhub.testing.bed import alone
 from adapterhub.testing.families import tiny

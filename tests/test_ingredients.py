@@ -17,7 +17,7 @@ from adapterhub.errors import PluginError, UsageError
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.ingredients import LeftOut
 from adapterhub.methods.lora import LoRA
-from adapterhub.scoring import token_losses
+from adapterhub.runtime.scoring import token_losses
 from adapterhub.sites import select
 
 ROWS = [{"prompt": f"Is {i} even? ", "completion": "no" if i % 2 else "yes"} for i in range(12)]

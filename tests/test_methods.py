@@ -12,7 +12,7 @@ from adapterhub import plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.cli.app import execute
 from adapterhub.errors import UsageError
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 from adapterhub.sites import sites
 from adapterhub.testing.bed import distance, tiny_llama
 from adapterhub.testing.families import tiny

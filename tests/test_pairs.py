@@ -26,7 +26,7 @@ from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import HubError, NotFoldable, NotMergeable, UsageError
 from adapterhub.forms.gate import Gate
 from adapterhub.merge import merge
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 from adapterhub.spec.manifest import Made
 from adapterhub.spec.parser import parse
 from adapterhub.stages import attach, given, measure, trained

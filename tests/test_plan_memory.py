@@ -9,7 +9,7 @@ import torch
 import adapterhub
 from adapterhub.adapters.publish import publish_tensors
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 
 ROWS, ORDERS, RANK = 8, 40, 16
 IDS = torch.arange(3, 3 + 2 * ROWS).reshape(ROWS, 2)

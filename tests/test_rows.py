@@ -7,11 +7,11 @@ import torch
 from float64 import in_float64
 
 from adapterhub import plugins
-from adapterhub.attach import Attachment
 from adapterhub.bases import loading, resolution
 from adapterhub.forms.composers import Mix, Scaled, Stack
 from adapterhub.forms.prefix import Prefix
-from adapterhub.plan import stacked
+from adapterhub.runtime.attachment import Attachment
+from adapterhub.runtime.plan import stacked
 from adapterhub.sites import family, sites
 from adapterhub.testing.bed import alone, decoded, distance, logits, random_adapter
 from adapterhub.testing.families import FAMILIES, tiny

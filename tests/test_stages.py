@@ -17,7 +17,7 @@ from adapterhub.forms.affine import Affine
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.method import Measurement, Method, Stage
 from adapterhub.methods.lora import LoRA
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 from adapterhub.sites import select
 from adapterhub.stages import attach, given, planned
 from adapterhub.trainer import Schedule, _Watch

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from adapterhub.attach import Attachment
 from adapterhub.errors import BatchError, IncompatibleBase
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.modification import Modification
-from adapterhub.plan import stacked
+from adapterhub.runtime.attachment import Attachment
+from adapterhub.runtime.plan import stacked
 from adapterhub.sites import Tap, sites, tapped
 from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_llama
 from adapterhub.testing.families import inputs, tiny

@@ -31,7 +31,7 @@ from adapterhub.kinds.method import Stage
 from adapterhub.kinds.training import Setting
 from adapterhub.learner import Learner
 from adapterhub.methods.lora import LoRA
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 from adapterhub.train import DataWarning
 from adapterhub.trainer import Schedule, fit
 

@@ -18,7 +18,7 @@ from adapterhub.data.seeds import check_seed
 from adapterhub.errors import UsageError
 
 if TYPE_CHECKING:
-    from adapterhub.runtime import Model
+    from adapterhub.runtime.model import Model
 
 Expression = Annotated[
     str | None, typer.Argument(metavar="[EXPR]", help="For example 'me/a + 0.5*me/b'; left out: the bare base.")

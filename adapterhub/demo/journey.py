@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import adapterhub
 from adapterhub.hub import Hub
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 from adapterhub.spec.manifest import Release
 
 TASKS = {"sentiment": "Sentiment of reviews", "department": "Department of a diagnosis"}

@@ -17,7 +17,7 @@ from adapterhub.formats.peft_base import BaseModel
 from adapterhub.formats.peft_config import CONFIG
 from adapterhub.formats.peft_write import Files, FindBase, written
 from adapterhub.kinds.modification import Modifications
-from adapterhub.plan import assemble
+from adapterhub.runtime.plan import assemble
 from adapterhub.spec.expression import Ensemble, Ref, references
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference

@@ -20,7 +20,7 @@ from adapterhub.formats.peft_prompt import read_prompt
 from adapterhub.formats.peft_tuner import read_tuner
 from adapterhub.formats.peft_types import CACHES, PROMPTS
 from adapterhub.kinds.modification import Modifications
-from adapterhub.plan import stacked
+from adapterhub.runtime.plan import stacked
 from adapterhub.spec.manifest import Made
 from adapterhub.tensors.file import load
 

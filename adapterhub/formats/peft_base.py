@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from adapterhub.attention import OURS
 from adapterhub.bases import loading, resolution
 from adapterhub.errors import IncompatibleBase
+from adapterhub.runtime.attention import OURS
 from adapterhub.sites import Site, sites
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 from adapterhub.data.batches import collate
 from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 
 
 @dataclass(frozen=True)

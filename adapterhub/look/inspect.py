@@ -54,7 +54,7 @@ def inspect(hub: Hub, ref: str, base: object = None, force: bool = False) -> dic
 def _on_base(hub: Hub, release: Release, base: object, force: bool) -> tuple:
     """The adapter, checked against the base before its weights are loaded; the base's name, sites and model."""
     from adapterhub.bases.fingerprint import fingerprint
-    from adapterhub.residents import Residents
+    from adapterhub.runtime.residents import Residents
     from adapterhub.sites import sites
 
     resolved = resolution.resolve(base)

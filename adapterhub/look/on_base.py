@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from adapterhub.adapters.fit import bind, check_fit
-from adapterhub.attach import Attachment
 from adapterhub.bases import loading, resolution
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, NotFoldable, PluginError
-from adapterhub.fold import fold
-from adapterhub.forward import Plan
 from adapterhub.kinds.modification import Modifications
 from adapterhub.look.explain import Program, Step, problem
-from adapterhub.plan import assemble, batch
+from adapterhub.runtime.attachment import Attachment
+from adapterhub.runtime.fold import fold
+from adapterhub.runtime.forward import Plan
+from adapterhub.runtime.plan import assemble, batch
 from adapterhub.sites import Site, sites
 from adapterhub.spec.expression import Ensemble, Node
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from adapterhub.data.batches import IGNORE
 from adapterhub.kinds.objective import Objective
 from adapterhub.kinds.training import Moment
-from adapterhub.scoring import token_losses
+from adapterhub.runtime.scoring import token_losses
 
 
 class SFT(Objective):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from adapterhub.adapters.fit import bind
-from adapterhub.attach import Attachment, Plan
 from adapterhub.errors import IncompatibleBase
 from adapterhub.kinds.form_contracts import call
 from adapterhub.kinds.method import Method
 from adapterhub.kinds.modification import Modification, Modifications
-from adapterhub.plan import build, placed
+from adapterhub.runtime.attachment import Attachment, Plan
+from adapterhub.runtime.plan import build, placed
 from adapterhub.sites import Site, sites, tapped
 from adapterhub.testing.families import inputs, padded, tiny
 

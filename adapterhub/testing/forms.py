@@ -9,15 +9,15 @@ import torch
 from adapterhub.adapters.adapter import modifications_of
 from adapterhub.adapters.fit import bind, random_states
 from adapterhub.adapters.names import named_tensors
-from adapterhub.attach import Attachment
 from adapterhub.errors import NotFoldable
-from adapterhub.fold import fold as fold_into
 from adapterhub.forms.composers import Mix, Scaled, Stack, scaled
 from adapterhub.forms.route import Route
 from adapterhub.forms.route import rows as rows_of
 from adapterhub.kinds.form_contracts import call
 from adapterhub.kinds.modification import Modification, Modifications, Step
-from adapterhub.plan import placed, stacked
+from adapterhub.runtime.attachment import Attachment
+from adapterhub.runtime.fold import fold as fold_into
+from adapterhub.runtime.plan import placed, stacked
 from adapterhub.sites import Tap, sites
 from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_for
 from adapterhub.testing.widths import widths

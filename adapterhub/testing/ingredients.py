@@ -36,7 +36,7 @@ from adapterhub.learner import Learner
 from adapterhub.methods.bottleneck import BottleneckAdapter
 from adapterhub.methods.full import Full
 from adapterhub.methods.lora import LoRA
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 from adapterhub.stages import attach, given, planned, run
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
 from adapterhub.testing.generators import untouched

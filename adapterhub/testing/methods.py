@@ -28,8 +28,8 @@ from adapterhub.kinds.contracts import make
 from adapterhub.kinds.method import Method
 from adapterhub.kinds.modification import Modifications
 from adapterhub.kinds.training import Setting
-from adapterhub.plan import gated
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
+from adapterhub.runtime.plan import gated
 from adapterhub.stages import Planned, attach, given, measure, planned, run, trained
 from adapterhub.start import gating
 from adapterhub.testing.bed import distance, random_adapter, tiny_for, tiny_llama

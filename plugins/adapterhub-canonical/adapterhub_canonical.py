@@ -22,7 +22,7 @@ from adapterhub.data import read
 from adapterhub.data.batches import IGNORE, pad_token
 from adapterhub.data.encoding import encode
 from adapterhub.errors import IncompatibleBase, UsageError
-from adapterhub.scoring import token_losses
+from adapterhub.runtime.scoring import token_losses
 
 LOSSES = {
     "good": lambda good, bad: good,

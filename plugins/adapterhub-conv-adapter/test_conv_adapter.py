@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import adapterhub
 from adapterhub import Model, Site, Step, plugins
 from adapterhub.adapters.adapter import Adapter
-from adapterhub.attach import Attachment
 from adapterhub.errors import BatchError, IncompatibleBase, UsageError
+from adapterhub.runtime.attachment import Attachment
 from adapterhub.sites import select, sites
 from adapterhub.testing import check
 from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_llama

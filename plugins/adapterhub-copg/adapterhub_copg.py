@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from adapterhub import Moment, Objective, Setting
 from adapterhub.errors import UsageError
-from adapterhub.scoring import token_losses
+from adapterhub.runtime.scoring import token_losses
 
 
 def _copg(gap: Tensor, ratio: Tensor, beta: float) -> Tensor:

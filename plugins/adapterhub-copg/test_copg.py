@@ -13,8 +13,8 @@ import adapterhub
 from adapterhub import Setting, plugins
 from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
-from adapterhub.runtime import Model
-from adapterhub.scoring import label_scores, token_losses
+from adapterhub.runtime.model import Model
+from adapterhub.runtime.scoring import label_scores, token_losses
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama
 

@@ -15,7 +15,7 @@ from adapterhub import Given, Measurement, Method, Modification, Setting, Site, 
 from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.scoring import token_losses
+from adapterhub.runtime.scoring import token_losses
 from adapterhub.sites import select
 
 

@@ -12,8 +12,8 @@ from adapterhub import Given, Model, Setting, Step, plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
-from adapterhub.fold import fold
 from adapterhub.forms.low_rank import LowRank
+from adapterhub.runtime.fold import fold
 from adapterhub.sites import select, sites
 from adapterhub.tensors.file import load
 from adapterhub.testing import check

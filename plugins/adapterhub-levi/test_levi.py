@@ -12,10 +12,10 @@ import adapterhub
 from adapterhub import Step, plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.adapters.fit import check_fit
-from adapterhub.attach import Attachment
 from adapterhub.errors import BatchError, IncompatibleBase, UsageError
-from adapterhub.fold import fold
 from adapterhub.forms.low_rank import LowRank
+from adapterhub.runtime.attachment import Attachment
+from adapterhub.runtime.fold import fold
 from adapterhub.sites import Site, select, sites
 from adapterhub.testing import check
 from adapterhub.testing.bed import plan, random_adapter, tiny_llama

@@ -11,7 +11,7 @@ import adapterhub
 from adapterhub import Given, Step, plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.errors import UsageError
-from adapterhub.fold import fold
+from adapterhub.runtime.fold import fold
 from adapterhub.sites import select, sites
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapterhub.errors import HubError
 from adapterhub.formats.peft_tuner import built
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 from adapterhub.stages import attach, given, trained
 from adapterhub.testing.bed import tiny_llama
 

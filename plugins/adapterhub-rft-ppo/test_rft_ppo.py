@@ -15,7 +15,7 @@ from adapterhub.adapters.adapter import Adapter
 from adapterhub.data.encoding import Example
 from adapterhub.errors import HubError, NoEffect, UsageError
 from adapterhub.kinds.verifier import Verdict
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
 from adapterhub.trainer import _Watch

@@ -5,7 +5,7 @@ import pytest
 import torch
 from adapterhub_rft_ppo import gae, ppo_loss, sampled, whitened
 
-from adapterhub.runtime import Model
+from adapterhub.runtime.model import Model
 from adapterhub.testing.bed import tiny_llama
 
 

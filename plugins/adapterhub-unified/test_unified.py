@@ -14,10 +14,10 @@ from adapterhub import plugins
 from adapterhub.adapters.adapter import Adapter, modifications_of
 from adapterhub.adapters.fit import check_fit
 from adapterhub.adapters.names import named_tensors
-from adapterhub.attach import Attachment
 from adapterhub.errors import IncompatibleBase, NotFoldable, UsageError
-from adapterhub.fold import fold
-from adapterhub.plan import placed
+from adapterhub.runtime.attachment import Attachment
+from adapterhub.runtime.fold import fold
+from adapterhub.runtime.plan import placed
 from adapterhub.sites import select, sites
 from adapterhub.testing import check
 from adapterhub.testing.bed import alone, decoded, distance, logits, plan, random_adapter, tiny_llama

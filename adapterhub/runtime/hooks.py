@@ -17,9 +17,9 @@ from torch.nn.functional import embedding, linear
 from transformers.pytorch_utils import Conv1D
 
 from adapterhub.errors import BatchError, NotFoldable, PluginError
-from adapterhub.forward import Forward, current, plan_at
 from adapterhub.kinds.modification import Modification
 from adapterhub.plugins.boundary import guard
+from adapterhub.runtime.forward import Forward, current, plan_at
 from adapterhub.sites.weights import compute_dtype, matrix
 
 _BEFORE = "_adapterhub_before"

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from adapterhub.adapters.fit import check_range
-from adapterhub.attention import Memory, advances, memories
-from adapterhub.ensemble import Lanes
 from adapterhub.errors import UsageError
 from adapterhub.forms.composers import Inside, Mix, Scaled, Stack, scaled
 from adapterhub.forms.gate import Gate
 from adapterhub.forms.route import Route
 from adapterhub.forms.route import rows as rows_of
-from adapterhub.forward import Plan
 from adapterhub.kinds.form_contracts import call
 from adapterhub.kinds.modification import Modification, Modifications
+from adapterhub.runtime.attention import Memory, advances, memories
+from adapterhub.runtime.ensemble import Lanes
+from adapterhub.runtime.forward import Plan
 from adapterhub.sites import Site
 from adapterhub.spec.expression import Ensemble, Node, Ref, Scale
 from adapterhub.spec.expression import Gate as GateNode

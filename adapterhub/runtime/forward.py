@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterhub.ensemble import Lanes
 from adapterhub.errors import BatchError, UnsafeFile
 from adapterhub.kinds.lanes import Memory
 from adapterhub.kinds.modification import Modification, Step
+from adapterhub.runtime.ensemble import Lanes
 from adapterhub.sites import Site, Tap
 
 

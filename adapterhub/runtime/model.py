@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 from adapterhub.adapters.fit import check_fit
 from adapterhub.adapters.names import named_tensors
-from adapterhub.attach import Attachment
 from adapterhub.bases import loading, resolution
 from adapterhub.bases.device import precision
 from adapterhub.compose import pin
 from adapterhub.data.batches import pad_left, pad_token
 from adapterhub.data.context import Context
 from adapterhub.data.encoding import opened
-from adapterhub.ensemble import repeated
 from adapterhub.errors import NotFoldable, UsageError
-from adapterhub.fold import fold
-from adapterhub.forward import Plan
 from adapterhub.kinds.modification import Modification, Modifications
-from adapterhub.plan import assemble, batch, copied, furthest, placed, stacked
-from adapterhub.plan_cache import PlanCache
-from adapterhub.residents import Residents
+from adapterhub.runtime.attachment import Attachment
+from adapterhub.runtime.ensemble import repeated
+from adapterhub.runtime.fold import fold
+from adapterhub.runtime.forward import Plan
+from adapterhub.runtime.plan import assemble, batch, copied, furthest, placed, stacked
+from adapterhub.runtime.plan_cache import PlanCache
+from adapterhub.runtime.residents import Residents
 from adapterhub.sites import sites
 from adapterhub.spec.expression import Ensemble, Node, Ref, references
 from adapterhub.spec.manifest import Release
@@ -287,7 +287,7 @@ class Model:
     # --- for good ----------------------------------------------------------------------------------------------
 
     def fold(self) -> PreTrainedModel:
-        """The default expression folded into the base's weights, for good; returns the plain model. See adapterhub.fold."""
+        """The default expression folded into the base's weights, for good; returns the plain model. See adapterhub.runtime.fold."""
         self._require_attached()
         node = self._residents.node(self._default)
         if isinstance(node, Ensemble):

@@ -14,7 +14,7 @@ from adapterhub.data.batches import IGNORE, collate, pad_left, pad_token
 from adapterhub.data.encoding import Example
 
 if TYPE_CHECKING:
-    from adapterhub.runtime import Model
+    from adapterhub.runtime.model import Model
 
 
 def token_losses(model: Model, batch: Mapping[str, Tensor], adapters: str | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from threading import RLock
 
 from torch import nn
 
-from adapterhub.forward import Plan
+from adapterhub.runtime.forward import Plan
 
 MANY = 64
 """Plans that are kept at most, those without copies of their own among them."""

@@ -19,9 +19,9 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from adapterhub.errors import BatchError
 from adapterhub.forms.composers import Stack
-from adapterhub.forward import current
 from adapterhub.kinds.lanes import Lane, Memory, remembers
 from adapterhub.kinds.modification import Modifications
+from adapterhub.runtime.forward import current
 
 OURS = {"sdpa": "adapterhub_sdpa", "eager": "adapterhub_eager"}
 

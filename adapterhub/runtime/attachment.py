@@ -16,10 +16,10 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from adapterhub import attention, hooks
 from adapterhub.data.padding import Padding
 from adapterhub.errors import BatchError, UnsafeFile
-from adapterhub.forward import Call, Followed, Forward, Plan, Sequences, call_of, called, current, enter
+from adapterhub.runtime import attention, hooks
+from adapterhub.runtime.forward import Call, Followed, Forward, Plan, Sequences, call_of, called, current, enter
 from adapterhub.sites import Site, Tap, layer_of, sites, tapped
 
 GIVEN = (

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from adapterhub.errors import NotFoldable, UnsafeFile
 from adapterhub.forms.composers import Stack
-from adapterhub.forward import LARGEST
 from adapterhub.kinds.form_contracts import call
 from adapterhub.kinds.modification import Modifications
+from adapterhub.runtime.forward import LARGEST
 from adapterhub.sites.weights import compute_device, computes, matrix, stored, unlike, widths
 
 

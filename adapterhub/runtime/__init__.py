@@ -1,0 +1,1 @@
+"""Run adapters on a base: plans, hooks, attention, and one forward pass under them."""

@@ -29,7 +29,7 @@ _LAZY = {
     "Measurement": "adapterhub.kinds.method",
     "Merger": "adapterhub.mergers",
     "Method": "adapterhub.kinds.method",
-    "Model": "adapterhub.runtime",
+    "Model": "adapterhub.runtime.model",
     "Modification": "adapterhub.kinds.modification",
     "Moment": "adapterhub.kinds.training",
     "Objective": "adapterhub.kinds.objective",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterhub.bases.agreement import common_base
 from adapterhub.errors import HubError, UsageError
-from adapterhub.spec.expression import Ensemble, Gate, Node, Ref, depth, references, substitute
-from adapterhub.spec.manifest import Manifest, Parent, Release
-from adapterhub.spec.names import Reference, check_name
-from adapterhub.spec.parents import check_expressions, joined_licences, weighed
+from adapterhub.spec.expression import Ensemble, Gate, Node, Ref, depth, substitute
+from adapterhub.spec.manifest import Release
+from adapterhub.spec.names import Reference
+from adapterhub.spec.parents import check_expressions, weighed
 from adapterhub.spec.parser import parse
 
 if TYPE_CHECKING:
@@ -18,27 +17,6 @@ if TYPE_CHECKING:
 
 STACK = "stack:"
 """How a named stack of a project stands where an expression does."""
-
-
-def compose(hub: Hub, expression: str, name: str, version: str | None = None) -> Release:
-    """Save a composition under a name. It installs, lists and runs as any other adapter.
-
-    Raises ExpressionError, NotFound, IncompatibleBase (its parts were made for unlike bases)."""
-    check_name(name)
-    pinned = pin(hub, read(hub, expression))
-    expand(hub, pinned)  # what could not run is not saved
-    releases = {str(ref): hub.resolve(ref) for ref in references(pinned)}
-    manifest = Manifest(
-        name=name,
-        version="0.0.0",  # the hub assigns it
-        base=common_base(hub, list(releases.values())),
-        compose=str(pinned),
-        parents=[
-            Parent(name=r.name, version=r.version, digest=r.digest, relation="compose") for r in releases.values()
-        ],
-        licence=joined_licences(list(releases.values())),
-    )
-    return hub.publish(manifest, {}, None, version=version)[0]
 
 
 def read(hub: Packages, text: str) -> Node | Ensemble:

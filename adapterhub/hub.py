@@ -134,8 +134,8 @@ class Hub(Packages):
         continue_from: str | None = None,
         **settings: Any,
     ) -> Release:
-        """Train an adapter. See adapterhub.train."""
-        from adapterhub.train import train
+        """Train an adapter. See adapterhub.training.train."""
+        from adapterhub.training.train import train
 
         return train(
             self,
@@ -151,8 +151,8 @@ class Hub(Packages):
         )
 
     def evaluate(self, expression: str | None, base: object, data: str | Path, **settings: Any) -> Any:
-        """Measure a composition, or the bare base, on data. See adapterhub.evaluate."""
-        from adapterhub.evaluate import evaluate
+        """Measure a composition, or the bare base, on data. See adapterhub.evaluation.evaluate."""
+        from adapterhub.evaluation.evaluate import evaluate
 
         return evaluate(self, expression, base, data, **settings)
 
@@ -167,8 +167,8 @@ class Hub(Packages):
         version: str | None = None,
         base: object = None,
     ) -> Release:
-        """Make one adapter of several. See adapterhub.merge."""
-        from adapterhub.merge import merge
+        """Make one adapter of several. See adapterhub.transform.merge."""
+        from adapterhub.transform.merge import merge
 
         return merge(self, refs, merger=merger, weights=weights, options=options, name=name, version=version, base=base)
 
@@ -181,14 +181,14 @@ class Hub(Packages):
         name: str,
         version: str | None = None,
     ) -> Release:
-        """The same adapter in fewer bytes. See adapterhub.compress."""
-        from adapterhub.compress import compress
+        """The same adapter in fewer bytes. See adapterhub.transform.compress."""
+        from adapterhub.transform.compress import compress
 
         return compress(self, ref, codec, options=options, name=name, version=version)
 
     def compose(self, expression: str, name: str, version: str | None = None) -> Release:
         """Save a composition as an adapter. See adapterhub.compose."""
-        from adapterhub.compose import compose
+        from adapterhub.transform.compose import compose
 
         return compose(self, expression, name, version=version)
 
@@ -201,7 +201,7 @@ class Hub(Packages):
         trainable: Sequence[str] = (),
         force: bool = False,
     ) -> Model:
-        """A base model with a composition on it, to run or to train. See adapterhub.runtime.load."""
+        """A base model with a composition on it, to run or to train. See adapterhub.runtime.model.load."""
         from adapterhub.runtime.model import load
 
         return load(self, base, expression, dtype=dtype, device=device, trainable=trainable, force=force)

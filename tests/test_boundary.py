@@ -268,7 +268,7 @@ MERGERS = {
 def test_a_merger(installed, train, hub, body, says):
     hook = f"def combine(self, deltas, weights, config): {body}"
     installed(PART.format(kind="Merger", hook=hook), mergers="acme = Acme")
-    from adapterhub.merge import merge_modifications
+    from adapterhub.transform.merge import merge_modifications
 
     rule = plugins.load("mergers", "acme")
     one = {Q: [LowRank(down=torch.ones(4, 32), up=torch.ones(32, 4), scale=torch.tensor(1.0))]}

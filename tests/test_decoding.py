@@ -212,7 +212,7 @@ def test_a_stranger_cannot_make_a_reader_take_more_than_a_few_times_its_file(hub
     """Measured in a process of its own: refusing takes no more memory than a sound adapter does."""
     publish(hub, record, bomb(400_000), ["compeft"])
     program = (
-        "import resource, sys, adapterhub, adapterhub.compress\n"
+        "import resource, sys, adapterhub, adapterhub.transform.compress\n"
         "from adapterhub.errors import HubError\n"
         "hub = adapterhub.open(sys.argv[1])\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

@@ -10,7 +10,8 @@ from torch.nn.functional import log_softmax
 from adapterhub.data import read
 from adapterhub.data.encoding import encode
 from adapterhub.errors import DataError, UsageError
-from adapterhub.evaluate import evaluate, paired, wilson
+from adapterhub.evaluation.evaluate import evaluate
+from adapterhub.evaluation.intervals import paired, wilson
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.modification import Modification
 from adapterhub.runtime.model import Model

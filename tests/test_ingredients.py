@@ -15,10 +15,10 @@ from adapterhub.adapters.adapter import Adapter
 from adapterhub.cli.app import execute
 from adapterhub.errors import PluginError, UsageError
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.ingredients import LeftOut
 from adapterhub.methods.lora import LoRA
 from adapterhub.runtime.scoring import token_losses
 from adapterhub.sites import select
+from adapterhub.training.parts import LeftOut
 
 ROWS = [{"prompt": f"Is {i} even? ", "completion": "no" if i % 2 else "yes"} for i in range(12)]
 SCORED = [{"prompt": f"{i}: ", "completions": ["good", "bad", "odd"], "rewards": [1, -1, 0.5]} for i in range(4)]

@@ -18,10 +18,10 @@ from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
 from adapterhub.forms.sparse import Sparse
 from adapterhub.kinds.modification import Modification
-from adapterhub.merge import merge_modifications
 from adapterhub.mergers import Merger
 from adapterhub.mergers.linear import Linear
 from adapterhub.sites import sites
+from adapterhub.transform.merge import merge_modifications
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 

@@ -15,10 +15,10 @@ from adapterhub.forms.dense import Dense
 from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.sparse import Sparse
-from adapterhub.merge import merge_modifications
 from adapterhub.mergers.linear import Linear
 from adapterhub.mergers.ties import Ties
 from adapterhub.sites import sites
+from adapterhub.transform.merge import merge_modifications
 
 LAYER = "model.layers.0"
 Q, K, V, OUT = (f"{LAYER}.self_attn.{name}_proj" for name in "qkvo")

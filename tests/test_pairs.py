@@ -25,14 +25,14 @@ from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import HubError, NotFoldable, NotMergeable, UsageError
 from adapterhub.forms.gate import Gate
-from adapterhub.merge import merge
 from adapterhub.runtime.model import Model
 from adapterhub.spec.manifest import Made
 from adapterhub.spec.parser import parse
-from adapterhub.stages import attach, given, measure, trained
 from adapterhub.testing.bed import distance, padded, tiny_llama
 from adapterhub.testing.methods import setting_of
-from adapterhub.watched import staged
+from adapterhub.training.stages import attach, given, measure, trained
+from adapterhub.training.watched import staged
+from adapterhub.transform.merge import merge
 
 os.environ.setdefault("ADAPTERHUB_PLUGINS", "*")  # as in the tests, where this is run as a script
 PAGE = Path(__file__).parent.parent / "docs" / "pairs.md"

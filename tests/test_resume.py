@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import adapterhub
 from adapterhub.errors import IntegrityError
 from adapterhub.spec.digest import canonical
-from adapterhub.trainer import COMPLETE, _digests, _Watch
+from adapterhub.training.trainer import COMPLETE, _digests, _Watch
 
 STEPS, EVERY = 17, 3
 SETTINGS = {
@@ -99,7 +99,7 @@ def test_a_run_killed_while_it_was_published_is_published(run, stop_at, monkeypa
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr("adapterhub.train.publish_tensors", killed)
+        patched.setattr("adapterhub.training.train.publish_tensors", killed)
         with pytest.raises(Stopped):
             run()
     steps = stop_at(None)
@@ -113,7 +113,7 @@ def test_a_run_killed_after_it_was_published_ends_well(run, stop_at, monkeypatch
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr("adapterhub.train.shutil.rmtree", killed)
+        patched.setattr("adapterhub.training.train.shutil.rmtree", killed)
         with pytest.raises(Stopped):
             run(version=version, save_every=STEPS)
     (row,) = adapterhub.open(tmp_path / "hub").releases()
@@ -183,7 +183,7 @@ def test_a_last_checkpoint_of_other_parameters_is_refused(run, stop_at, tmp_path
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr("adapterhub.train.publish_tensors", killed)
+        patched.setattr("adapterhub.training.train.publish_tensors", killed)
         with pytest.raises(Stopped):
             run()
     (checkpoint,) = (tmp_path / "hub/training").rglob(f"checkpoint-{STEPS}")
@@ -219,7 +219,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 import adapterhub
-from adapterhub.trainer import _Watch
+from adapterhub.training.trainer import _Watch
 hub, base, data, settings, kill = sys.argv[1:]
 if int(kill):
     _Watch.on_step_end = lambda self, args, state, control, **k: (
@@ -253,7 +253,7 @@ torch.set_num_threads(1)
 import adapterhub
 from pathlib import Path
 from adapterhub.files import durable, stages
-from adapterhub.trainer import _Watch
+from adapterhub.training.trainer import _Watch
 import json
 method, hub, base, data, settings, kill = sys.argv[1:]
 stage, _, at = kill.partition(":")

@@ -19,8 +19,8 @@ from adapterhub.kinds.method import Measurement, Method, Stage
 from adapterhub.methods.lora import LoRA
 from adapterhub.runtime.model import Model
 from adapterhub.sites import select
-from adapterhub.stages import attach, given, planned
-from adapterhub.trainer import Schedule, _Watch
+from adapterhub.training.stages import attach, given, planned
+from adapterhub.training.trainer import Schedule, _Watch
 
 ROWS = [(f"Is {i} even? ", "no" if i % 2 else "yes") for i in range(16)]
 SETTINGS = {"steps": 12, "lr": 1e-2, "batch_size": 16, "warmup": 0}

@@ -26,14 +26,14 @@ from adapterhub.errors import (
     ParentsWarning,
     UsageError,
 )
-from adapterhub.ingredients import ingredients
 from adapterhub.kinds.method import Stage
 from adapterhub.kinds.training import Setting
-from adapterhub.learner import Learner
 from adapterhub.methods.lora import LoRA
 from adapterhub.runtime.model import Model
-from adapterhub.train import DataWarning
-from adapterhub.trainer import Schedule, fit
+from adapterhub.training.module import Learner
+from adapterhub.training.parts import ingredients
+from adapterhub.training.train import DataWarning
+from adapterhub.training.trainer import Schedule, fit
 
 ROWS = [(f"Is {i} even? ", "no" if i % 2 else "yes") for i in range(16)]
 
@@ -364,7 +364,7 @@ def test_a_run_that_is_published_is_not_trained_again(hub, train, path, monkeypa
     first, second = train(), train(seed=1, licence="MIT", eval_data=path)
     assert (first.version, second.version) == ("0.1.0", "0.2.0")
     with monkeypatch.context() as patched:
-        patched.delattr("adapterhub.stages.fit")
+        patched.delattr("adapterhub.training.stages.fit")
         assert train() == train(version="0.1.0") == first
         assert train(seed=1, licence="MIT", eval_data=path, save_every=1) == second
         for version, other in [
@@ -415,7 +415,7 @@ def test_a_recorded_base_is_used_only_if_its_name_is_known(hub, train, tiny_fold
         hub.train(data=path, continue_from="me/a", steps=2)
     assert "--base" in caught.value.hint
     seen = []
-    monkeypatch.setattr("adapterhub.train.load", lambda hub, base, *_, **__: seen.append(base) or 1 / 0)
+    monkeypatch.setattr("adapterhub.training.train.load", lambda hub, base, *_, **__: seen.append(base) or 1 / 0)
     known = msgspec.structs.replace(hub.resolve("me/a").manifest, name="me/known")
     known = msgspec.structs.replace(known, base=msgspec.structs.replace(known.base, name="smollm2"))
     hub.publish(known, {"tensors": hub.store.read(known.files["tensors"])})

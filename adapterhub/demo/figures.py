@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adapterhub.demo.journey import BARE, DENSITY, JOBS, SHARE, TASKS, Journey
-from adapterhub.evaluate import paired
+from adapterhub.evaluation.intervals import paired
 from adapterhub.spec.manifest import Release
 
 LEAST_GAIN = 0.15

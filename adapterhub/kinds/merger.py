@@ -1,6 +1,6 @@
 """Mergers: several adapters into one, site by site, on the weight changes that their forms stand for.
 
-A merger sees tensors only, never a form or a method; `adapterhub.merge` does the rest (bases, sites, exactness, recipe).
+A merger sees tensors only, never a form or a method; `adapterhub.transform.merge` does the rest (bases, sites, exactness, recipe).
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterhub.adapters.adapter import modifications_of
-from adapterhub.compress import site_errors
 from adapterhub.errors import CodecError, HubError
 from adapterhub.files import durable
 from adapterhub.kinds.codec import Codec, shapes_of
 from adapterhub.tensors.file import dump, load
 from adapterhub.testing.forms import Declined
 from adapterhub.testing.generators import untouched
+from adapterhub.transform.compress import site_errors
 
 
 def sample(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

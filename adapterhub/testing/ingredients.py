@@ -24,7 +24,6 @@ from adapterhub.data import Data, Row
 from adapterhub.data.encoding import Example, grouped
 from adapterhub.data.seeds import seeded
 from adapterhub.errors import HubError
-from adapterhub.ingredients import DEFAULT, Ingredient, Ingredients
 from adapterhub.kinds.contracts import make
 from adapterhub.kinds.method import Method
 from adapterhub.kinds.objective import Objective
@@ -32,15 +31,16 @@ from adapterhub.kinds.recipe import Recipe
 from adapterhub.kinds.schedule import ParameterSchedule
 from adapterhub.kinds.training import Setting
 from adapterhub.kinds.verifier import Verifier
-from adapterhub.learner import Learner
 from adapterhub.methods.bottleneck import BottleneckAdapter
 from adapterhub.methods.full import Full
 from adapterhub.methods.lora import LoRA
 from adapterhub.runtime.model import Model
-from adapterhub.stages import attach, given, planned, run
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
 from adapterhub.testing.generators import untouched
-from adapterhub.trainer import Schedule
+from adapterhub.training.module import Learner
+from adapterhub.training.parts import DEFAULT, Ingredient, Ingredients
+from adapterhub.training.stages import attach, given, planned, run
+from adapterhub.training.trainer import Schedule
 
 STEPS = 12
 

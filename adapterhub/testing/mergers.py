@@ -14,10 +14,10 @@ from adapterhub.forms.composers import Stack
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.merger import Merger
 from adapterhub.kinds.modification import Modification
-from adapterhub.merge import merge_modifications
 from adapterhub.sites import Site
 from adapterhub.testing.forms import Declined
 from adapterhub.testing.generators import untouched
+from adapterhub.transform.merge import merge_modifications
 
 SITE = Site("model.layers.0.self_attn.q_proj", "query", 24, 40, True)
 ROUNDING = 1e-5

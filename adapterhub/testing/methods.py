@@ -23,20 +23,20 @@ from adapterhub.adapters.names import named_tensors
 from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.ingredients import ingredients
 from adapterhub.kinds.contracts import make
 from adapterhub.kinds.method import Method
 from adapterhub.kinds.modification import Modifications
 from adapterhub.kinds.training import Setting
 from adapterhub.runtime.model import Model
 from adapterhub.runtime.plan import gated
-from adapterhub.stages import Planned, attach, given, measure, planned, run, trained
-from adapterhub.start import gating
 from adapterhub.testing.bed import distance, random_adapter, tiny_for, tiny_llama
 from adapterhub.testing.forms import Declined
 from adapterhub.testing.generators import watched
-from adapterhub.trainer import Schedule
-from adapterhub.watched import staged
+from adapterhub.training.parts import ingredients
+from adapterhub.training.stages import Planned, attach, given, measure, planned, run, trained
+from adapterhub.training.starting_point import gating
+from adapterhub.training.trainer import Schedule
+from adapterhub.training.watched import staged
 
 STEPS = 24
 """Of each stage."""

@@ -34,7 +34,7 @@ from adapterhub import Given, Setting
 from adapterhub.data import read
 from adapterhub.data.batches import pad_token
 from adapterhub.data.encoding import encode
-from adapterhub.evaluate import evaluate
+from adapterhub.evaluation.evaluate import evaluate
 from adapterhub.forms.low_rank import LowRank
 
 SEEDS, RANK, DROPPED = (1, 2, 3, 4, 5), 4, 56

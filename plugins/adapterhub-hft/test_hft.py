@@ -15,10 +15,10 @@ from adapterhub import plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.data.batches import IGNORE
 from adapterhub.errors import UsageError
-from adapterhub.learner import Learner
 from adapterhub.sites import select, sites
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama
+from adapterhub.training.module import Learner
 
 ATTENTION = ["query", "key", "value", "attention_output"]
 FFN = ["ffn_gate", "ffn_up", "ffn_down"]

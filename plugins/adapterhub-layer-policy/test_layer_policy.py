@@ -13,12 +13,12 @@ import adapterhub
 from adapterhub import Given, plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.errors import UsageError
-from adapterhub.learner import Learner
 from adapterhub.methods.full import Full
 from adapterhub.methods.lora import LoRA
 from adapterhub.sites import select, sites
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama
+from adapterhub.training.module import Learner
 
 EVERYWHERE = ["query", "key", "value", "attention_output", "ffn_gate", "ffn_up", "ffn_down", "embedding", "head"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from adapterhub.errors import HubError
 from adapterhub.formats.peft_tuner import built
 from adapterhub.runtime.model import Model
-from adapterhub.stages import attach, given, trained
 from adapterhub.testing.bed import tiny_llama
+from adapterhub.training.stages import attach, given, trained
 
 SMALL: dict[str, dict[str, Any]] = {
     "BOFT": {"boft_block_size": 4},

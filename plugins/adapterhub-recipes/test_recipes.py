@@ -245,7 +245,7 @@ def test_a_training_with_it_differs_goes_on_and_says_so(name, tiny_folder, hub, 
             raise KeyboardInterrupt
         return forward(*args, **kwargs)
 
-    from adapterhub.learner import Learner
+    from adapterhub.training.module import Learner
 
     forward = Learner.forward
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -18,7 +18,7 @@ from adapterhub.kinds.verifier import Verdict
 from adapterhub.runtime.model import Model
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
-from adapterhub.trainer import _Watch
+from adapterhub.training.trainer import _Watch
 
 ROWS = [{"prompt": f"{i}+{i + 1}=", "completion": str(2 * i + 1)} for i in range(12)]
 OPTIONS = {"rft_ppo.max_new_tokens": 4}

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 import adapterhub
-import adapterhub.train
+import adapterhub.training.train
 from adapterhub.adapters.adapter import Adapter
-from adapterhub.trainer import _Watch
+from adapterhub.training.trainer import _Watch
 
 VBLORA = {"num_vectors": 16, "vector_length": 8, "topk": 2, "r": 2}
 FORMS = {
@@ -100,7 +100,7 @@ def kill_at(when: str) -> None:
     if when == "mark":
         _Watch.on_save = die
     if when == "publish":
-        adapterhub.train.publish_tensors = die
+        adapterhub.training.train.publish_tensors = die
 
 
 def killed(folder: Path, label: str, how: str, points: str) -> list[int]:

@@ -7,11 +7,11 @@ from importlib.metadata import version as installed
 from typing import Any
 
 from adapterhub.data import Data
-from adapterhub.evaluate import evaluate
+from adapterhub.evaluation.evaluate import evaluate
 from adapterhub.runtime.model import Model
 from adapterhub.spec.digest import canonical, digest_of
-from adapterhub.start import Start
-from adapterhub.trainer import Schedule
+from adapterhub.training.starting_point import Start
+from adapterhub.training.trainer import Schedule
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft")
 

@@ -20,7 +20,7 @@ from adapterhub.runtime.plan import gated
 from adapterhub.spec.expression import references
 from adapterhub.spec.manifest import Made, Parent, Release
 from adapterhub.spec.parser import parse
-from adapterhub.watched import staged
+from adapterhub.training.watched import staged
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -25,8 +25,8 @@ from adapterhub.data.batches import collate
 from adapterhub.errors import HubError, UsageError
 from adapterhub.files import durable
 from adapterhub.kinds.contracts import number
-from adapterhub.learner import Learner
 from adapterhub.spec.digest import canonical
+from adapterhub.training.module import Learner
 
 COMPLETE = "complete.json"
 """Written into a checkpoint last: the sha256 of its files. A checkpoint without it, or with other bytes, is none."""

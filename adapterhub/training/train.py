@@ -25,23 +25,23 @@ from adapterhub.data.encoding import Example, check_vocabulary, encode, grouped
 from adapterhub.data.seeds import check_seed
 from adapterhub.errors import NameInUse, UsageError
 from adapterhub.files import durable
-from adapterhub.ingredients import ingredients
 from adapterhub.kinds.method import Stage
 from adapterhub.kinds.recipe import Recipe
 from adapterhub.kinds.training import Setting
 from adapterhub.names import check_new
-from adapterhub.record import measured_on, metrics_of, recipe_of, told
 from adapterhub.runtime.model import Model, load
 from adapterhub.spec import claims
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Made, Release
 from adapterhub.spec.names import Reference, check_version
 from adapterhub.spec.parents import joined_licences
-from adapterhub.stages import Planned, check, forget, planned
-from adapterhub.stages import run as run_stages
-from adapterhub.start import Start, start
 from adapterhub.tensors.file import check_finite
-from adapterhub.trainer import Schedule
+from adapterhub.training.parts import ingredients
+from adapterhub.training.provenance import measured_on, metrics_of, recipe_of, told
+from adapterhub.training.stages import Planned, check, forget, planned
+from adapterhub.training.stages import run as run_stages
+from adapterhub.training.starting_point import Start, start
+from adapterhub.training.trainer import Schedule
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

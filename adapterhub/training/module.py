@@ -15,10 +15,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from adapterhub.data.seeds import seeded
 from adapterhub.errors import IntegrityError, UsageError
-from adapterhub.ingredients import Ingredients
 from adapterhub.kinds import contracts
 from adapterhub.kinds.method import Given, Parts, Stage
 from adapterhub.kinds.training import Moment, Setting
+from adapterhub.training.parts import Ingredients
 
 
 class Learner(nn.Module):

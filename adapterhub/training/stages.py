@@ -18,14 +18,14 @@ from adapterhub.adapters.adapter import modifications_of
 from adapterhub.adapters.names import named_tensors
 from adapterhub.errors import UsageError
 from adapterhub.files import durable
-from adapterhub.ingredients import Ingredients
 from adapterhub.kinds.method import Given, Measurement, Parts, Stage, require_plain
 from adapterhub.kinds.training import Setting
-from adapterhub.learner import Learner
 from adapterhub.runtime.model import Model
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.tensors.file import dump, load
-from adapterhub.trainer import Schedule, fit
+from adapterhub.training.module import Learner
+from adapterhub.training.parts import Ingredients
+from adapterhub.training.trainer import Schedule, fit
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Measure a model on data, with intervals."""

@@ -1,0 +1,1 @@
+"""Releases made of releases: merged, compressed, composed."""

@@ -17,7 +17,7 @@ from adapterhub.files.progress import shown
 from adapterhub.index import FILES_AT_GC
 from adapterhub.packages import Packages
 from adapterhub.records import complete, expected, put
-from adapterhub.sources import Source
+from adapterhub.sources.source import Source
 from adapterhub.store import DATABASE, Problem
 
 Mode = Literal["quick", "full"] | float

@@ -27,7 +27,7 @@ from adapterhub.store import Problem, Store
 
 if TYPE_CHECKING:
     from adapterhub.care import Mode
-    from adapterhub.sources import Source
+    from adapterhub.sources.source import Source
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ class Packages:
         than max_bytes, or than the disk has room for."""
         text = str(source)
         if text.startswith("hf:"):
-            from adapterhub.huggingface.install import install
+            from adapterhub.install.huggingface import install
 
             return install(self, text.removeprefix("hf:"), offline, max_bytes)
-        from adapterhub.sources import from_text
+        from adapterhub.sources.opening import from_text
 
         origin, chosen = from_text(text)
         return self.bring(origin, [origin.release(chosen.name, chosen.version, chosen.digest)], max_bytes)
@@ -161,7 +161,8 @@ class Packages:
         """Bring these releases of a source, with the parents they need: every byte hashed, all rows at once.
 
         max_bytes: what may be announced of what is not here. Raises as `install` does."""
-        from adapterhub.sources import closure, room
+        from adapterhub.sources import room
+        from adapterhub.sources.source import closure
         from adapterhub.trust.envelopes import worth
         from adapterhub.trust.policy import check_signed, policy
 

@@ -16,7 +16,7 @@ from resolvelib import AbstractProvider, BaseReporter, ResolutionImpossible, Res
 from adapterhub import plugins
 from adapterhub.conflict import Conflict, explain
 from adapterhub.errors import HubError, NotFound
-from adapterhub.sources import Candidate, Source, closure
+from adapterhub.sources.source import Candidate, Source, closure
 from adapterhub.sources.table import Sources
 from adapterhub.spec.manifest import Base, Release
 from adapterhub.spec.requirement import Requirement

@@ -19,7 +19,8 @@ from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, NotFou
 from adapterhub.install import locking
 from adapterhub.packages import Packages
 from adapterhub.resolve import Asked, Resolution, Rules, resolve
-from adapterhub.sources import Source, closure, room
+from adapterhub.sources import room
+from adapterhub.sources.source import Source, closure
 from adapterhub.sources.table import Sources
 from adapterhub.spec.address import address
 from adapterhub.spec.manifest import Base, Release

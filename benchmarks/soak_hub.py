@@ -88,7 +88,7 @@ def _push_killed(before: Path, room: Path, count: int) -> tuple[int, list[str]]:
     from served import serving
 
     import adapterhub
-    from adapterhub.sources.registry_push import push
+    from adapterhub.share.registry import push
 
     bad = []
     for turn in range(count):

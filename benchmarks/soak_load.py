@@ -19,8 +19,8 @@ from soak_server import MB, ROOT, WRITE, Served, milliseconds, room, served, tim
 
 import adapterhub  # noqa: E402
 from adapterhub.files import durable  # noqa: E402
-from adapterhub.sources import closure  # noqa: E402
 from adapterhub.sources.registry import Registry  # noqa: E402
+from adapterhub.sources.source import closure  # noqa: E402
 from adapterhub.spec.digest import digest_of  # noqa: E402
 from adapterhub.versions import lineage  # noqa: E402
 

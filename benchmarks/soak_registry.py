@@ -25,9 +25,9 @@ import adapterhub  # noqa: E402
 from adapterhub import care  # noqa: E402
 from adapterhub.errors import HubError  # noqa: E402
 from adapterhub.files import durable  # noqa: E402
+from adapterhub.share.registry import push  # noqa: E402
 from adapterhub.sources import http  # noqa: E402
 from adapterhub.sources.registry import Registry  # noqa: E402
-from adapterhub.sources.registry_push import push  # noqa: E402
 from adapterhub.spec.digest import digest_of  # noqa: E402
 
 # --- A11 ------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import adapterhub
 from adapterhub import care
 from adapterhub.errors import HubError
 from adapterhub.files import durable
-from adapterhub.sources.registry_push import push
+from adapterhub.share.registry import push
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, ManifestError, ScanWarning, UnsafeFile
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.huggingface.card import card
+from adapterhub.share.card import card
 from adapterhub.sites import sites
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Manifest, Release

@@ -19,12 +19,12 @@ from served import serving
 import adapterhub
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable
-from adapterhub.huggingface.transport import Repo
+from adapterhub.share.registry import push
 from adapterhub.sources import http as http_module
 from adapterhub.sources import tokens
 from adapterhub.sources.http import Http
+from adapterhub.sources.huggingface_transport import Repo
 from adapterhub.sources.registry import Registry
-from adapterhub.sources.registry_push import push
 from adapterhub.spec.address import address
 
 TOKEN = "PLANTED-TOKEN"
@@ -427,7 +427,7 @@ def test_f7_a_token_for_the_hub_that_no_header_can_carry_is_not_printed(hub, tok
 
 
 def test_f7_errors_of_the_hub_show_neither_its_token_nor_what_is_in_an_address(hub, monkeypatch):
-    monkeypatch.setattr("adapterhub.huggingface.transport._token", lambda: f"hf_{TOKEN}")
+    monkeypatch.setattr("adapterhub.sources.huggingface_transport._token", lambda: f"hf_{TOKEN}")
     repo = Repo("acme/sql")
     for error in (
         OSError(f"Illegal header value b'Bearer hf_{TOKEN}'"),

@@ -23,9 +23,9 @@ from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, UnsafeFile, UsageError
 from adapterhub.forms.bottleneck import Bottleneck
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.huggingface.push import push
-from adapterhub.huggingface.transport import Repo
+from adapterhub.share.huggingface import push
 from adapterhub.sites import sites
+from adapterhub.sources.huggingface_transport import Repo
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -340,7 +340,7 @@ def test_the_cap_and_the_disk_are_asked_before_anything_is_downloaded(
 def test_a_small_file_that_is_large_is_not_downloaded(server, alice, bob, tiny_folder, tmp_path, monkeypatch):
     publish(alice, tiny_folder, "acme/sql")
     push(alice, "acme/sql", "acme/sql")
-    monkeypatch.setattr("adapterhub.huggingface.source.LARGEST", 100)
+    monkeypatch.setattr("adapterhub.sources.huggingface.LARGEST_MANIFEST", 100)
     with pytest.raises(IntegrityError, match="more than 100 bytes"):
         bob.install("hf:acme/sql")
     assert not [path for path in (tmp_path / "cache").rglob("manifest.json")]

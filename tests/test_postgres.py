@@ -19,8 +19,8 @@ from fault_server import wait_until
 
 import adapterhub
 from adapterhub.errors import HubError, NameInUse, TagMoved, UsageError
+from adapterhub.share.registry import push
 from adapterhub.sources.registry import Registry
-from adapterhub.sources.registry_push import push
 from adapterhub.versions import lineage, rollback, yank
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))

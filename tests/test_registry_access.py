@@ -14,7 +14,7 @@ from adapterhub.cli.app import execute
 from adapterhub.errors import HubError
 from adapterhub.files import durable
 from adapterhub.incoming import Incoming
-from adapterhub.sources.registry_push import push
+from adapterhub.share.registry import push
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import Base, File, Made, Manifest
 from adapterhub.trust.keys import new_key, remove_key

@@ -18,9 +18,9 @@ from adapterhub import care
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, Unreachable, UsageError
 from adapterhub.incoming import Incoming
+from adapterhub.share.registry import push
 from adapterhub.sources import http as http_module
 from adapterhub.sources.registry import Registry
-from adapterhub.sources.registry_push import push
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import File
 from adapterhub.trust.keys import new_key

@@ -8,9 +8,10 @@ from served import serving
 import adapterhub
 from adapterhub.cli.app import execute
 from adapterhub.errors import IntegrityError, NotFound, TagMoved, UsageError
-from adapterhub.sources import registry_marks, serials, tokens
+from adapterhub.share import registry_marks
+from adapterhub.share.registry import push
+from adapterhub.sources import serials, tokens
 from adapterhub.sources.registry import Registry
-from adapterhub.sources.registry_push import push
 from adapterhub.spec.address import address
 from adapterhub.trust.keys import new_key
 from adapterhub.versions import yank

@@ -279,7 +279,7 @@ def test_E5_a_chain_of_ten_thousand_and_a_diamond(request):
 
 
 def test_E5_more_than_a_source_may_ask_us_to_take(monkeypatch):
-    monkeypatch.setattr("adapterhub.sources.LARGEST_GRAPH", 50)
+    monkeypatch.setattr("adapterhub.sources.source.LARGEST_GRAPH", 50)
     shelf = Shelf()
     last = shelf.put(release("a/c0", "1.0.0"))
     for i in range(1, 100):

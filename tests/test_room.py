@@ -16,9 +16,10 @@ import adapterhub
 from adapterhub.cli.app import execute
 from adapterhub.cli.project import bytes_of
 from adapterhub.errors import HubError, IntegrityError, UsageError
-from adapterhub.sources import named, room
+from adapterhub.share.registry import push
+from adapterhub.sources import room
+from adapterhub.sources.opening import named
 from adapterhub.sources.registry import Registry
-from adapterhub.sources.registry_push import push
 from adapterhub.spec.digest import canonical
 from adapterhub.trust.envelopes import LARGEST, MOST, listed, worth
 from adapterhub.trust.keys import new_key

@@ -82,7 +82,7 @@ def repair(
     """
     from adapterhub import care
     from adapterhub.config import project
-    from adapterhub.sources import named
+    from adapterhub.sources.opening import named
     from adapterhub.sync import sources
 
     if rebuild:

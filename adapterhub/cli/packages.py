@@ -60,7 +60,7 @@ def install(
       adapterhub install "acme/sql>=1.2,<2"
     """
     from adapterhub.resolve import Asked
-    from adapterhub.sources import names_a_place
+    from adapterhub.sources.opening import names_a_place
     from adapterhub.spec.requirement import Requirement
     from adapterhub.sync import install
 

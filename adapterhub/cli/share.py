@@ -36,11 +36,11 @@ def push(
     """
     hub = adapterhub.open()
     if where.startswith("hf:"):
-        from adapterhub.huggingface.push import push as push_to_hub
+        from adapterhub.share.huggingface import push as push_to_hub
 
         release, new = push_to_hub(hub, ref, where.removeprefix("hf:"), private=private, message=message)
     else:
-        from adapterhub.sources.registry_push import push as push_to_registry
+        from adapterhub.share.registry import push as push_to_registry
 
         lines: list[str] = []
         release, new = push_to_registry(hub, ref, registry_at(where), lines.append)
@@ -53,7 +53,7 @@ def push(
 def registry_at(where: str) -> Registry:
     """The registry at an address that the user typed, or that a source's name stands for. Raises UsageError, NotFound."""
     from adapterhub.config import project
-    from adapterhub.sources import named
+    from adapterhub.sources.opening import named
     from adapterhub.sources.registry import Registry
     from adapterhub.spec.address import LOOKS, shown
     from adapterhub.sync import sources

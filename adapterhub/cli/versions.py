@@ -42,7 +42,7 @@ def tag(
     if at is None:
         return out(adapterhub.open().tag(ref, name, expected))
     from adapterhub.cli.share import registry_at
-    from adapterhub.sources import registry_marks
+    from adapterhub.share import registry_marks
 
     found = registry_marks.tag(registry_at(at), ref, name, expected)
     return out(f"{found.name}@{found.version}")
@@ -91,7 +91,7 @@ def _yank(ref: str, reason: str | None, at: str | None) -> str:
 
         return str(yank(adapterhub.open(), ref, reason))
     from adapterhub.cli.share import registry_at
-    from adapterhub.sources import registry_marks
+    from adapterhub.share import registry_marks
 
     found = registry_marks.yank(registry_at(at), ref, reason)
     return f"{found.name}@{found.version}"

@@ -19,8 +19,8 @@ from adapterhub.files import durable
 from adapterhub.files.bounded import read_json
 from adapterhub.files.progress import bar
 from adapterhub.packages import Packages
-from adapterhub.sources import AGAIN, Candidate, closure
 from adapterhub.sources.room import check_disk
+from adapterhub.sources.source import AGAIN, Candidate, closure
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import File, Manifest, Release
 from adapterhub.store import Store

@@ -16,10 +16,10 @@ from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, U
 from adapterhub.files.bounded import read_json
 from adapterhub.files.progress import bar
 from adapterhub.incoming import Incoming
-from adapterhub.sources import AGAIN, Candidate
 from adapterhub.sources.http import Http
 from adapterhub.sources.room import check_disk
 from adapterhub.sources.serials import check_no_older
+from adapterhub.sources.source import AGAIN, Candidate
 from adapterhub.sources.tokens import token_for
 from adapterhub.spec.address import address
 from adapterhub.spec.claims import check_listed

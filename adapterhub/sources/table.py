@@ -12,7 +12,7 @@ from adapterhub.spec.address import shown
 
 if TYPE_CHECKING:
     from adapterhub.packages import Packages
-    from adapterhub.sources import Candidate, Source
+    from adapterhub.sources.source import Candidate, Source
 
 
 class Sources:
@@ -54,7 +54,7 @@ class Sources:
         return first, found, [name for name, other in having[1:] if _newest(other) > best]
 
     def _open(self, name: str) -> Source:
-        from adapterhub.sources import open_table
+        from adapterhub.sources.opening import open_table
 
         if name == HERE:
             from adapterhub.sources.disk import Disk

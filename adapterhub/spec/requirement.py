@@ -13,7 +13,7 @@ from adapterhub.spec.digest import check_digest
 from adapterhub.spec.names import TAG, VERSION, check_name
 
 if TYPE_CHECKING:
-    from adapterhub.sources import Candidate
+    from adapterhub.sources.source import Candidate
 
 SOURCE = re.compile(r"[a-z][a-z0-9_-]*")
 _FORM = re.compile(

@@ -6,7 +6,7 @@ from packaging.version import Version
 
 from adapterhub.config.source_tables import Table
 from adapterhub.errors import IntegrityError, NotFound
-from adapterhub.sources import Candidate
+from adapterhub.sources.source import Candidate
 from adapterhub.sources.table import Sources
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent, Release

@@ -6,20 +6,16 @@ import json
 
 from adapterhub.errors import HubError, NameInUse, NotFound
 from adapterhub.files.bounded import read_json
-from adapterhub.huggingface import layout
-from adapterhub.huggingface.card import card
-from adapterhub.huggingface.transport import Repo
 from adapterhub.packages import Packages
-from adapterhub.sources import closure
+from adapterhub.share.card import card
+from adapterhub.sources import huggingface_layout
 from adapterhub.sources.disk import Disk
+from adapterhub.sources.huggingface_layout import LARGEST_MANIFEST, MANIFEST, OURS
+from adapterhub.sources.huggingface_transport import Repo
+from adapterhub.sources.source import closure
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Manifest, Release
 from adapterhub.spec.names import Reference
-
-OURS = "adapterhub/"
-MANIFEST = f"{OURS}manifest.json"
-LARGEST = 8 << 20
-"""Bytes of a manifest, card or list of signatures."""
 
 
 def push(
@@ -40,10 +36,14 @@ def push(
     there_now = there.files(head) if head else []
     if MANIFEST in there_now and (name := _manifest(there, head).name) != release.name:
         raise NameInUse(f"hf:{repo} holds {name}", f"push {release.name} to a repo of its own")
-    before = there.read("README.md", head, LARGEST).decode(errors="replace") if "README.md" in there_now else ""
+    before = (
+        there.read("README.md", head, LARGEST_MANIFEST).decode(errors="replace") if "README.md" in there_now else ""
+    )
     files = contents(hub, release, repo, before)
     gone = [path for path in there_now if path.startswith(OURS) and path not in files]
-    gone += [path for path in (layout.TENSORS, "adapter_config.json") if path in there_now and path not in files]
+    gone += [
+        path for path in (huggingface_layout.TENSORS, "adapter_config.json") if path in there_now and path not in files
+    ]
     commit = there.push(files, gone, message or f"{release.name} {release.version}", head)
     there.tag(tag, commit)
     return release, True
@@ -54,8 +54,12 @@ def contents(hub: Packages, release: Release, repo: str, before: str = "") -> di
     with hub.store.shared():
         releases = closure(Disk(hub), [release])
         config, tensors = _peft(hub, release)
-        placed, rest = layout.build(hub.store, releases, tensors)
-    files = {MANIFEST: release.manifest.encode(), f"{OURS}layout.json": layout.encode(placed), layout.REST: rest}
+        placed, rest = huggingface_layout.build(hub.store, releases, tensors)
+    files = {
+        MANIFEST: release.manifest.encode(),
+        f"{OURS}layout.json": huggingface_layout.encode(placed),
+        huggingface_layout.REST: rest,
+    }
     for one in releases:
         digits = one.digest.removeprefix("sha256:")
         if one != release:
@@ -66,7 +70,7 @@ def contents(hub: Packages, release: Release, repo: str, before: str = "") -> di
     if config is not None and tensors is not None:
         kind = str(config["peft_type"])
         files["adapter_config.json"] = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
-        files[layout.TENSORS] = tensors
+        files[huggingface_layout.TENSORS] = tensors
     files["README.md"] = card(release, repo, kind, before).encode()
     return files
 
@@ -91,5 +95,5 @@ def _head(repo: Repo) -> str | None:
 
 
 def _manifest(repo: Repo, commit: str) -> Release:
-    data = repo.read(MANIFEST, commit, LARGEST)
+    data = repo.read(MANIFEST, commit, LARGEST_MANIFEST)
     return Release(Manifest.decode(data), digest_of(data))

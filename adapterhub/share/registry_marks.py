@@ -8,8 +8,8 @@ from urllib.parse import quote
 from adapterhub.errors import NotFound, TagMoved, UsageError
 from adapterhub.index import ANY, Row
 from adapterhub.packages import Packages
-from adapterhub.sources import Candidate
 from adapterhub.sources.registry import Registry
+from adapterhub.sources.source import Candidate
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import TAG, Reference
 from adapterhub.versions import check_reason

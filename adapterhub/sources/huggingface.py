@@ -11,11 +11,11 @@ from adapterhub import parts
 from adapterhub.errors import IntegrityError, NotFound
 from adapterhub.files.bounded import read_json
 from adapterhub.files.progress import bar
-from adapterhub.huggingface import layout
-from adapterhub.huggingface.push import LARGEST, MANIFEST, OURS
-from adapterhub.huggingface.transport import Repo
-from adapterhub.sources import AGAIN, Candidate
+from adapterhub.sources import huggingface_layout
+from adapterhub.sources.huggingface_layout import LARGEST_MANIFEST, MANIFEST, OURS
+from adapterhub.sources.huggingface_transport import Repo
 from adapterhub.sources.room import check_disk
+from adapterhub.sources.source import AGAIN, Candidate
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import File, Manifest, Release
 from adapterhub.store import Store
@@ -29,7 +29,7 @@ class Pushed:
         self.repo, self.commit = repo, commit
         self.label = f"hf:{repo.name}"
         self.root = self._manifest(MANIFEST, None)
-        self._layout: layout.Layout | None = None
+        self._layout: huggingface_layout.Layout | None = None
 
     def candidates(self, name: str) -> list[Candidate]:
         return [Candidate(name, self.root.version, self.root.digest)] if name == self.root.name else []
@@ -46,7 +46,7 @@ class Pushed:
     def signatures(self, digest: str) -> list[bytes]:
         path = f"{OURS}signatures/{digest.removeprefix('sha256:')}.json"
         try:
-            found = read_json(self.repo.read(path, self.commit, LARGEST))
+            found = read_json(self.repo.read(path, self.commit, LARGEST_MANIFEST))
             return [canonical(envelope) for envelope in found if isinstance(envelope, dict)]
         except NotFound:
             return []
@@ -55,8 +55,8 @@ class Pushed:
 
     def fetch(self, files: Collection[File], store: Store) -> None:
         if self._layout is None:
-            data = self.repo.read(f"{OURS}layout.json", self.commit, layout.LARGEST)
-            self._layout = layout.decode(data, self.repo.name)
+            data = self.repo.read(f"{OURS}layout.json", self.commit, huggingface_layout.LARGEST)
+            self._layout = huggingface_layout.decode(data, self.repo.name)
         blobs: set[File] = set()
         for file in files:
             if file.parts:
@@ -74,7 +74,7 @@ class Pushed:
                 self.repo.file(path, self.commit)  # once, before several ask for it
             store.fill(lacking, lambda blob, unsynced: (self._take(blob, store, unsynced), advance(blob.size)))
 
-    def _pieces(self, blob: File) -> list[layout.Piece]:
+    def _pieces(self, blob: File) -> list[huggingface_layout.Piece]:
         if self._layout is None or blob.digest not in self._layout:
             raise NotFound(f"{self.label} does not say where {blob.digest} is", AGAIN)
         return self._layout[blob.digest]
@@ -100,9 +100,9 @@ class Pushed:
         """A manifest by its digest; the first, which nobody has named yet, by what the Hub lists for it."""
         for again in (False, True):
             if digest is None:
-                data = self.repo.checked(path, self.commit, LARGEST).read_bytes()
+                data = self.repo.checked(path, self.commit, LARGEST_MANIFEST).read_bytes()
             else:
-                data = self.repo.read(path, self.commit, LARGEST, again)
+                data = self.repo.read(path, self.commit, LARGEST_MANIFEST, again)
             if digest in (None, digest_of(data)):
                 return Release(Manifest.decode(data), digest_of(data))
         raise IntegrityError(f"{self.label}: {path} is not {digest}", AGAIN)
@@ -168,6 +168,6 @@ class Owner:
             self._holders.setdefault(one.digest, pushed)
 
     def _named(self, pushed: Pushed) -> list[Release]:
-        from adapterhub.sources import closure
+        from adapterhub.sources.source import closure
 
         return closure(pushed, [pushed.root])

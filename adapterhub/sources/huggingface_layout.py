@@ -1,4 +1,13 @@
-"""Where the bytes of blobs stand in a repo: what PEFT's file has already is not pushed a second time."""
+"""How a release lies in a repo of the Hub, so that plain PEFT loads it too and no byte is pushed twice.
+
+A repo holds one adapter; version 1.2.0 is the tag v1.2.0, which is made last. Beside PEFT's files lies `adapterhub/`:
+
+manifest.json             the release's manifest
+manifests/<digest>.json   those of the parents that it needs
+signatures/<digest>.json  the envelopes of a signed release
+layout.json               digest of a blob -> [[file of the repo, offset, bytes], ...], where its bytes are, in order
+rest                      the bytes that stand in no other file
+"""
 
 from __future__ import annotations
 
@@ -12,6 +21,14 @@ from adapterhub.spec.digest import canonical, check_digest, digest_of
 from adapterhub.spec.manifest import File, Release
 from adapterhub.store import Store
 
+OURS = "adapterhub/"
+
+
+MANIFEST = f"{OURS}manifest.json"
+
+
+LARGEST_MANIFEST = 8 << 20
+"""Bytes of a manifest, card or list of signatures."""
 REST = "adapterhub/rest"
 TENSORS = "adapter_model.safetensors"
 Piece = tuple[str, int, int]

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from adapterhub.errors import HubError, IntegrityError, NameInUse, Unreachable, UsageError
 from adapterhub.files.progress import bar
 from adapterhub.packages import Packages
-from adapterhub.sources import closure, named
+from adapterhub.share.registry_marks import carry
 from adapterhub.sources.disk import Disk
 from adapterhub.sources.http import Http
+from adapterhub.sources.opening import named
 from adapterhub.sources.registry import Registry
-from adapterhub.sources.registry_marks import carry
+from adapterhub.sources.source import closure
 from adapterhub.spec.manifest import File, Release
 from adapterhub.spec.names import Reference
 from adapterhub.store import each

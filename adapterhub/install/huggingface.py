@@ -9,8 +9,8 @@ from packaging.version import Version
 
 from adapterhub.errors import NotFound, UnsafeFile, UsageError
 from adapterhub.files import durable
-from adapterhub.huggingface.source import Pushed
-from adapterhub.huggingface.transport import Repo
+from adapterhub.sources.huggingface import Pushed
+from adapterhub.sources.huggingface_transport import Repo
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import NAME
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from adapterhub.config import folders
 from adapterhub.errors import HubError, NotFound
 from adapterhub.files import durable
-from adapterhub.index import Index
-from adapterhub.packages import Packages
 from adapterhub.spec.manifest import Release
-from adapterhub.store import DATABASE, Store
+from adapterhub.store.blobs import DATABASE, Store
+from adapterhub.store.index import Index
+from adapterhub.store.releases import Packages
 
 if TYPE_CHECKING:
     from adapterhub.runtime.model import Model
@@ -187,7 +187,7 @@ class Hub(Packages):
         return compress(self, ref, codec, options=options, name=name, version=version)
 
     def compose(self, expression: str, name: str, version: str | None = None) -> Release:
-        """Save a composition as an adapter. See adapterhub.compose."""
+        """Save a composition as an adapter. See adapterhub.store.expand."""
         from adapterhub.transform.compose import compose
 
         return compose(self, expression, name, version=version)

@@ -118,9 +118,9 @@ def no_locks(scale: float = 1.0) -> dict[str, object]:
     from crashed import publish
 
     import adapterhub
-    from adapterhub import care
     from adapterhub.errors import HubError
     from adapterhub.files import platforms
+    from adapterhub.store import gc
 
     refused, real = 0, platforms.fcntl.flock
     with _room() as room:
@@ -133,7 +133,7 @@ def no_locks(scale: float = 1.0) -> dict[str, object]:
 
             platforms.fcntl.flock = refuse
             try:
-                for change in (lambda: publish(hub, "me/y"), lambda: hub.remove("me/x"), lambda: care.gc(hub)):
+                for change in (lambda: publish(hub, "me/y"), lambda: hub.remove("me/x"), lambda: gc.gc(hub)):
                     try:
                         change()
                     except HubError as error:
@@ -178,9 +178,9 @@ def _fill(root: Path, count: int) -> None:
     from sqlalchemy import insert
 
     import adapterhub
-    from adapterhub.records import KEPT
     from adapterhub.spec.digest import digest_of
     from adapterhub.spec.manifest import Base, File, Made, Manifest, Release
+    from adapterhub.store.records import KEPT
 
     hub = adapterhub.open(root, create=True)
 
@@ -213,7 +213,7 @@ def _fill(root: Path, count: int) -> None:
 def _measured(root: Path, code: str) -> tuple[float, float]:
     """(seconds, largest resident memory in MB) of a process that opens the hub and does this."""
     program = (
-        "import resource, sys, adapterhub\nfrom pathlib import Path\nfrom adapterhub import care\n"
+        "import resource, sys, adapterhub\nfrom pathlib import Path\nfrom adapterhub.store import gc as care\n"
         f"hub = adapterhub.open(Path(sys.argv[1]))\n{code}\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)"
     )

@@ -22,7 +22,7 @@ from adapterhub.files import durable  # noqa: E402
 from adapterhub.sources.registry import Registry  # noqa: E402
 from adapterhub.sources.source import closure  # noqa: E402
 from adapterhub.spec.digest import digest_of  # noqa: E402
-from adapterhub.versions import lineage  # noqa: E402
+from adapterhub.store.history import lineage  # noqa: E402
 
 # --- G1, G2 ---------------------------------------------------------------------------------------------------------
 

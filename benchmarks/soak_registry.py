@@ -22,13 +22,13 @@ from failpoints import Steps, die  # noqa: E402
 from soak_server import ROOT, TOKEN, WRITE, room, served  # noqa: E402
 
 import adapterhub  # noqa: E402
-from adapterhub import care  # noqa: E402
 from adapterhub.errors import HubError  # noqa: E402
 from adapterhub.files import durable  # noqa: E402
 from adapterhub.share.registry import push  # noqa: E402
 from adapterhub.sources import http  # noqa: E402
 from adapterhub.sources.registry import Registry  # noqa: E402
 from adapterhub.spec.digest import digest_of  # noqa: E402
+from adapterhub.store import gc  # noqa: E402
 
 # --- A11 ------------------------------------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ def a11(most: int = 1000) -> dict[str, object]:
             assert {row.name for row in there.releases()} <= {"me/old", "me/x"}
             assert _killed_at(0, place, mine) is False, n
             assert there.verify() == [] and [str(row) for row in there.releases()] == ["me/old@0.1.0", "me/x@0.1.0"]
-            care.gc(there, force=True)
+            gc.gc(there, force=True)
             assert there.verify() == [] and not [*(place / "incoming").glob("*")]
             shutil.rmtree(place)
             if not died:
@@ -148,7 +148,7 @@ def b8(clients: int = 64, seconds: float = 1800, every: float = 5) -> dict[str, 
         def sweep() -> None:
             while time.monotonic() < end and not wrong:
                 try:
-                    care.gc(there, force=bool(counted["gc"] % 2))
+                    gc.gc(there, force=bool(counted["gc"] % 2))
                 except Exception as error:
                     wrong.append(f"gc: {error}")
                 count("gc")

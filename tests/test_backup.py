@@ -10,11 +10,11 @@ import pytest
 from crashed import TENSORS, large, publish
 
 import adapterhub
-from adapterhub.backup import BLOCK, backup, restore
 from adapterhub.cli.app import execute
 from adapterhub.errors import DiskFull, IntegrityError, NameInUse, UsageError
+from adapterhub.recovery.backup import BLOCK, backup, restore
 from adapterhub.spec.digest import canonical
-from adapterhub.versions import yank
+from adapterhub.store.history import yank
 
 
 @pytest.fixture

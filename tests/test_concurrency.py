@@ -16,14 +16,14 @@ from crashed import LARGE, TENSORS, large, publish
 from failpoints import child
 
 import adapterhub
-from adapterhub import care
 from adapterhub.files import durable
-from adapterhub.store import Store
+from adapterhub.store import gc
+from adapterhub.store.blobs import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 GC = """
 import sys, time, adapterhub
-from adapterhub import care
+from adapterhub.store import gc as care
 from adapterhub.errors import HubError
 while True:
     try:
@@ -119,7 +119,7 @@ def test_B3_gc_between_the_blobs_and_the_commit(source, hub, tmp_path):
     while not reached.exists():
         time.sleep(0.01)
     taken = []
-    sweeping = threading.Thread(target=lambda: taken.extend(care.gc(hub, force=True)))
+    sweeping = threading.Thread(target=lambda: taken.extend(gc.gc(hub, force=True)))
     sweeping.start()
     sweeping.join(0.3)
     assert sweeping.is_alive()  # it waits
@@ -134,9 +134,9 @@ def test_B3_a_lease_keeps_what_no_release_needs_yet(hub):
     publish(hub, "me/x")
     blob = hub.store.put(b"on its way")
     hub.index.lease([blob.digest], time.time() + 60)
-    assert care.gc(hub) == []
+    assert gc.gc(hub) == []
     hub.index.lease([blob.digest], 0)
-    assert [stray.path for stray in care.gc(hub)] == [hub.store.path(blob.digest)]
+    assert [stray.path for stray in gc.gc(hub)] == [hub.store.path(blob.digest)]
 
 
 def test_B4_the_cache_is_cleaned_beside_those_who_use_it(tmp_path):
@@ -145,9 +145,9 @@ def test_B4_the_cache_is_cleaned_beside_those_who_use_it(tmp_path):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"1234")
     with durable.lock(tmp_path / "used.lock"):
-        gone = {stray.path.name for stray in care.clean_cache(tmp_path)}
+        gone = {stray.path.name for stray in gc.clean_cache(tmp_path)}
     assert gone == {"free"} and used.exists() and not free.exists()
-    assert {stray.path.name for stray in care.clean_cache(tmp_path)} == {"used", "used.lock"}
+    assert {stray.path.name for stray in gc.clean_cache(tmp_path)} == {"used", "used.lock"}
 
 
 def test_B5_a_reader_of_a_blob_that_is_removed_and_comes_back(hub):

@@ -21,10 +21,10 @@ from crashed import COMMANDS, LARGE, TENSORS, WIDE, make_before, make_wide, publ
 from failpoints import Steps, child, die, every_step, full, half_written, is_lost, needless, state
 
 import adapterhub
-from adapterhub import care
 from adapterhub.errors import HubError
 from adapterhub.files import durable
 from adapterhub.share.registry import push
+from adapterhub.store import gc
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_A1_A2_killed_at_every_step(name, before, wide, work_in):
                 "fresh",
                 *(n for n in ("torn", "lost") if (folder / n).exists() and not is_lost(folder / n)),
             ):
-                care.gc(adapterhub.open(folder / hub))
+                gc.gc(adapterhub.open(folder / hub))
             left = [path for path in needless(folder) if folder / "project" not in path.parents]  # no folder of gc's
             assert left == [], n
             assert state(folder) == new
@@ -348,11 +348,11 @@ def test_A12_a_clock_that_was_set(before, work_in, monkeypatch):
         old = state(folder)
         now = time.time()
         with monkeypatch.context() as patch:
-            patch.setattr(care.time, "time", lambda now=now, shift=shift: now + shift * 86400)
+            patch.setattr(gc.time, "time", lambda now=now, shift=shift: now + shift * 86400)
             hub = adapterhub.open(folder / "hub")
             (hub.root / "training" / "run").mkdir(parents=True)
             (hub.root / "training" / "run" / "x").write_bytes(b"1")
-            gone = {stray.path.name for stray in care.gc(hub)}
+            gone = {stray.path.name for stray in gc.gc(hub)}
             assert ("run" in gone) == (shift > 0)
             assert hub.verify(0.05) == []
         assert state(folder) == old
@@ -376,12 +376,12 @@ def test_A3_twenty_processes_killed_at_any_moment(before, work_in):
         assert running.returncode == -9
         hub = adapterhub.open(folder / "hub")
         assert hub.verify() == [] and len(half_written(folder)) <= (seed + 1) * durable_workers()
-    care.gc(adapterhub.open(folder / "hub"), force=True)
+    gc.gc(adapterhub.open(folder / "hub"), force=True)
     assert needless(folder) == []
 
 
 def durable_workers():
-    from adapterhub.store import WORKERS
+    from adapterhub.store.blobs import WORKERS
 
     return WORKERS
 

@@ -9,14 +9,14 @@ from crashed import LARGE, TENSORS, publish
 from served import serving
 
 import adapterhub
-from adapterhub import care
 from adapterhub.cli.app import execute
 from adapterhub.errors import DiskFull
 from adapterhub.files import durable
-from adapterhub.incoming import Incoming
 from adapterhub.sources.registry import Registry
 from adapterhub.spec.digest import digest_of
-from adapterhub.store import identify
+from adapterhub.store import gc
+from adapterhub.store.blobs import identify
+from adapterhub.store.partial import Incoming
 
 BIG = os.urandom(3 << 20)
 
@@ -114,17 +114,17 @@ def test_gc_takes_a_dead_part_at_once_and_a_leased_one_when_forced(source):
             incoming.append([content[:100]])
         source.index.lease([digest_of(content)], lease)
     dead, alive = (digest_of(content)[7:] for content in (b"dead" * 100, b"alive" * 100))
-    assert {stray.path.stem for stray in care.gc(source)} == {dead}
-    assert {stray.path.stem for stray in care.gc(source, force=True)} == {alive}
-    assert care.gc(source) == [] and source.verify() == []
+    assert {stray.path.stem for stray in gc.gc(source)} == {dead}
+    assert {stray.path.stem for stray in gc.gc(source, force=True)} == {alive}
+    assert gc.gc(source) == [] and source.verify() == []
 
 
 def test_gc_waits_for_a_writer_that_lives(source):
     """It holds the hub alone: a part that somebody writes to is never looked at."""
     with source.store.shared(), source.store.alone(wait=False) as held:
         assert not held
-    assert care.reclaimable(source) == 0
+    assert gc.reclaimable(source) == 0
     with source.store.shared():
         source.store.put(BIG)
-        assert care.reclaimable(source) == 0  # not known while others are at work, and not waited for
-    assert care.reclaimable(source) == len(BIG)
+        assert gc.reclaimable(source) == 0  # not known while others are at work, and not waited for
+    assert gc.reclaimable(source) == len(BIG)

@@ -13,11 +13,11 @@ import msgspec
 import pytest
 
 import adapterhub
-from adapterhub.care import gc
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UsageError
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent
 from adapterhub.spec.names import Reference
+from adapterhub.store.gc import gc
 
 
 def draft(name="me/x", **changes):

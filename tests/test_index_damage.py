@@ -10,15 +10,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flips import noticed, unnoticed
 
 import adapterhub
-from adapterhub import care, records
 from adapterhub.cli.app import execute
 from adapterhub.errors import NameInUse, NameWarning, UsageError
-from adapterhub.rebuild import rebuild
+from adapterhub.recovery import repair
+from adapterhub.recovery.rebuild import rebuild
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import Base, File, Made, Manifest
+from adapterhub.store import gc, records
+from adapterhub.store.history import yank
 from adapterhub.trust.keys import PrivateKey
 from adapterhub.trust.signature import RELEASE, sign, statement
-from adapterhub.versions import yank
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_blobs_alone_bring_releases_parents_and_signatures_back(hub, monkeypatch
     told = capsys.readouterr()
     assert "3 releases and 1 signatures" in told.err and "tags" in told.err and "yanks" in told.err
     again = adapterhub.open(hub.root)
-    assert seen(again) == before and again.verify() == [] and care.gc(again) == []
+    assert seen(again) == before and again.verify() == [] and gc.gc(again) == []
     assert again.index.serial() > serial and again.releases("me/child")[0].tags == ()
     with pytest.raises(UsageError, match="is sound"):
         rebuild(hub.root)
@@ -159,7 +160,7 @@ def test_a_hub_of_before_manifests_were_blobs_is_sound_and_gets_them(hub):
     assert all(hub.store.path(digest).exists() for digest in digests) and hub.verify() == []
     hub.store.path(digests[0]).unlink()
     assert [problem.path for problem in hub.verify()] == [hub.store.path(digests[0])]  # now it is a loss
-    assert care.repair(hub, []).left == [] and hub.verify() == []
+    assert repair.repair(hub, []).left == [] and hub.verify() == []
     assert hub.index.remembered(records.KEPT) == 1
 
 
@@ -168,7 +169,7 @@ def test_removing_a_release_takes_its_manifest_and_signatures(hub):
     mine = [child.digest, *map(digest_of, hub.index.signatures(child.digest))]
     assert len(mine) == 2 and all(hub.store.path(digest).exists() for digest in mine)
     hub.remove("me/child@0.1.0")
-    assert not any(hub.store.path(digest).exists() for digest in mine) and care.gc(hub) == []
+    assert not any(hub.store.path(digest).exists() for digest in mine) and gc.gc(hub) == []
 
 
 # --- rows that change by themselves ---------------------------------------------------------------------------------

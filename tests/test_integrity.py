@@ -12,12 +12,14 @@ import pytest
 from crashed import TENSORS, first_schema, large, publish
 
 import adapterhub
-from adapterhub import care, parts, store
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, ManifestError, UsageError
+from adapterhub.recovery import repair
 from adapterhub.sources.disk import Disk
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import File, Manifest
+from adapterhub.store import blobs as store
+from adapterhub.store import gc, segments, verify
 
 
 @pytest.fixture
@@ -80,10 +82,10 @@ def test_a_share_of_the_blobs_is_another_one_every_day_and_all_in_time(hub):
         publish(hub, f"me/n{i}", TENSORS[:-1] + bytes([i]))
     path = stored(hub)["a whole tensor file"]
     path.write_bytes(TENSORS[:-1] + b"\xff")
-    seen = [bool(care.verify(hub, 0.25, today=day)) for day in range(4)]
+    seen = [bool(verify.verify(hub, 0.25, today=day)) for day in range(4)]
     assert seen.count(True) == 1
     with pytest.raises(UsageError):
-        care.parse_share("half")
+        verify.parse_share("half")
 
 
 @pytest.mark.parametrize("size", [0, 1, -1, "n+1"])
@@ -133,7 +135,7 @@ def test_C5_a_source_that_is_damaged_too_mends_nothing(hub, tmp_path):
     path.write_bytes(b"x")
     twin = tmp_path / "copy" / path.relative_to(hub.root)
     twin.write_bytes(b"y")
-    done = care.repair(hub, [Disk(tmp_path / "copy")])
+    done = repair.repair(hub, [Disk(tmp_path / "copy")])
     assert done.mended == [] and [problem.path for problem in done.left] == [path]
     assert path.read_bytes() == b"x"
 
@@ -195,7 +197,7 @@ LISTS = {
 @pytest.mark.parametrize("kind", LISTS)
 def test_a_list_of_parts_that_is_none(kind):
     with pytest.raises(IntegrityError):
-        parts.decode(LISTS[kind], File(digest=digest_of(LISTS[kind]), size=70200, parts=True))
+        segments.decode(LISTS[kind], File(digest=digest_of(LISTS[kind]), size=70200, parts=True))
 
 
 def test_a_large_tensor_that_two_share_is_stored_once_and_reads_as_it_was(hub):
@@ -273,32 +275,32 @@ def test_gc_says_first_what_would_go(hub, monkeypatch, capsys):
     assert len(told["removed"]) == 3 and told["size"] == 13 and path.exists()
     assert execute(["gc"]) == 0
     assert not path.exists() and not list(hub.root.rglob("*.tmp")) and hub.verify() == []
-    assert care.gc(hub) == []
+    assert gc.gc(hub) == []
 
 
 def test_gc_takes_nothing_when_the_index_looks_lost(hub, tmp_path):
-    care.gc(hub)
+    gc.gc(hub)
     everything = sorted(path for path in hub.store.folder.rglob("*") if path.is_file())
     fresh = adapterhub.open(tmp_path / "fresh", create=True)
     shutil.copytree(hub.root / "blobs", fresh.root / "blobs", dirs_exist_ok=True)
     with pytest.raises(HubError, match="although there are blobs"):
-        care.gc(fresh)
-    hub.index.remember(care.FILES_AT_GC, 1000)
+        gc.gc(fresh)
+    hub.index.remember(gc.FILES_AT_GC, 1000)
     with pytest.raises(HubError, match="1000 at the last gc"):
-        care.gc(hub)
+        gc.gc(hub)
     assert everything == sorted(path for path in hub.store.folder.rglob("*") if path.is_file())
-    assert care.gc(hub, force=True) == []
+    assert gc.gc(hub, force=True) == []
 
 
 def test_gc_goes_through_after_most_releases_were_removed_on_purpose(hub):
     for name in ("me/b", "me/c", "me/d"):
         publish(hub, name)
-    care.gc(hub)
+    gc.gc(hub)
     for name in ("me/b", "me/c", "me/d"):
         hub.remove(name)
     listed = sum(1 for _ in hub.index.stored())
-    assert hub.index.remembered(care.FILES_AT_GC) == listed
-    assert care.gc(hub) == [] and hub.verify() == []
+    assert hub.index.remembered(gc.FILES_AT_GC) == listed
+    assert gc.gc(hub) == [] and hub.verify() == []
 
 
 def test_gc_takes_nothing_when_a_list_of_parts_is_damaged(hub):
@@ -306,7 +308,7 @@ def test_gc_takes_nothing_when_a_list_of_parts_is_damaged(hub):
     stored(hub)["a list of parts"].write_bytes(b"[]")
     before = sorted(hub.store.folder.rglob("*"))
     with pytest.raises(IntegrityError):
-        care.gc(hub)
+        gc.gc(hub)
     assert before == sorted(hub.store.folder.rglob("*"))
 
 
@@ -319,11 +321,11 @@ def test_gc_leaves_a_training_that_runs_and_takes_one_that_was_given_up(hub):
         (hub.root / "training" / name / "lock").touch()
     (hub.root / "training" / "stages").mkdir()
     (hub.root / "training" / "stages" / "old.json").write_bytes(b"{}")
-    past = time.time() - 40 * care.DAY
+    past = time.time() - 40 * gc.DAY
     for path in hub.root.glob("training/*/**/*"):
         if "recent" not in str(path):
             os.utime(path, (past, past))
     with durable.lock(hub.root / "training" / "running" / "lock"):
-        assert {stray.path.name for stray in care.gc(hub)} == {"given-up"}  # stages may be the running one's
-    assert {stray.path.name for stray in care.gc(hub)} == {"running", "old.json"}
+        assert {stray.path.name for stray in gc.gc(hub)} == {"given-up"}  # stages may be the running one's
+    assert {stray.path.name for stray in gc.gc(hub)} == {"running", "old.json"}
     assert (hub.root / "training" / "recent").exists()

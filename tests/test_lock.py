@@ -14,12 +14,12 @@ from crashed import TENSORS, large, publish
 import adapterhub
 from adapterhub.bases import resolution
 from adapterhub.cli.app import execute
-from adapterhub.compose import read as read_expression
 from adapterhub.config import lock as locks
 from adapterhub.config import project as projects
 from adapterhub.config.lock import StaleLock
 from adapterhub.errors import HubError, IntegrityError, NotFound, UsageError
-from adapterhub.versions import yank
+from adapterhub.install.stacks import read as read_expression
+from adapterhub.store.history import yank
 
 
 @pytest.fixture
@@ -282,7 +282,9 @@ def other_user(read, own):
         return {}
     user = {"user": 65534, "group": 65534}
     try:
-        subprocess.run([sys.executable, "-c", "import adapterhub.sync"], check=True, capture_output=True, **user)
+        subprocess.run(
+            [sys.executable, "-c", "import adapterhub.install.project"], check=True, capture_output=True, **user
+        )
     except (OSError, subprocess.CalledProcessError):
         return {}  # this installation lies where others may not look
     for folder in own:

@@ -361,8 +361,8 @@ def test_plain_http_beyond_this_machine_needs_a_word_in_its_table(hub, typed, ca
 
 
 def test_with_that_word_it_is_spoken(hub, typed):
+    from adapterhub.install.options import sources
     from adapterhub.sources.opening import named
-    from adapterhub.sync import sources
 
     project(hub, ELSEWHERE, "insecure = true\n")
     source = sources(hub, hub.root, projects.read(hub.root)).get("team")

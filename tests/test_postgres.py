@@ -21,7 +21,7 @@ import adapterhub
 from adapterhub.errors import HubError, NameInUse, TagMoved, UsageError
 from adapterhub.share.registry import push
 from adapterhub.sources.registry import Registry
-from adapterhub.versions import lineage, rollback, yank
+from adapterhub.store.history import lineage, rollback, yank
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 

@@ -13,10 +13,10 @@ import adapterhub
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError
 from adapterhub.files import durable
-from adapterhub.incoming import Incoming
 from adapterhub.share.registry import push
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import Base, File, Made, Manifest
+from adapterhub.store.partial import Incoming
 from adapterhub.trust.keys import new_key, remove_key
 from adapterhub.trust.signature import RELEASE, opened, sign, statement
 
@@ -339,7 +339,7 @@ def test_leases_that_ended_are_deleted_by_gc_and_by_the_next_push(there):
     import sqlite3
     import time
 
-    from adapterhub import care
+    from adapterhub.store import gc
 
     def count():
         with sqlite3.connect(there.root / "hub.db") as database:
@@ -353,7 +353,7 @@ def test_leases_that_ended_are_deleted_by_gc_and_by_the_next_push(there):
     there.index.lease(many[:1000], 0)
     assert count() == 10_001
     there.index.lease(many, 1)
-    care.gc(there, force=True)
+    gc.gc(there, force=True)
     assert count() == 0
     there.index.lease(many, 1)
     with serving(there, TOKEN) as url:
@@ -381,18 +381,18 @@ def test_many_leases_are_not_one_long_transaction(there):
 def test_a_half_upload_is_left_alone_while_it_goes_on_and_taken_by_gc_when_forced(there, monkeypatch):
     import adapterhub_registry.uploads as uploads
 
-    from adapterhub import care
+    from adapterhub.store import gc
 
     publish(there, "me/x", TENSORS)
     digest = digest_of(b"never")
     piece = {"content": b"1234", "headers": {"content-range": "bytes 0-3/8"}}
     with serving(there, TOKEN) as url:
         assert call(url, "PATCH", f"/v1/uploads/{digest}", TOKEN, **piece).status_code == 202
-        assert care.gc(there) == []
-        assert any(stray.path.suffix == ".part" for stray in care.gc(there, force=True))
+        assert gc.gc(there) == []
+        assert any(stray.path.suffix == ".part" for stray in gc.gc(there, force=True))
         monkeypatch.setattr(uploads, "PART_LEASE", -1)
         assert call(url, "PATCH", f"/v1/uploads/{digest}", TOKEN, **piece).status_code == 202
-        assert any(stray.path.suffix == ".part" for stray in care.gc(there))  # nobody sent a piece of it for that long
+        assert any(stray.path.suffix == ".part" for stray in gc.gc(there))  # nobody sent a piece of it for that long
 
 
 @pytest.mark.parametrize("step", ["write", "rename", "commit"])

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from served import serving
 
 import adapterhub
-from adapterhub.incoming import Incoming
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import File
+from adapterhub.store.partial import Incoming
 
 TOKEN = "a-token"
 WRITE = {"authorization": f"Bearer {TOKEN}"}

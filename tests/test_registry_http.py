@@ -14,15 +14,15 @@ from fault_server import Faults, faulty, wait_until
 from served import serving
 
 import adapterhub
-from adapterhub import care
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, Unreachable, UsageError
-from adapterhub.incoming import Incoming
 from adapterhub.share.registry import push
 from adapterhub.sources import http as http_module
 from adapterhub.sources.registry import Registry
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import File
+from adapterhub.store import gc
+from adapterhub.store.partial import Incoming
 from adapterhub.trust.keys import new_key
 
 TOKEN = "a-secret-token"
@@ -244,9 +244,9 @@ def test_gc_leaves_alone_what_a_push_has_announced(url, mine, there):
     data = LARGE[:5000]
     call(url, "POST", "/v1/missing", json=[[digest_of(data), len(data)]])
     upload(url, data, [(0, 2000)])
-    assert care.gc(there) == []
+    assert gc.gc(there) == []
     assert upload(url, data, [(2000, 5000)])[-1].status_code == 201
-    assert care.gc(there) == []
+    assert gc.gc(there) == []
 
 
 # --- bad networks and bad servers -----------------------------------------------------------------------------------

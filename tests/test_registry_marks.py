@@ -13,8 +13,8 @@ from adapterhub.share.registry import push
 from adapterhub.sources import serials, tokens
 from adapterhub.sources.registry import Registry
 from adapterhub.spec.address import address
+from adapterhub.store.history import yank
 from adapterhub.trust.keys import new_key
-from adapterhub.versions import yank
 
 TOKEN = "a-token"
 

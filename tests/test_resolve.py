@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shelf import Shelf, base, release, sources
 
-from adapterhub.conflict import Conflict
 from adapterhub.errors import HubError, NotFound, UsageError
+from adapterhub.install.conflicts import Conflict
+from adapterhub.install.question import Asked, Rules
+from adapterhub.install.resolver import resolve
 from adapterhub.plugins import runs
-from adapterhub.resolve import Asked, Rules, resolve
 from adapterhub.spec.requirement import Requirement
 
 

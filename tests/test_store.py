@@ -14,7 +14,7 @@ from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse
 from adapterhub.files import durable
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import File
-from adapterhub.store import Store, each
+from adapterhub.store.blobs import Store, each
 
 
 def blob_files(store):

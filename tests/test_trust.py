@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 import adapterhub
 from adapterhub import plugins
 from adapterhub.adapters.adapter import part
+from adapterhub.analysis.bom import cyclonedx, materials
 from adapterhub.cli.app import execute
 from adapterhub.config import user
 from adapterhub.errors import (
@@ -30,7 +31,6 @@ from adapterhub.look.checkup import uninstalled
 from adapterhub.spec.digest import check_digest, digest_of
 from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent, Release
 from adapterhub.trust import keys, policy
-from adapterhub.trust.bom import cyclonedx, materials
 from adapterhub.trust.signature import RELEASE, opened, sign, statement
 
 BASE = Base(name="tiny", architecture="llama", structure=digest_of(b"shapes"), sketch=File(digest="", size=0))

@@ -17,7 +17,7 @@ from adapterhub.forms.dense import Dense
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent
-from adapterhub.versions import lineage, rollback, yank
+from adapterhub.store.history import lineage, rollback, yank
 
 BASE = Base(name="tiny", architecture="llama", structure=digest_of(b"shapes"), sketch=File(digest="", size=0))
 

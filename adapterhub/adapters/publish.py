@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from adapterhub import plugins
 from adapterhub.adapters.adapter import forms_of
 from adapterhub.adapters.names import named_tensors
-from adapterhub.compose import expand
 from adapterhub.kinds.modification import Modifications
 from adapterhub.spec.expression import Ensemble, Node, Ref, beneath, references
 from adapterhub.spec.manifest import Base, Made, Manifest, Parent, Release
 from adapterhub.spec.names import Reference, check_name
 from adapterhub.spec.parents import weighed
+from adapterhub.store.expand import expand
 from adapterhub.tensors.file import dump
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ import typer
 import adapterhub
 from adapterhub.cli.output import Json, json_out, note, out, record, size
 from adapterhub.errors import HubError, UsageError
+from adapterhub.recovery.repair import repair as bring_again
 
 if TYPE_CHECKING:
-    from adapterhub.care import Stray
-    from adapterhub.store import Problem
+    from adapterhub.store.blobs import Problem
+    from adapterhub.store.gc import Stray
 
 
 def verify(
@@ -39,7 +40,7 @@ def verify(
     """
     if quick + full + (subset is not None) > 1:
         raise UsageError("--quick, --full and --subset exclude one another", "give one of them")
-    from adapterhub.care import parse_share
+    from adapterhub.store.verify import parse_share
 
     hub = adapterhub.open()
     problems = hub.verify("quick" if quick else "full" if subset is None else parse_share(subset))
@@ -80,10 +81,9 @@ def repair(
     Example:
       adapterhub repair --from ../other-hub
     """
-    from adapterhub import care
     from adapterhub.config import project
+    from adapterhub.install.options import sources
     from adapterhub.sources.opening import named
-    from adapterhub.sync import sources
 
     if rebuild:
         if source:
@@ -93,7 +93,7 @@ def repair(
     folder = project.nearest()
     known = sources(hub, folder, project.read(folder) if folder else None)
     places = [named(text) for text in source] if source else [known.get(name) for name in known.names()]
-    done = care.repair(hub, places)
+    done = bring_again(hub, places)
     if not as_json:
         for path in done.mended:
             out(f"{path}: mended")
@@ -101,7 +101,7 @@ def repair(
 
 
 def _rebuild(as_json: bool) -> None:
-    from adapterhub.rebuild import GONE, rebuild
+    from adapterhub.recovery.rebuild import GONE, rebuild
 
     done = rebuild()
     hub = adapterhub.open(done.root)
@@ -132,7 +132,7 @@ def gc(
     Example:
       adapterhub gc --dry-run
     """
-    from adapterhub import care
+    from adapterhub.store import gc as care
 
     hub = adapterhub.open()
     _gone(hub.root, care.gc(hub, dry_run, force, days), dry_run, as_json)
@@ -142,8 +142,8 @@ def room() -> str:
     """What takes room on a disk that was full, and what frees it."""
     import shutil
 
-    from adapterhub import care
     from adapterhub.bases.resolution import cache_folder
+    from adapterhub.store import gc as care
 
     told = ["nothing was changed"]
     with suppress(HubError, OSError):
@@ -179,7 +179,7 @@ def cache(
       adapterhub cache --clean
     """
     from adapterhub.bases.resolution import cache_folder
-    from adapterhub.care import clean_cache
+    from adapterhub.store.gc import clean_cache
 
     folder = cache_folder()
     found = clean_cache(folder, dry_run or not clean) if folder.is_dir() else []

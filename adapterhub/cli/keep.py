@@ -26,7 +26,7 @@ def backup(
     Example:
       adapterhub backup hub.tar
     """
-    from adapterhub.backup import backup
+    from adapterhub.recovery.backup import backup
 
     hub = adapterhub.open()
     written = backup(hub, durable.user_path(file))
@@ -46,7 +46,7 @@ def restore(
     Example:
       adapterhub restore hub.tar my-adapters
     """
-    from adapterhub.backup import restore
+    from adapterhub.recovery.backup import restore
 
     folder = restore(durable.user_path(file), durable.user_path(directory))
     open_source(folder).releases()  # a backup may be a stranger's: nothing but tables and indexes becomes one's own

@@ -85,7 +85,7 @@ def outdated(offline: Offline = False, as_json: Json = False) -> None:
     from packaging.version import Version
 
     from adapterhub.config import project
-    from adapterhub.sync import sources
+    from adapterhub.install.options import sources
 
     folder = project.find()
     asked, made = project.read(folder), _lock()

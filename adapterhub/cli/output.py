@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from adapterhub.index import kind
 from adapterhub.spec.claims import figures
 from adapterhub.spec.manifest import Manifest, Release
+from adapterhub.store.index import kind
 
 SCHEMA_VERSION = 1
 """Of every JSON document; it changes when a field goes or changes its meaning, not when one is added."""

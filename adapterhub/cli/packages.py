@@ -12,7 +12,7 @@ import typer
 import adapterhub
 from adapterhub.cli.output import Json, json_out, note, one_line, out, record, releases_out, size, table
 from adapterhub.cli.project import But, MaxBytes, Newer, Offline, options
-from adapterhub.index import kind
+from adapterhub.store.index import kind
 
 PAGE = 200
 """Releases that a list shows at once."""
@@ -59,10 +59,10 @@ def install(
     Example:
       adapterhub install "acme/sql>=1.2,<2"
     """
-    from adapterhub.resolve import Asked
+    from adapterhub.install.question import Asked
+    from adapterhub.install.requirements import install
     from adapterhub.sources.opening import names_a_place
     from adapterhub.spec.requirement import Requirement
-    from adapterhub.sync import install
 
     hub = adapterhub.open()
     how = options(offline=offline, exclude_newer=exclude_newer, but=but, max_bytes=max_bytes)

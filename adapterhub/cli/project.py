@@ -15,7 +15,7 @@ from adapterhub.cli.output import Json, json_out, note, one_line, out
 from adapterhub.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
-    from adapterhub.sync import Options
+    from adapterhub.install.options import Options
 
 Locked_ = Annotated[bool, typer.Option("--locked", help="Fail if the lock is not up to date; change nothing.")]
 Frozen = Annotated[bool, typer.Option("--frozen", help="Take the lock as it is, without looking at adapterhub.toml.")]
@@ -54,8 +54,8 @@ def options(
     but: Sequence[str] | None = None,
     max_bytes: str | None = None,
 ) -> Options:
-    """The options as `adapterhub.sync` takes them. Raises UsageError."""
-    from adapterhub.sync import Options
+    """The options as `adapterhub.install.project` takes them. Raises UsageError."""
+    from adapterhub.install.options import Options
 
     if locked and frozen:
         raise UsageError("--locked and --frozen exclude one another", "give one of them")
@@ -132,8 +132,8 @@ def lock(
     Example:
       adapterhub lock --locked
     """
-    from adapterhub import sync
     from adapterhub.config import project
+    from adapterhub.install import project as sync
 
     folder = project.find()
     made, changed, notes = sync.lock(adapterhub.open(), folder, options(locked, False, offline, exclude_newer, but))
@@ -205,7 +205,7 @@ def _changed(folder: Path, change: Any, how: Options) -> None:
 
 
 def _synced(folder: Path, how: Options, update: Sequence[str] | None, as_json: bool) -> None:
-    from adapterhub import sync
+    from adapterhub.install import project as sync
 
     hub = adapterhub.open()
     made, changed, notes = sync.lock(hub, folder, how, update)

@@ -53,10 +53,10 @@ def push(
 def registry_at(where: str) -> Registry:
     """The registry at an address that the user typed, or that a source's name stands for. Raises UsageError, NotFound."""
     from adapterhub.config import project
+    from adapterhub.install.options import sources
     from adapterhub.sources.opening import named
     from adapterhub.sources.registry import Registry
     from adapterhub.spec.address import LOOKS, shown
-    from adapterhub.sync import sources
 
     if LOOKS.match(where):
         source = named(where)

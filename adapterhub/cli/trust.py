@@ -145,7 +145,7 @@ def folder_(
     """
     from adapterhub.config import folders, project
     from adapterhub.files import durable
-    from adapterhub.store import DATABASE
+    from adapterhub.store.blobs import DATABASE
 
     path = durable.user_path(path) if path is not None else None
     if path is not None and remove:
@@ -248,7 +248,7 @@ def bom(
     """
     import json
 
-    from adapterhub.trust.bom import cyclonedx, materials
+    from adapterhub.analysis.bom import cyclonedx, materials
 
     found = materials(adapterhub.open(), expression)
     if as_json:

@@ -36,7 +36,7 @@ def tag(
     Example:
       adapterhub tag me/sentiment@0.2.0 stable --expect 0.1.0
     """
-    from adapterhub.index import ANY
+    from adapterhub.store.index import ANY
 
     expected = ANY if expect is None else None if expect == "none" else expect
     if at is None:
@@ -55,7 +55,7 @@ def rollback(name: Name, tag: Annotated[str, typer.Argument(metavar="TAG", help=
     Example:
       adapterhub rollback me/sentiment stable
     """
-    from adapterhub.versions import rollback
+    from adapterhub.store.history import rollback
 
     before, now = rollback(adapterhub.open(), name, tag)
     out(f"{name}@{tag}: {before} -> {now}")
@@ -87,7 +87,7 @@ def unyank(ref: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="The 
 
 def _yank(ref: str, reason: str | None, at: str | None) -> str:
     if at is None:
-        from adapterhub.versions import yank
+        from adapterhub.store.history import yank
 
         return str(yank(adapterhub.open(), ref, reason))
     from adapterhub.cli.share import registry_at
@@ -196,7 +196,7 @@ def lineage(
     Example:
       adapterhub lineage me/merged
     """
-    from adapterhub.versions import lineage
+    from adapterhub.store.history import lineage
 
     if dot + mermaid + as_json > 1:
         raise UsageError("--dot, --mermaid and --json exclude one another", "give one of them")

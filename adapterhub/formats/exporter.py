@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.bases import resolution
 from adapterhub.bases.fingerprint import check_base
-from adapterhub.compose import expand
 from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
 from adapterhub.files import durable
 from adapterhub.formats.peft import TENSORS
@@ -22,6 +21,7 @@ from adapterhub.spec.expression import Ensemble, Ref, references
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference
 from adapterhub.spec.parents import warn_missing_parents
+from adapterhub.store.expand import expand
 from adapterhub.tensors.file import dump
 
 if TYPE_CHECKING:

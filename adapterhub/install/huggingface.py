@@ -15,7 +15,7 @@ from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import NAME
 
 if TYPE_CHECKING:
-    from adapterhub.packages import Packages
+    from adapterhub.store.releases import Packages
 
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
 

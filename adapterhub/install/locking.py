@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from adapterhub.config.lock import Lock, Locked, LockedBase, LockedPlugin, LockedStack
 from adapterhub.config.project import Project
-from adapterhub.resolve import Resolution
+from adapterhub.install.question import Resolution
 from adapterhub.spec.expression import Ref as Reading
 from adapterhub.spec.expression import substitute
 from adapterhub.spec.manifest import Release

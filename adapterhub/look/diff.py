@@ -12,10 +12,10 @@ from adapterhub.adapters.adapter import Adapter
 from adapterhub.adapters.changes import change_of
 from adapterhub.errors import NotFoldable
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.index import kind
 from adapterhub.kinds.modification import Modification
 from adapterhub.look.touched import by_layer, require_tensors
 from adapterhub.spec.manifest import Manifest
+from adapterhub.store.index import kind
 from adapterhub.tensors.factors import product_svd
 
 if TYPE_CHECKING:

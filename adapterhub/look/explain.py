@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub import plugins
 from adapterhub.bases.agreement import common_base
-from adapterhub.compose import expand, read
 from adapterhub.errors import HubError
-from adapterhub.index import kind
+from adapterhub.install.stacks import read
 from adapterhub.look.checkup import needs
 from adapterhub.look.touched import alike, by_layer
 from adapterhub.sites import current_path
@@ -21,6 +20,8 @@ from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference
 from adapterhub.spec.parents import warn_missing_parents, weighed
 from adapterhub.spec.parser import parse
+from adapterhub.store.expand import expand
+from adapterhub.store.index import kind
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub

@@ -14,7 +14,6 @@ from adapterhub.adapters.fit import check_fit
 from adapterhub.adapters.names import named_tensors
 from adapterhub.bases import loading, resolution
 from adapterhub.bases.device import precision
-from adapterhub.compose import pin
 from adapterhub.data.batches import pad_left, pad_token
 from adapterhub.data.context import Context
 from adapterhub.data.encoding import opened
@@ -31,6 +30,7 @@ from adapterhub.sites import sites
 from adapterhub.spec.expression import Ensemble, Node, Ref, references
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference, check_name, check_version
+from adapterhub.store.expand import pin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

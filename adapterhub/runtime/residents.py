@@ -11,14 +11,15 @@ from torch import nn
 from adapterhub import plugins
 from adapterhub.adapters.adapter import Adapter, current
 from adapterhub.adapters.fit import as_parameters, bind, check_fit, check_range
-from adapterhub.compose import expand, read
 from adapterhub.errors import UsageError
+from adapterhub.install.stacks import read
 from adapterhub.kinds.contracts import make
 from adapterhub.kinds.modification import Modifications
 from adapterhub.sites import Site
 from adapterhub.sites.weights import compute_device, compute_dtype
 from adapterhub.spec.expression import Node, references
 from adapterhub.spec.parents import warn_missing_parents
+from adapterhub.store.expand import expand
 
 if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint

@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
-from adapterhub.index import kind
 from adapterhub.spec.manifest import Manifest, Release
+from adapterhub.store.index import kind
 
 BEGIN = "<!-- adapterhub: written from the manifest; what stands outside these marks is kept -->"
 END = "<!-- /adapterhub -->"

@@ -6,7 +6,6 @@ import json
 
 from adapterhub.errors import HubError, NameInUse, NotFound
 from adapterhub.files.bounded import read_json
-from adapterhub.packages import Packages
 from adapterhub.share.card import card
 from adapterhub.sources import huggingface_layout
 from adapterhub.sources.disk import Disk
@@ -16,6 +15,7 @@ from adapterhub.sources.source import closure
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Manifest, Release
 from adapterhub.spec.names import Reference
+from adapterhub.store.releases import Packages
 
 
 def push(

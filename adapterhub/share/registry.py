@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from adapterhub.errors import HubError, IntegrityError, NameInUse, Unreachable, UsageError
 from adapterhub.files.progress import bar
-from adapterhub.packages import Packages
 from adapterhub.share.registry_marks import carry
 from adapterhub.sources.disk import Disk
 from adapterhub.sources.http import Http
@@ -17,7 +16,8 @@ from adapterhub.sources.registry import Registry
 from adapterhub.sources.source import closure
 from adapterhub.spec.manifest import File, Release
 from adapterhub.spec.names import Reference
-from adapterhub.store import each
+from adapterhub.store.blobs import each
+from adapterhub.store.releases import Packages
 from adapterhub.trust.policy import known_keys
 from adapterhub.trust.signature import with_keys
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable
 from urllib.parse import quote
 
 from adapterhub.errors import NotFound, TagMoved, UsageError
-from adapterhub.index import ANY, Row
-from adapterhub.packages import Packages
 from adapterhub.sources.registry import Registry
 from adapterhub.sources.source import Candidate
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import TAG, Reference
-from adapterhub.versions import check_reason
+from adapterhub.store.history import check_reason
+from adapterhub.store.index import ANY, Row
+from adapterhub.store.releases import Packages
 
 
 def tag(registry: Registry, reference: str, name: str, expected: str | None = ANY) -> Candidate:

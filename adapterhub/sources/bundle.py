@@ -13,17 +13,16 @@ import stat
 from collections.abc import Collection
 from pathlib import Path
 
-from adapterhub import parts
 from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_json
 from adapterhub.files.progress import bar
-from adapterhub.packages import Packages
 from adapterhub.sources.room import check_disk
-from adapterhub.sources.source import AGAIN, Candidate, closure
+from adapterhub.sources.source import AGAIN, Candidate
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import File, Manifest, Release
-from adapterhub.store import Store
+from adapterhub.store import segments
+from adapterhub.store.blobs import Store
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
 LARGEST_MANIFEST = 8 << 20
@@ -83,10 +82,10 @@ class Bundle:
     def _listed(self, file: File, store: Store, blobs: set[File]) -> File:
         """The list of a file's parts as a blob; the parts join `blobs`."""
         name = f"blobs/{_hex(file.digest)}"
-        data = self._bytes(name, parts.LARGEST_LIST)
+        data = self._bytes(name, segments.LARGEST_LIST)
         if digest_of(data) != file.digest:
             raise IntegrityError(f"{self.folder / name} is not {file.digest}", AGAIN)
-        blobs |= set(parts.decode(data, file))
+        blobs |= set(segments.decode(data, file))
         return File(digest=file.digest, size=len(data))
 
     def signatures(self, digest: str) -> list[bytes]:
@@ -116,23 +115,6 @@ class Bundle:
         if len(data) > largest:
             raise ManifestError(f"{path} is too large for what it is", AGAIN)
         return data
-
-
-def write(hub: Packages, root: Release, folder: Path) -> None:
-    """Write the release and the parents it needs as a bundle. Raises NameInUse when the folder is there already."""
-    from adapterhub.sources.disk import Disk
-
-    with durable.new_folder(folder) as out, hub.store.shared():
-        releases = closure(Disk(hub), [root])
-        blobs = {b for release in releases for file in release.manifest.needs for b in hub.store.blobs(file)}
-        for blob in sorted(blobs, key=lambda blob: blob.digest):
-            durable.write_bytes(out / "blobs" / _hex(blob.digest), hub.store.read(blob))
-        for release in releases:
-            name = "manifest.json" if release == root else f"manifests/{_hex(release.digest)}.json"
-            durable.write_bytes(out / name, release.manifest.encode())
-            if envelopes := hub.index.signatures(release.digest):
-                signed = canonical([read_json(envelope) for envelope in envelopes])
-                durable.write_bytes(out / f"signatures/{_hex(release.digest)}.json", signed)
 
 
 def _release(data: bytes) -> Release:

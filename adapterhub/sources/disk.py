@@ -8,11 +8,11 @@ from pathlib import Path
 from adapterhub.errors import IntegrityError, NotFound
 from adapterhub.files import durable
 from adapterhub.files.progress import bar
-from adapterhub.packages import Packages
 from adapterhub.sources.source import AGAIN, Candidate
 from adapterhub.spec.manifest import File, Release
 from adapterhub.spec.names import Reference
-from adapterhub.store import Store
+from adapterhub.store.blobs import Store
+from adapterhub.store.releases import Packages
 
 
 class Disk:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from adapterhub import parts
 from adapterhub.errors import IntegrityError, NotFound
 from adapterhub.files.bounded import read_json
 from adapterhub.files.progress import bar
@@ -18,7 +17,8 @@ from adapterhub.sources.room import check_disk
 from adapterhub.sources.source import AGAIN, Candidate
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import File, Manifest, Release
-from adapterhub.store import Store
+from adapterhub.store import segments
+from adapterhub.store.blobs import Store
 
 
 class Pushed:
@@ -61,10 +61,10 @@ class Pushed:
         for file in files:
             if file.parts:
                 listed = File(digest=file.digest, size=sum(size for _, _, size in self._pieces(file)))
-                if listed.size > parts.LARGEST_LIST:
+                if listed.size > segments.LARGEST_LIST:
                     raise IntegrityError(f"{self.label}: the list of parts {file.digest} is too large", AGAIN)
                 self._take(listed, store, set())
-                blobs |= set(parts.decode(store.read(listed), file))
+                blobs |= set(segments.decode(store.read(listed), file))
             else:
                 blobs.add(file)
         lacking = [blob for blob in sorted(blobs, key=lambda b: b.digest) if store.fault(blob) is not None]

@@ -19,7 +19,7 @@ from adapterhub.files.bounded import read_json
 from adapterhub.files.safetensors_header import read_layout
 from adapterhub.spec.digest import canonical, check_digest, digest_of
 from adapterhub.spec.manifest import File, Release
-from adapterhub.store import Store
+from adapterhub.store.blobs import Store
 
 OURS = "adapterhub/"
 

@@ -10,7 +10,7 @@ from adapterhub.files import durable
 from adapterhub.sources.source import Candidate, Source
 from adapterhub.spec.address import LOOKS, address, shown
 from adapterhub.spec.names import Reference
-from adapterhub.store import DATABASE
+from adapterhub.store.blobs import DATABASE
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,11 +11,9 @@ from urllib.parse import quote
 
 from packaging.version import Version
 
-from adapterhub import parts
 from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
 from adapterhub.files.bounded import read_json
 from adapterhub.files.progress import bar
-from adapterhub.incoming import Incoming
 from adapterhub.sources.http import Http
 from adapterhub.sources.room import check_disk
 from adapterhub.sources.serials import check_no_older
@@ -26,7 +24,9 @@ from adapterhub.spec.claims import check_listed
 from adapterhub.spec.digest import check_digest, digest_of
 from adapterhub.spec.manifest import File, Manifest, Release
 from adapterhub.spec.names import check_version
-from adapterhub.store import Store, each
+from adapterhub.store import segments
+from adapterhub.store.blobs import Store, each
+from adapterhub.store.partial import Incoming
 
 LARGEST = 32 << 20
 """Bytes of a list or manifest."""
@@ -93,7 +93,7 @@ class Registry:
             if file.parts:
                 listed = self._parts(file, store)
                 blobs[file.digest] = File(digest=file.digest, size=len(listed))
-                blobs |= {part.digest: part for part in parts.decode(listed, file)}
+                blobs |= {part.digest: part for part in segments.decode(listed, file)}
             else:
                 blobs[file.digest] = file
         lacking = [blob for blob, fault in zip(blobs.values(), each(store.fault, blobs.values()), strict=True) if fault]
@@ -120,9 +120,9 @@ class Registry:
         try:
             return store.read(File(digest=file.digest, size=0))
         except IntegrityError:
-            data = self.http.read(f"/v1/blobs/{file.digest}", parts.LARGEST_LIST)
+            data = self.http.read(f"/v1/blobs/{file.digest}", segments.LARGEST_LIST)
             if digest_of(data) != file.digest:
-                data = self.http.read(f"/v1/blobs/{file.digest}", parts.LARGEST_LIST)
+                data = self.http.read(f"/v1/blobs/{file.digest}", segments.LARGEST_LIST)
             store.take(File(digest=file.digest, size=len(data)), [data], self.label)
             return data
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adapterhub.errors import DiskFull, HubError, IntegrityError
 from adapterhub.spec.manifest import File, Release
-from adapterhub.store import Store
+from adapterhub.store.blobs import Store
 
 
 def announced(store: Store, releases: Iterable[Release]) -> int:

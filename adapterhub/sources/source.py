@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 from adapterhub.errors import ManifestError
 from adapterhub.spec.manifest import File, Release
 from adapterhub.spec.parents import check_expressions
-from adapterhub.store import Store
+from adapterhub.store.blobs import Store
 
 if TYPE_CHECKING:
-    from adapterhub.index import Row
+    from adapterhub.store.index import Row
 
 
 AGAIN = "get the adapter again from its source"

@@ -11,8 +11,8 @@ from adapterhub.errors import NotFound
 from adapterhub.spec.address import shown
 
 if TYPE_CHECKING:
-    from adapterhub.packages import Packages
     from adapterhub.sources.source import Candidate, Source
+    from adapterhub.store.releases import Packages
 
 
 class Sources:

@@ -28,7 +28,7 @@ class File(Struct):
     size: int
     """Bytes of the file."""
     parts: bool = False
-    """The digest is that of the list of its parts (`adapterhub.parts`): the file is their bytes, one after the other."""
+    """The digest is that of the list of its parts (`adapterhub.store.segments`): the file is their bytes, one after the other."""
 
 
 class Base(Struct):

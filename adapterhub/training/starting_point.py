@@ -10,7 +10,6 @@ import msgspec
 
 from adapterhub import plugins
 from adapterhub.adapters.adapter import Adapter, forms_of
-from adapterhub.compose import expand
 from adapterhub.errors import UsageError
 from adapterhub.kinds.contracts import make
 from adapterhub.kinds.method import Given, Method, Parts, Stage
@@ -20,6 +19,7 @@ from adapterhub.runtime.plan import gated
 from adapterhub.spec.expression import references
 from adapterhub.spec.manifest import Made, Parent, Release
 from adapterhub.spec.parser import parse
+from adapterhub.store.expand import expand
 from adapterhub.training.watched import staged
 
 if TYPE_CHECKING:

@@ -28,13 +28,13 @@ from adapterhub.files import durable
 from adapterhub.kinds.method import Stage
 from adapterhub.kinds.recipe import Recipe
 from adapterhub.kinds.training import Setting
-from adapterhub.names import check_new
 from adapterhub.runtime.model import Model, load
 from adapterhub.spec import claims
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Made, Release
 from adapterhub.spec.names import Reference, check_version
 from adapterhub.spec.parents import joined_licences
+from adapterhub.store.naming import check_new
 from adapterhub.tensors.file import check_finite
 from adapterhub.training.parts import ingredients
 from adapterhub.training.provenance import measured_on, metrics_of, recipe_of, told

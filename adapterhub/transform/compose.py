@@ -12,7 +12,8 @@ from adapterhub.spec.parents import joined_licences
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
-from adapterhub.compose import expand, pin, read
+from adapterhub.install.stacks import read
+from adapterhub.store.expand import expand, pin
 
 
 def compose(hub: Hub, expression: str, name: str, version: str | None = None) -> Release:

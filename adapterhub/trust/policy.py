@@ -20,12 +20,12 @@ from adapterhub.config import user
 from adapterhub.errors import HubError, IntegrityError, NotFound, UnsafeFile, UsageError
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import NAME
-from adapterhub.store import DATABASE, Problem
+from adapterhub.store.blobs import DATABASE, Problem
 from adapterhub.trust.keys import PublicKey, list_keys
 from adapterhub.trust.signature import RELEASE, opened, statement
 
 if TYPE_CHECKING:
-    from adapterhub.packages import Packages
+    from adapterhub.store.releases import Packages
 
 
 @dataclass(frozen=True)

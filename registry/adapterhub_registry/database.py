@@ -13,9 +13,9 @@ from sqlalchemy import Connection, Select, and_, delete, func, insert, or_, sele
 
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, TagMoved, UsageError
 from adapterhub.files import durable
-from adapterhub.index import ANY, Row
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import File, Manifest, Release
+from adapterhub.store.index import ANY, Row
 from adapterhub_registry import rows, seals, tables
 from adapterhub_registry.accounts import Accounts
 from adapterhub_registry.engine import Engine
@@ -34,7 +34,7 @@ from adapterhub_registry.tables import (
 
 
 class Database:
-    """An `adapterhub.index.Index` over the SQLite file at `path`, which is made when `create` says so; or over the database at
+    """An `adapterhub.store.index.Index` over the SQLite file at `path`, which is made when `create` says so; or over the database at
     `url`, whose tables are made when there are none.
 
     An older schema is brought up to date, after a copy of the file was put beside it. An empty file is what a process

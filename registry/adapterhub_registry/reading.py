@@ -14,9 +14,9 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
 from adapterhub.errors import NotFound
-from adapterhub.packages import Packages
 from adapterhub.spec.digest import canonical, check_digest
 from adapterhub.spec.names import check_name
+from adapterhub.store.releases import Packages
 from adapterhub.trust.keys import PrivateKey
 from adapterhub.trust.signature import LIST, sign
 from adapterhub_registry.access import Access

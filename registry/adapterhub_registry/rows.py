@@ -24,10 +24,10 @@ from sqlalchemy import (
 )
 
 from adapterhub.errors import HubError, IntegrityError, ManifestError
-from adapterhub.index import Row, kind
 from adapterhub.spec.digest import check_digest, digest_of
 from adapterhub.spec.manifest import File, Manifest, Release
 from adapterhub.spec.names import check_version
+from adapterhub.store.index import Row, kind
 from adapterhub_registry import seals
 from adapterhub_registry.tables import (
     adapters,

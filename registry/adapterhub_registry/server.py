@@ -9,12 +9,12 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from adapterhub.errors import IntegrityError, NotFound
-from adapterhub.index import ANY
-from adapterhub.names import check_look_alike
-from adapterhub.packages import Packages
 from adapterhub.spec.digest import check_digest, digest_of
 from adapterhub.spec.manifest import Manifest, Release
 from adapterhub.spec.names import TAG, check_name, check_version
+from adapterhub.store.index import ANY
+from adapterhub.store.naming import check_look_alike
+from adapterhub.store.releases import Packages
 from adapterhub.trust.keys import PrivateKey, PublicKey
 from adapterhub.trust.policy import known_keys
 from adapterhub.trust.signature import RELEASE, proven, statement

@@ -14,10 +14,10 @@ from fastapi.responses import JSONResponse
 
 from adapterhub.errors import HubError, IntegrityError
 from adapterhub.files.bounded import read_json
-from adapterhub.incoming import Incoming
-from adapterhub.packages import Packages
 from adapterhub.spec.digest import check_digest
 from adapterhub.spec.manifest import File
+from adapterhub.store.partial import Incoming
+from adapterhub.store.releases import Packages
 from adapterhub_registry.access import Access
 from adapterhub_registry.accounts import Account
 from adapterhub_registry.bodies import body, pieces

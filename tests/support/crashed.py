@@ -7,14 +7,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import adapterhub
-from adapterhub import care, sync
-from adapterhub.backup import backup, restore
 from adapterhub.errors import HubError
-from adapterhub.rebuild import rebuild
+from adapterhub.install import options
+from adapterhub.install import project as sync
+from adapterhub.recovery import repair
+from adapterhub.recovery.backup import backup, restore
+from adapterhub.recovery.rebuild import rebuild
 from adapterhub.sources.disk import Disk
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent
-from adapterhub.versions import yank
+from adapterhub.store import gc
+from adapterhub.store.history import yank
 
 HEADER = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
 TENSORS = len(HEADER).to_bytes(8, "little") + HEADER + b"\1\2\3\4"
@@ -130,7 +133,7 @@ def _hub(folder):
 
 def _sync(folder):
     hub, project = _hub(folder), folder / "project"
-    sync.sync(hub, project, sync.lock(hub, project, sync.Options())[0], sync.Options())
+    sync.sync(hub, project, sync.lock(hub, project, options.Options())[0], options.Options())
 
 
 COMMANDS = {
@@ -144,10 +147,10 @@ COMMANDS = {
     "remove": lambda folder: _hub(folder).remove("me/going"),
     "tag": lambda folder: _hub(folder).tag("me/old", "stable"),
     "yank": lambda folder: yank(_hub(folder), "me/old@0.1.0", "bad"),
-    "gc": lambda folder: care.gc(_hub(folder)),
+    "gc": lambda folder: gc.gc(_hub(folder)),
     "export": lambda folder: _hub(folder).export_bundle("me/old", folder / "out"),
     "migrate": lambda folder: adapterhub.open(folder / "fresh").releases(),
-    "repair": lambda folder: care.repair(adapterhub.open(folder / "torn"), [Disk(folder / "other")]),
+    "repair": lambda folder: repair.repair(adapterhub.open(folder / "torn"), [Disk(folder / "other")]),
     "rebuild": lambda folder: rebuild(folder / "lost"),
     "backup": lambda folder: backup(_hub(folder), folder / "out.tar"),
     "restore": lambda folder: restore(folder / "kept.tar", folder / "restored"),

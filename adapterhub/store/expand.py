@@ -13,21 +13,6 @@ from adapterhub.spec.parser import parse
 
 if TYPE_CHECKING:
     from adapterhub.hub import Hub
-    from adapterhub.packages import Packages
-
-STACK = "stack:"
-"""How a named stack of a project stands where an expression does."""
-
-
-def read(hub: Packages, text: str) -> Node | Ensemble:
-    """An expression as a user writes it; `stack:helpdesk` is that stack of the nearest project, as its lock pins it.
-
-    Raises ExpressionError, and what `sync.stack` raises."""
-    if text.startswith(STACK):
-        from adapterhub.sync import stack
-
-        text = stack(hub, text.removeprefix(STACK).strip())
-    return parse(text)
 
 
 def pin(hub: Hub, node: Node | Ensemble) -> Node | Ensemble:

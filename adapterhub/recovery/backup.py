@@ -17,12 +17,12 @@ from adapterhub.errors import HubError, IntegrityError, NameInUse
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_json
 from adapterhub.files.progress import bar
-from adapterhub.packages import Packages
-from adapterhub.records import complete, expected
 from adapterhub.sources.room import check_disk
 from adapterhub.spec.digest import canonical, check_digest
 from adapterhub.spec.manifest import File
-from adapterhub.store import DATABASE, Store, hashed, identify
+from adapterhub.store.blobs import DATABASE, Store, hashed, identify
+from adapterhub.store.records import complete, expected
+from adapterhub.store.releases import Packages
 
 LIST = "backup.json"
 LARGEST_LIST = 256 << 20

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from adapterhub.spec.manifest import File
-from adapterhub.store import Store, identify
+from adapterhub.store.blobs import Store, identify
 
 if TYPE_CHECKING:
-    from adapterhub.packages import Packages
+    from adapterhub.store.releases import Packages
 
 KEPT = "manifests are kept as blobs"
 AT_ONCE = 1000

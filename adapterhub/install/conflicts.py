@@ -9,7 +9,7 @@ from adapterhub import plugins
 from adapterhub.errors import HubError
 
 if TYPE_CHECKING:
-    from adapterhub.resolve import Found
+    from adapterhub.install.question import Found
 
 SHOWN = 8
 """Versions that are listed of one adapter."""
@@ -21,7 +21,7 @@ class Conflict(HubError):
 
 def explain(causes: Iterable[tuple[Any, Any]], offered: Callable[..., Sequence[Found]]) -> Conflict:
     """The error for what stood against each other. causes: requirement, and the candidate that has it (None: the user)."""
-    from adapterhub.resolve import Asked, BaseOf, Plugin
+    from adapterhub.install.question import Asked, BaseOf, Plugin
 
     requirements: list[Any] = []
     for requirement, _ in causes:

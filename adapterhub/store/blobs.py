@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from adapterhub import parts
 from adapterhub.errors import HubError, IntegrityError
 from adapterhub.files import durable
 from adapterhub.files.pool import WORKERS, each
 from adapterhub.files.safetensors_header import extent
 from adapterhub.spec.digest import check_digest, digest_of
 from adapterhub.spec.manifest import File
+from adapterhub.store import segments as parts
 
 DATABASE = "hub.db"
 """The file that makes a folder a hub; the index lives in it, the blobs beside it."""

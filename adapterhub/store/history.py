@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from adapterhub.errors import NotFound, UsageError
-from adapterhub.packages import Packages
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference
+from adapterhub.store.releases import Packages
 
 
 def rollback(hub: Packages, name: str, tag: str) -> tuple[str, str]:

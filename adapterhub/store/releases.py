@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from adapterhub import records
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UsageError, YankedWarning
 from adapterhub.files import durable
 from adapterhub.files.safetensors_header import read_header
-from adapterhub.index import ANY, FILES_AT_GC, Index, Row
-from adapterhub.names import check_look_alike, following_version, warn_of_look_alikes
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import File, Manifest, Parent, Release
 from adapterhub.spec.names import TAG, Reference, check_version
 from adapterhub.spec.parents import check_expressions
-from adapterhub.store import Problem, Store
+from adapterhub.store import records
+from adapterhub.store.blobs import Problem, Store
+from adapterhub.store.index import ANY, FILES_AT_GC, Index, Row
+from adapterhub.store.naming import check_look_alike, following_version, warn_of_look_alikes
 
 if TYPE_CHECKING:
-    from adapterhub.care import Mode
     from adapterhub.sources.source import Source
+    from adapterhub.store.verify import Mode
 
 
 @dataclass(frozen=True)
@@ -277,8 +277,8 @@ class Packages:
         return blobs
 
     def verify(self, mode: Mode = "full") -> list[Problem]:
-        """List what is wrong with it; empty when all is sound. See adapterhub.care."""
-        from adapterhub.care import verify
+        """List what is wrong with it; empty when all is sound. See adapterhub.store.gc."""
+        from adapterhub.store.verify import verify
 
         return verify(self, mode)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from adapterhub.compose import read
-from adapterhub.index import kind
-from adapterhub.packages import Packages
+from adapterhub.install.stacks import read
 from adapterhub.spec.expression import references
 from adapterhub.spec.manifest import Base, Parent, Release
+from adapterhub.store.index import kind
+from adapterhub.store.releases import Packages
 from adapterhub.trust.policy import policy, trusted_for, verdict
 
 

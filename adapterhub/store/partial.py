@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from adapterhub.errors import DiskFull, IntegrityError
 from adapterhub.files import durable
 from adapterhub.spec.manifest import File
-from adapterhub.store import Store, hashed
+from adapterhub.store.blobs import Store, hashed
 
 
 class Incoming:

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 from packaging.version import Version
 
 from adapterhub.errors import NameInUse, NameWarning
-from adapterhub.index import Index, Row
 from adapterhub.spec.names import VERSION, check_name
+from adapterhub.store.index import Index, Row
 
 _BETWEEN = re.compile("[-_.]+")
 

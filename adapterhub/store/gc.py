@@ -3,98 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from adapterhub.errors import HubError, IntegrityError, NotFound, UsageError
+from adapterhub.errors import HubError, IntegrityError, NotFound
 from adapterhub.files import durable
-from adapterhub.files.progress import shown
-from adapterhub.index import FILES_AT_GC
-from adapterhub.packages import Packages
-from adapterhub.records import complete, expected, put
-from adapterhub.sources.source import Source
-from adapterhub.store import DATABASE, Problem
+from adapterhub.store.blobs import DATABASE
+from adapterhub.store.index import FILES_AT_GC
+from adapterhub.store.records import complete
+from adapterhub.store.releases import Packages
 
-Mode = Literal["quick", "full"] | float
-"""quick: everything is there, with its size. full: every byte is hashed. 0.05: one blob in twenty is."""
 DAY = 24 * 3600
 """Seconds."""
 AGE = 30
 """Days after which an unfinished training counts as given up."""
-_SHARE = re.compile(r"(\d{1,3})%")
-
-
-def verify(hub: Packages, mode: Mode = "full", today: int | None = None) -> list[Problem]:
-    """What is wrong with a hub: the index against itself and its manifests, parents that are missing, blobs. Empty when
-    all is sound.
-
-    today: days since the epoch; a share of the blobs is another one every day, so that in time all are hashed."""
-    problems: list[Problem] = []
-    try:
-        problems += [Problem(hub.root / DATABASE, reason) for reason in hub.index.check(manifests=mode != "quick")]
-        for child, parent in hub.index.missing_parents():
-            problems.append(Problem(hub.root / DATABASE, f"the parent {parent} is missing", (child,)))
-        needed = hub.index.files()
-        chosen = _chosen(mode, int(time.time() // DAY) if today is None else today)
-        with hub.store.shared():
-            damaged = [*hub.store.verify(shown("verify", needed), chosen)]
-        needed = hub.index.files() if damaged else needed  # another process may have removed some meanwhile
-        damaged = [(file, p) for file, p in damaged if file in needed and (p.path.exists() or expected(hub, file))]
-        problems += [replace(p, releases=tuple(needed[file])) for file, p in damaged]
-    except IntegrityError as error:  # the index cannot be read at all
-        problems.append(Problem(hub.root / DATABASE, str(error)))
-    return problems
-
-
-def parse_share(text: str) -> float:
-    """`5%` -> 0.05. Raises UsageError."""
-    share = _SHARE.fullmatch(text.strip())
-    if share is None or not 0 < int(share[1]) <= 100:
-        raise UsageError(f"{text!r} is no share of the blobs", "write it as 5%")
-    return int(share[1]) / 100
-
-
-def _chosen(mode: Mode, today: int):
-    """Which blobs are hashed; of the others only the size is looked at."""
-    if mode == "quick":
-        return lambda blob: False
-    if mode == "full":
-        return lambda blob: True
-    turns = round(1 / mode)
-    return lambda blob: int(blob.digest[-8:], 16) % turns == today % turns
-
-
-@dataclass(frozen=True)
-class Repaired:
-    """What became of damaged files."""
-
-    mended: list[Path]
-    left: list[Problem]
-
-
-def repair(hub: Packages, sources: Sequence[Source]) -> Repaired:
-    """Bring every damaged or missing blob again: a manifest from the index, others from the first of the sources that has them
-    sound. Nothing else changes.
-
-    What stays damaged is in `left`: no source has it, or it is the index itself."""
-    with hub.store.shared():
-        complete(hub)
-        damaged = {file: problem for file, problem in hub.store.verify(shown("repair", hub.index.files()))}
-        put(hub.store, [data for file in damaged if (data := hub.index.record(file.digest)) is not None])
-        for file in damaged:
-            for source in sources:
-                with suppress(HubError):
-                    source.fetch([file], hub.store)
-                if not [*hub.store.verify([file])]:
-                    break
-    left = verify(hub)
-    still = {problem.path for problem in left}
-    return Repaired([p.path for p in damaged.values() if p.path not in still], left)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from pathlib import Path
 from adapterhub.errors import HubError, IntegrityError, UsageError
 from adapterhub.files import durable
 from adapterhub.hub import find, new_index, open
-from adapterhub.records import KEPT
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import File, Manifest, Release
-from adapterhub.store import DATABASE, Problem, Store
+from adapterhub.store.blobs import DATABASE, Problem, Store
+from adapterhub.store.records import KEPT
 from adapterhub.trust.signature import LARGEST as LARGEST_ENVELOPE
 from adapterhub.trust.signature import RELEASE, opened, statement
 

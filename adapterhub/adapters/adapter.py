@@ -16,10 +16,10 @@ from adapterhub.sites import Site, current_path
 from adapterhub.spec.manifest import Made, Manifest, Release
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Adapter:
     """Decoded, by their stored names, on the CPU."""
 
     @classmethod
-    def load(cls, hub: Hub, release: Release, sites: Sequence[Site] | None = None) -> Adapter:
+    def load(cls, hub: Releases, release: Release, sites: Sequence[Site] | None = None) -> Adapter:
         """From the hub's blobs: hash and header checked, codecs undone within bounds (`adapterhub.adapters.decoding`). sites: those of the
         base that it is for, where there is one. Not for compositions, which have no tensors."""
         manifest = release.manifest

@@ -24,7 +24,7 @@ from adapterhub.sites import Site, current_path
 from adapterhub.spec.manifest import Manifest
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 FACTOR = 4
 """Numbers of one form at a site for each number of the base's weight there: a low-rank pair of twice the rank that the weight
@@ -86,7 +86,7 @@ def _check(name: str, told: Shapes, room: int, manifest: Manifest | None) -> Non
             raise CodecError(f"{name} would give {ascii(each)[:80]}, of which the manifest says nothing", AGAIN)
 
 
-def room(manifest: Manifest, stored: int, hub: Hub, sites: Sequence[Site] | None = None) -> int:
+def room(manifest: Manifest, stored: int, hub: Releases, sites: Sequence[Site] | None = None) -> int:
     """The most bytes that this adapter's tensors may be. stored: bytes of its file. sites: the base's, where there is one."""
     if sites is not None:
         sizes = {site.path: site.inputs * site.outputs for site in sites}
@@ -98,7 +98,7 @@ def room(manifest: Manifest, stored: int, hub: Hub, sites: Sequence[Site] | None
     return SPARE + min(FACTOR * WIDEST * numbers, max(CAP, RATIO * stored))
 
 
-def recorded(manifest: Manifest, hub: Hub) -> dict[str, int]:
+def recorded(manifest: Manifest, hub: Releases) -> dict[str, int]:
     """{path of a module or of what holds it: numbers of its tensors}, as the base's sketch says; empty for a record that cannot be read."""
     from adapterhub.bases import sketch
 
@@ -130,7 +130,7 @@ def _module(path: str, record: Mapping[str, int]) -> str:
     return ""
 
 
-def check_sparse(tensors: Mapping[str, Tensor], manifest: Manifest, hub: Hub) -> None:
+def check_sparse(tensors: Mapping[str, Tensor], manifest: Manifest, hub: Releases) -> None:
     """Raise IntegrityError for a sparse change of a weight that no base has, before anything makes it whole. For adapters that are
     looked at without a base; with one, `check_fit` compares the shape itself."""
     record: dict[str, int] | None = None

@@ -20,11 +20,11 @@ from adapterhub.tensors.file import dump
 
 if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 
 def publish_tensors(
-    hub: Hub,
+    hub: Releases,
     parts: Modifications,
     *,
     name: str,
@@ -60,7 +60,7 @@ def publish_tensors(
 
 
 def publish_next(
-    hub: Hub,
+    hub: Releases,
     key: str,
     parts: Modifications,
     node: Node | Ensemble,

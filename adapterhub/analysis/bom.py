@@ -11,7 +11,7 @@ from adapterhub.install.stacks import read
 from adapterhub.spec.expression import references
 from adapterhub.spec.manifest import Base, Parent, Release
 from adapterhub.store.index import kind
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 from adapterhub.trust.policy import policy, trusted_for, verdict
 
 
@@ -29,7 +29,7 @@ class Material:
     """Whether what was asked for runs only with it; else it tells where it comes from."""
 
 
-def materials(hub: Packages, expression: str) -> list[Material]:
+def materials(hub: Releases, expression: str) -> list[Material]:
     """Every release that the expression is made of, and what those come from; what it names first."""
     trust = policy()
     asked = [hub.resolve(reference) for reference in references(read(hub, expression))]

@@ -8,10 +8,10 @@ from adapterhub.errors import IncompatibleBase
 from adapterhub.spec.manifest import Base, Release
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 
-def common_base(hub: Hub, releases: list[Release]) -> Base:
+def common_base(hub: Releases, releases: list[Release]) -> Base:
     """The base of the first, if all were made for the same one (or for copies of it). Raises IncompatibleBase."""
     first = releases[0]
     for other in releases[1:]:
@@ -23,7 +23,7 @@ def common_base(hub: Hub, releases: list[Release]) -> Base:
     return first.manifest.base
 
 
-def base_difference(hub: Hub, one: Base, other: Base) -> str:
+def base_difference(hub: Releases, one: Base, other: Base) -> str:
     """Why two recorded bases are different models; "" if they are the same or copies of each other."""
     if one.tokenizer and other.tokenizer and one.tokenizer != other.tokenizer:
         return "they have different tokenizers"

@@ -11,7 +11,7 @@ import adapterhub
 from adapterhub.cli.output import Json, json_out, note, size
 from adapterhub.config import folders
 from adapterhub.files import durable
-from adapterhub.hub import open_source
+from adapterhub.opening import open_source
 
 
 def backup(

@@ -9,7 +9,8 @@ import adapterhub
 from adapterhub.demo.report import page
 from adapterhub.errors import NotFound
 from adapterhub.files import durable
-from adapterhub.hub import Hub, nearest
+from adapterhub.hub import Hub
+from adapterhub.opening import nearest
 
 CLONE = Path(__file__).resolve().parents[2]
 DATA = CLONE / "examples" / "data"

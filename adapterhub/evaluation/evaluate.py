@@ -21,15 +21,15 @@ from adapterhub.evaluation.intervals import wilson
 from adapterhub.runtime.scoring import label_scores, token_losses
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
     from adapterhub.runtime.model import Model
+    from adapterhub.store.releases import Releases
 
 METRICS = ("loss", "exact", "label")
 MOST_LABELS = 50
 
 
 def evaluate(
-    hub: Hub | None,
+    hub: Releases | None,
     expression: str | None,
     base: object,
     data: str | Path,

@@ -25,13 +25,13 @@ from adapterhub.store.expand import expand
 from adapterhub.tensors.file import dump
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 FORMATS = ("peft",)
 
 
 def export(
-    hub: Hub, reference: str | Reference, folder: str | Path, format: str = "peft", base: str | Path | None = None
+    hub: Releases, reference: str | Reference, folder: str | Path, format: str = "peft", base: str | Path | None = None
 ) -> Path:
     """Write a release into a new folder: adapter_config.json, adapter_model.safetensors and a card, which plain PEFT loads
     with the same logits. A composition of adapters that add up becomes one. base: the base model, which a prefix is laid
@@ -52,7 +52,7 @@ def export(
     return folder
 
 
-def as_peft(hub: Hub, release: Release, base: str | Path | None = None) -> Files:
+def as_peft(hub: Releases, release: Release, base: str | Path | None = None) -> Files:
     """PEFT's config and tensors of a release. Raises and warns as `export` does."""
     node = expand(hub, Ref(Reference(release.name, release.version)))
     if isinstance(node, Ensemble):
@@ -64,14 +64,14 @@ def as_peft(hub: Hub, release: Release, base: str | Path | None = None) -> Files
     return written(release, assemble(node, _loader(hub), join=True), _finder(hub, release, base))
 
 
-def _loader(hub: Hub):
+def _loader(hub: Releases):
     def load(key: str) -> Modifications:
         return Adapter.load(hub, hub.resolve(key)).modifications()
 
     return load
 
 
-def _finder(hub: Hub, release: Release, base: str | Path | None) -> FindBase:
+def _finder(hub: Releases, release: Release, base: str | Path | None) -> FindBase:
     record = release.manifest.base
 
     def find(why: str) -> BaseModel:

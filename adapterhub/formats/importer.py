@@ -24,13 +24,13 @@ from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import check_name, check_version
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 MAX_CARD = 1 << 20
 
 
 def import_adapter(
-    hub: Hub,
+    hub: Releases,
     folder: str | Path,
     name: str,
     version: str | None = None,

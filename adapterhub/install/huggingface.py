@@ -15,12 +15,12 @@ from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import NAME
 
 if TYPE_CHECKING:
-    from adapterhub.store.releases import Packages
+    from adapterhub.store.releases import Releases
 
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def install(hub: Packages, text: str, offline: bool = False, max_bytes: int | None = None) -> list[Release]:
+def install(hub: Releases, text: str, offline: bool = False, max_bytes: int | None = None) -> list[Release]:
     """Bring `user/repo` at a revision: a tag, branch or commit; without one its newest version, else the main branch.
 
     A repo of ours comes with its parents, itself first. A plain PEFT repo is imported as user/repo, held against the
@@ -42,7 +42,7 @@ def _commit(repo: Repo, revision: str) -> str:
     return versions[max(versions, key=Version)] if versions else repo.commit()
 
 
-def _peft(hub: Packages, repo: Repo, commit: str) -> Release:
+def _peft(hub: Releases, repo: Repo, commit: str) -> Release:
     from adapterhub.formats.importer import import_adapter
 
     listed = [] if repo.offline else repo.files(commit)

@@ -15,7 +15,7 @@ from adapterhub.errors import HubError, IncompatibleBase
 from adapterhub.sources.table import Sources
 from adapterhub.spec.address import address
 from adapterhub.spec.manifest import Base
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 
 LARGEST_SKETCH = 64 << 20
 """Bytes of a sketch that is fetched to compare two bases; a base's has a few MB."""
@@ -40,7 +40,7 @@ class Options:
 
 
 def sources(
-    hub: Packages, folder: Path | None = None, project: Project | None = None, offline: bool = False
+    hub: Releases, folder: Path | None = None, project: Project | None = None, offline: bool = False
 ) -> Sources:
     """The project's sources, then the user's, then the hub itself."""
     mine = own_tables()
@@ -52,7 +52,7 @@ def sources(
     return Sources(hub, tables, offline or os.environ.get("ADAPTERHUB_OFFLINE", "") not in ("", "0"))
 
 
-def _copies(hub: Packages, found: Sources):
+def _copies(hub: Releases, found: Sources):
     """Whether two bases are copies of one model: needs their sketches, which are fetched from wherever they are."""
 
     def copies(one: Base, other: Base) -> bool:
@@ -68,7 +68,7 @@ def _copies(hub: Packages, found: Sources):
     return copies
 
 
-def _fetch_sketch(hub: Packages, found: Sources, base: Base) -> None:
+def _fetch_sketch(hub: Releases, found: Sources, base: Base) -> None:
     if base.sketch.size > LARGEST_SKETCH:
         return
     for name in found.names():

@@ -20,11 +20,11 @@ from adapterhub.install.stacks import _require_plugins, stack
 from adapterhub.sources.source import Source
 from adapterhub.sources.table import Sources
 from adapterhub.spec.manifest import Release
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 
 
 def lock(
-    hub: Packages, folder: Path, options: Options, update: Collection[str] | None = None
+    hub: Releases, folder: Path, options: Options, update: Collection[str] | None = None
 ) -> tuple[Lock, bool, list[str]]:
     """The lock of the project in a folder, made or brought up to date; whether it changed; what the user should know.
 
@@ -49,7 +49,7 @@ def lock(
     return made, locks.write(folder, made), answer.notes
 
 
-def sync(hub: Packages, folder: Path, lock: Lock, options: Options) -> tuple[list[Release], list[str]]:
+def sync(hub: Releases, folder: Path, lock: Lock, options: Options) -> tuple[list[Release], list[str]]:
     """Bring what the lock says and the hub lacks; the releases that came, and what the user should know.
 
     Raises NotFound, naming the digest, for what a source no longer has, IntegrityError for another under its name:
@@ -75,7 +75,7 @@ def sync(hub: Packages, folder: Path, lock: Lock, options: Options) -> tuple[lis
     return came, notes
 
 
-def _has(hub: Packages, digest: str) -> bool:
+def _has(hub: Releases, digest: str) -> bool:
     """Whether the release and all that it needs to run is here; its files with their sizes, bytes unhashed."""
     waiting, seen = [digest], set()
     while waiting:

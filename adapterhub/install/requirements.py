@@ -13,10 +13,10 @@ from adapterhub.install.resolver import resolve
 from adapterhub.sources import room
 from adapterhub.sources.source import Source, closure
 from adapterhub.spec.manifest import Release
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 
 
-def install(hub: Packages, asked: Sequence[Asked], options: Options) -> tuple[list[Release], list[str]]:
+def install(hub: Releases, asked: Sequence[Asked], options: Options) -> tuple[list[Release], list[str]]:
     """Bring the newest releases that fit together and meet the requirements, from the sources there are."""
     try:
         folder = projects.find()
@@ -31,7 +31,7 @@ def install(hub: Packages, asked: Sequence[Asked], options: Options) -> tuple[li
     return here + _bring(hub, wanted, options.max_bytes), answer.notes
 
 
-def _bring(hub: Packages, wanted: Sequence[tuple[Source, Release]], max_bytes: int | None) -> list[Release]:
+def _bring(hub: Releases, wanted: Sequence[tuple[Source, Release]], max_bytes: int | None) -> list[Release]:
     """Bring releases of several sources. Raises HubError, before anything is fetched, when they announce too many bytes."""
     if max_bytes is not None:
         every = [one for source, release in wanted for one in closure(source, [release])]

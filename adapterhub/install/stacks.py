@@ -11,17 +11,17 @@ from adapterhub.config.lock import Lock
 from adapterhub.errors import IntegrityError, NotFound, PluginError
 from adapterhub.spec.expression import Ensemble, Node
 from adapterhub.spec.parser import parse
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 
 if TYPE_CHECKING:
-    from adapterhub.store.releases import Packages
+    from adapterhub.store.releases import Releases
 
 
 STACK = "stack:"
 """How a named stack of a project stands where an expression does."""
 
 
-def read(hub: Packages, text: str) -> Node | Ensemble:
+def read(hub: Releases, text: str) -> Node | Ensemble:
     """An expression as a user writes it; `stack:helpdesk` is that stack of the nearest project, as its lock pins it.
 
     Raises ExpressionError, and what `sync.stack` raises."""
@@ -32,7 +32,7 @@ def read(hub: Packages, text: str) -> Node | Ensemble:
     return parse(text)
 
 
-def stack(hub: Packages, name: str) -> str:
+def stack(hub: Releases, name: str) -> str:
     """The pinned expression of a stack of the nearest project, whose releases are in this hub.
 
     Raises NotFound for a stack that is not locked or a release that was not synced, IntegrityError for another release

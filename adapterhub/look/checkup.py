@@ -13,7 +13,7 @@ from adapterhub.errors import HubError, PluginError
 from adapterhub.spec.manifest import Release
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 
 def brought() -> dict[str, dict[str, list[str]]]:
@@ -55,7 +55,7 @@ def needs(release: Release) -> dict[tuple[str, str], str]:
     return parts | {("codecs", codec.name): codec.distribution for codec in manifest.codecs}
 
 
-def uninstalled(hub: Hub) -> Iterator[str]:
+def uninstalled(hub: Releases) -> Iterator[str]:
     """A line for each form or codec that adapters of the hub need and nothing brings: which, whose, and from where."""
     lacking: dict[tuple[str, str], list[tuple[str, str]]] = {}
     known = {group: set(plugins.names(group)) for group in ("forms", "composers", "codecs")}

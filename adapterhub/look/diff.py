@@ -19,13 +19,13 @@ from adapterhub.store.index import kind
 from adapterhub.tensors.factors import product_svd
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 ENERGY = 0.99
 """The share of the difference's squared norm that its rank holds."""
 
 
-def diff(hub: Hub, one: str, other: str) -> dict[str, Any]:
+def diff(hub: Releases, one: str, other: str) -> dict[str, Any]:
     """What changes from one release to the other, as plain data: {"from", "to", "manifest", "sites", "total"}.
 
     manifest  {what: [before, after]} of the base, kind, method, options, forms, licence, parents

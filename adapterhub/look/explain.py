@@ -24,7 +24,7 @@ from adapterhub.store.expand import expand
 from adapterhub.store.index import kind
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Step:
 class Program:
     """An expression whose names are all known: what the steps after that look at."""
 
-    hub: Hub
+    hub: Releases
     text: str
     node: Node | Ensemble
     """Names exact, compositions replaced by what they are made of, gates with what they weigh."""
@@ -52,7 +52,7 @@ class Program:
     """By "name@version", in the order of the expression."""
 
 
-def explain(hub: Hub, expression: str, base: object = None) -> dict[str, Any]:
+def explain(hub: Releases, expression: str, base: object = None) -> dict[str, Any]:
     """Why an expression will or will not run on a base, as plain data.
 
     {"expression", "base", "runs", "steps": [{"name", "state", "told", "details", "hint"}], "next"}. runs: no step is a
@@ -75,7 +75,7 @@ def explain(hub: Hub, expression: str, base: object = None) -> dict[str, Any]:
     }
 
 
-def _steps(hub: Hub, text: str, base: object) -> Iterator[Step]:
+def _steps(hub: Releases, text: str, base: object) -> Iterator[Step]:
     """Until a problem leaves the others nothing to look at."""
     try:
         node = read(hub, text)
@@ -113,7 +113,7 @@ def problem(name: str, error: HubError) -> Step:
     return Step(name, "problem", told, details, error.hint)
 
 
-def _names(hub: Hub, node: Node) -> Step:
+def _names(hub: Releases, node: Node) -> Step:
     found, errors = [], []
     for reference in dict.fromkeys(references(node)):
         try:
@@ -128,7 +128,7 @@ def _names(hub: Hub, node: Node) -> Step:
     return Step("names", "ok", "every name is known", found)
 
 
-def _tree(hub: Hub, node: Node | Ensemble) -> list[str]:
+def _tree(hub: Releases, node: Node | Ensemble) -> list[str]:
     """The program as an indented tree; a composition or a trained gate is opened where it first stands."""
     lines: list[str] = []
     opened: set[str] = set()
@@ -146,7 +146,7 @@ def _tree(hub: Hub, node: Node | Ensemble) -> list[str]:
     return lines
 
 
-def _shown(hub: Hub, node: Node | Ensemble | None) -> tuple[str, list[Node | None]]:
+def _shown(hub: Releases, node: Node | Ensemble | None) -> tuple[str, list[Node | None]]:
     """A node in words, and what to show beneath it."""
     match node:
         case None:

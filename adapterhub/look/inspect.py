@@ -21,13 +21,13 @@ from adapterhub.spec.manifest import Release
 from adapterhub.tensors.factors import numerical_rank, product_svd
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 ENERGY = 0.9
 """The share of a change's squared norm that its energy rank holds."""
 
 
-def inspect(hub: Hub, ref: str, base: object = None, force: bool = False) -> dict[str, Any]:
+def inspect(hub: Releases, ref: str, base: object = None, force: bool = False) -> dict[str, Any]:
     """How strongly an adapter changes each site, as plain data: {"release", "base", "sites": [one entry a modification]}.
 
     An entry has path, role (with a base), form and
@@ -51,7 +51,7 @@ def inspect(hub: Hub, ref: str, base: object = None, force: bool = False) -> dic
     return {"release": str(release), "base": name, "sites": entries}
 
 
-def _on_base(hub: Hub, release: Release, base: object, force: bool) -> tuple:
+def _on_base(hub: Releases, release: Release, base: object, force: bool) -> tuple:
     """The adapter, checked against the base before its weights are loaded; the base's name, sites and model."""
     from adapterhub.bases.fingerprint import fingerprint
     from adapterhub.runtime.residents import Residents

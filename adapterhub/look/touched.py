@@ -13,7 +13,7 @@ from adapterhub.files.safetensors_header import DTYPES, read_header
 from adapterhub.spec.manifest import Release
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 SIZES = {
     "low_rank": ("r", "down", 0),
@@ -61,7 +61,7 @@ class Touched:
     parts: tuple[Part, ...]
 
 
-def touched(hub: Hub, release: Release) -> list[Touched] | None:
+def touched(hub: Releases, release: Release) -> list[Touched] | None:
     """The sites of an adapter, layer by layer; None where a codec has packed its tensors, so that the header does not tell.
 
     What a codec that keeps names has changed (a rank) is told as it is stored. Raises UsageError for a composition,

@@ -22,7 +22,7 @@ from adapterhub.spec.digest import canonical, check_digest
 from adapterhub.spec.manifest import File
 from adapterhub.store.blobs import DATABASE, Store, hashed, identify
 from adapterhub.store.records import complete, expected
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 
 LIST = "backup.json"
 LARGEST_LIST = 256 << 20
@@ -31,7 +31,7 @@ BLOCK = 512
 _NOT_ONE = "get the backup again, or take an older one"
 
 
-def backup(hub: Packages, path: Path) -> int:
+def backup(hub: Releases, path: Path) -> int:
     """Write the hub to a new file, in one state although others write; returns its bytes.
 
     Raises NameInUse for a file that is there, IntegrityError for a damaged blob, UsageError for an index that is not a file."""
@@ -91,7 +91,7 @@ def restore(path: Path, folder: Path) -> Path:
     return folder
 
 
-def _files(hub: Packages, index: bytes, path: Path) -> list[File]:
+def _files(hub: Releases, index: bytes, path: Path) -> list[File]:
     """Every file that this copy of an index lists: not the live one, which may list more by now."""
     from adapterhub.hub import open
 

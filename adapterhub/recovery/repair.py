@@ -12,7 +12,7 @@ from adapterhub.files.progress import shown
 from adapterhub.sources.source import Source
 from adapterhub.store.blobs import Problem
 from adapterhub.store.records import complete, put
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 from adapterhub.store.verify import verify
 
 
@@ -24,7 +24,7 @@ class Repaired:
     left: list[Problem]
 
 
-def repair(hub: Packages, sources: Sequence[Source]) -> Repaired:
+def repair(hub: Releases, sources: Sequence[Source]) -> Repaired:
     """Bring every damaged or missing blob again: a manifest from the index, others from the first of the sources that has them
     sound. Nothing else changes.
 

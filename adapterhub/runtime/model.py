@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from adapterhub.bases.fingerprint import Fingerprint
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 Adapters = str | Sequence[str | None] | None
 """One expression for all rows, or one (or None, the bare base) for each row. None: what the model runs by default."""
 
 
 def load(
-    hub: Hub,
+    hub: Releases,
     base: object,
     expression: str | None = None,
     *,
@@ -80,7 +80,7 @@ class Model:
         base: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        hub: Hub | None = None,
+        hub: Releases | None = None,
         fingerprint: Fingerprint | None = None,
         force: bool = False,
     ):

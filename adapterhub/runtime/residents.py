@@ -23,15 +23,15 @@ from adapterhub.store.expand import expand
 
 if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint
-    from adapterhub.hub import Hub
     from adapterhub.kinds.method import Method
+    from adapterhub.store.releases import Releases
 
 
 class Residents:
     """Adapters by "name@version", and expressions resolved once: a model is a snapshot until `forget`."""
 
     def __init__(
-        self, base: nn.Module, sites: Sequence[Site], hub: Hub | None, fingerprint: Fingerprint | None, force: bool
+        self, base: nn.Module, sites: Sequence[Site], hub: Releases | None, fingerprint: Fingerprint | None, force: bool
     ):
         self.base, self.sites, self.hub = base, sites, hub
         self.fingerprint, self.force = fingerprint, force

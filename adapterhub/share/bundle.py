@@ -10,10 +10,10 @@ from adapterhub.sources.bundle import _hex
 from adapterhub.sources.source import closure
 from adapterhub.spec.digest import canonical
 from adapterhub.spec.manifest import Release
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 
 
-def write(hub: Packages, root: Release, folder: Path) -> None:
+def write(hub: Releases, root: Release, folder: Path) -> None:
     """Write the release and the parents it needs as a bundle. Raises NameInUse when the folder is there already."""
     from adapterhub.sources.disk import Disk
 

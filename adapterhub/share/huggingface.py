@@ -15,11 +15,11 @@ from adapterhub.sources.source import closure
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Manifest, Release
 from adapterhub.spec.names import Reference
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 
 
 def push(
-    hub: Packages, reference: str | Reference, repo: str, private: bool = False, message: str | None = None
+    hub: Releases, reference: str | Reference, repo: str, private: bool = False, message: str | None = None
 ) -> tuple[Release, bool]:
     """Publish a release, with what it needs, as hf:repo@v<version>; returns it and whether it is new there.
 
@@ -49,7 +49,7 @@ def push(
     return release, True
 
 
-def contents(hub: Packages, release: Release, repo: str, before: str = "") -> dict[str, bytes]:
+def contents(hub: Releases, release: Release, repo: str, before: str = "") -> dict[str, bytes]:
     """The files of the repo: path -> bytes. before: the README that is there."""
     with hub.store.shared():
         releases = closure(Disk(hub), [release])
@@ -75,7 +75,7 @@ def contents(hub: Packages, release: Release, repo: str, before: str = "") -> di
     return files
 
 
-def _peft(hub: Packages, release: Release) -> tuple[dict | None, bytes | None]:
+def _peft(hub: Releases, release: Release) -> tuple[dict | None, bytes | None]:
     """PEFT's config and tensor file; neither when PEFT has no type that says the same."""
     from adapterhub.formats.exporter import as_peft
     from adapterhub.tensors.file import dump

@@ -17,7 +17,7 @@ from adapterhub.sources.source import closure
 from adapterhub.spec.manifest import File, Release
 from adapterhub.spec.names import Reference
 from adapterhub.store.blobs import each
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 from adapterhub.trust.policy import known_keys
 from adapterhub.trust.signature import with_keys
 
@@ -26,7 +26,7 @@ PIECE = 8 << 20
 
 
 def push(
-    hub: Packages,
+    hub: Releases,
     reference: str | Reference,
     where: str | Registry,
     told: Callable[[str], None] = lambda line: None,
@@ -53,7 +53,7 @@ def push(
     return release, committed[-1][1]
 
 
-def _send(http: Http, hub: Packages, blob: File) -> int:
+def _send(http: Http, hub: Releases, blob: File) -> int:
     """One blob, piece by piece from where the registry has it; returns its bytes."""
     data = hub.store.read(blob)
     path = f"/v1/uploads/{blob.digest}"
@@ -81,7 +81,7 @@ def _offset(http: Http, path: str, blob: File) -> int | None:
     return None if answer.says("there") else answer.field("offset", int)
 
 
-def _commit(http: Http, hub: Packages, release: Release) -> bool:
+def _commit(http: Http, hub: Releases, release: Release) -> bool:
     answer = http.request("PUT", "/v1/releases", accept=(409, 422), content=release.manifest.encode())
     if answer.status == 409:
         raise NameInUse(

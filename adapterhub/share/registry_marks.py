@@ -12,7 +12,7 @@ from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import TAG, Reference
 from adapterhub.store.history import check_reason
 from adapterhub.store.index import ANY, Row
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 
 
 def tag(registry: Registry, reference: str, name: str, expected: str | None = ANY) -> Candidate:
@@ -40,7 +40,7 @@ def yank(registry: Registry, reference: str, reason: str | None) -> Candidate:
 
 
 def carry(
-    hub: Packages, registry: Registry, pushed: Iterable[tuple[Release, bool]], told: Callable[[str], None]
+    hub: Releases, registry: Registry, pushed: Iterable[tuple[Release, bool]], told: Callable[[str], None]
 ) -> None:
     """Bring the tags and yanks of releases that were just pushed, with whether each was new there.
 
@@ -63,7 +63,7 @@ def carry(
 
 
 def _carry_tag(
-    hub: Packages,
+    hub: Releases,
     registry: Registry,
     row: Row,
     name: str,

@@ -12,15 +12,15 @@ from adapterhub.sources.source import AGAIN, Candidate
 from adapterhub.spec.manifest import File, Release
 from adapterhub.spec.names import Reference
 from adapterhub.store.blobs import Store
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 
 
 class Disk:
     """The hub in a folder. Raises NotFound when there is none."""
 
-    def __init__(self, root: Path | Packages):
+    def __init__(self, root: Path | Releases):
         if isinstance(root, Path):
-            from adapterhub.hub import open_source
+            from adapterhub.opening import open_source
 
             root = open_source(root)
         self.hub = root

@@ -12,13 +12,13 @@ from adapterhub.spec.address import shown
 
 if TYPE_CHECKING:
     from adapterhub.sources.source import Candidate, Source
-    from adapterhub.store.releases import Packages
+    from adapterhub.store.releases import Releases
 
 
 class Sources:
     """Every source there is, by name, in the order in which they are asked."""
 
-    def __init__(self, hub: Packages, tables: Iterable[tuple[str, Table, Path]], offline: bool = False):
+    def __init__(self, hub: Releases, tables: Iterable[tuple[str, Table, Path]], offline: bool = False):
         """tables: name, table and the folder that its path starts from; of two with one name the first counts."""
         self._hub = hub
         self._tables: dict[str, tuple[Table, Path]] = {}

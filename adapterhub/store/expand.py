@@ -12,10 +12,10 @@ from adapterhub.spec.parents import check_expressions, weighed
 from adapterhub.spec.parser import parse
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 
-def pin(hub: Hub, node: Node | Ensemble) -> Node | Ensemble:
+def pin(hub: Releases, node: Node | Ensemble) -> Node | Ensemble:
     """The same expression with every name at an exact version."""
 
     def exact(reference: Reference) -> Node:
@@ -31,7 +31,7 @@ LARGEST = 10_000
 """Adapters that an expression may come to, each counted as often as it stands there."""
 
 
-def expand(hub: Hub, node: Node | Ensemble) -> Node | Ensemble:
+def expand(hub: Releases, node: Node | Ensemble) -> Node | Ensemble:
     """The same expression with saved compositions replaced by what they are made of, gates with what they weigh, all
     names exact.
 

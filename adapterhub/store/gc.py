@@ -14,7 +14,7 @@ from adapterhub.files import durable
 from adapterhub.store.blobs import DATABASE
 from adapterhub.store.index import FILES_AT_GC
 from adapterhub.store.records import complete
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 
 DAY = 24 * 3600
 """Seconds."""
@@ -32,7 +32,7 @@ class Stray:
     what: str
 
 
-def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AGE) -> list[Stray]:
+def gc(hub: Releases, dry_run: bool = False, force: bool = False, days: int = AGE) -> list[Stray]:
     """Take away what no release needs, nobody is bringing and no training goes on with; returns what went (or would).
 
     Blobs under a lease stay, and so does what has come of one, unless forced; whose writer is dead and has no lease goes at once.
@@ -61,7 +61,7 @@ def gc(hub: Packages, dry_run: bool = False, force: bool = False, days: int = AG
     return found
 
 
-def reclaimable(hub: Packages) -> int:
+def reclaimable(hub: Releases) -> int:
     """Bytes that gc would free; 0 while others are at work, or when it would refuse."""
     with suppress(HubError), hub.store.alone(wait=False) as held:
         if held:
@@ -69,7 +69,7 @@ def reclaimable(hub: Packages) -> int:
     return 0
 
 
-def _sure(hub: Packages, count: int, force: bool) -> None:
+def _sure(hub: Releases, count: int, force: bool) -> None:
     before = hub.index.remembered(FILES_AT_GC) or 0
     if force or (count and 2 * count >= before):
         return
@@ -81,7 +81,7 @@ def _sure(hub: Packages, count: int, force: bool) -> None:
         )
 
 
-def _strays(hub: Packages, force: bool) -> Iterator[Stray]:
+def _strays(hub: Releases, force: bool) -> Iterator[Stray]:
     leased = {digest.removeprefix("sha256:") for digest in hub.index.leased(time.time())}
     for path in hub.store.stray(hub.index.stored()):
         if path.name not in leased:

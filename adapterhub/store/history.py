@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from adapterhub.errors import NotFound, UsageError
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 
 
-def rollback(hub: Packages, name: str, tag: str) -> tuple[str, str]:
+def rollback(hub: Releases, name: str, tag: str) -> tuple[str, str]:
     """Let a tag mean what it meant before its last move; returns the version it left and the one it means now.
 
     Nothing moves when another moves it meanwhile (TagMoved). Raises NotFound for a tag that never meant anything else,
@@ -29,7 +29,7 @@ def rollback(hub: Packages, name: str, tag: str) -> tuple[str, str]:
     return now, before
 
 
-def yank(hub: Packages, reference: str, reason: str | None) -> Release:
+def yank(hub: Releases, reference: str, reason: str | None) -> Release:
     """Say why a version should not be chosen any more; None takes it back. What is locked to it goes on, with a warning."""
     wanted = Reference.parse(reference)
     if wanted.at is None:
@@ -61,7 +61,7 @@ class Ancestor:
     """Whether what is behind it stands further up."""
 
 
-def lineage(hub: Packages, release: Release) -> Iterator[Ancestor]:
+def lineage(hub: Releases, release: Release) -> Iterator[Ancestor]:
     """Where a release comes from, down to the roots, each before its own parents."""
     seen: set[str] = set()
     waiting = [(0, str(release), release.digest, "")]

@@ -13,7 +13,7 @@ from adapterhub.spec.manifest import File
 from adapterhub.store.blobs import Store, identify
 
 if TYPE_CHECKING:
-    from adapterhub.store.releases import Packages
+    from adapterhub.store.releases import Releases
 
 KEPT = "manifests are kept as blobs"
 AT_ONCE = 1000
@@ -26,7 +26,7 @@ def put(store: Store, documents: Iterable[bytes]) -> None:
     store.fill(blobs, lambda blob, folders: store.take(blob, [blobs[blob]], "the index", folders))
 
 
-def complete(hub: Packages, most: int | None = None) -> None:
+def complete(hub: Releases, most: int | None = None) -> None:
     """Put those that the store lacks, at most so many. Only while the store is `shared` or `alone`."""
     lacking = []
     for file in hub.index.stored():
@@ -39,6 +39,6 @@ def complete(hub: Packages, most: int | None = None) -> None:
         hub.index.remember(KEPT, 1)
 
 
-def expected(hub: Packages, file: File) -> bool:
+def expected(hub: Releases, file: File) -> bool:
     """Whether a hub that lacks this file lacks something: not the record of a release from before they were kept."""
     return hub.index.remembered(KEPT) is not None or hub.index.record(file.digest) is None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Packages:
+class Releases:
     """The releases of one folder: an index and the blobs beside it."""
 
     root: Path

@@ -12,7 +12,7 @@ from adapterhub.files.progress import shown
 from adapterhub.store.blobs import DATABASE, Problem
 from adapterhub.store.gc import DAY
 from adapterhub.store.records import expected
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 
 Mode = Literal["quick", "full"] | float
 """quick: everything is there, with its size. full: every byte is hashed. 0.05: one blob in twenty is."""
@@ -21,7 +21,7 @@ Mode = Literal["quick", "full"] | float
 _SHARE = re.compile(r"(\d{1,3})%")
 
 
-def verify(hub: Packages, mode: Mode = "full", today: int | None = None) -> list[Problem]:
+def verify(hub: Releases, mode: Mode = "full", today: int | None = None) -> list[Problem]:
     """What is wrong with a hub: the index against itself and its manifests, parents that are missing, blobs. Empty when
     all is sound.
 

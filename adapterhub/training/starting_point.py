@@ -23,7 +23,7 @@ from adapterhub.store.expand import expand
 from adapterhub.training.watched import staged
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Start:
     """The frozen adapters under it, as an expression."""
     goes_on: Release | None
 
-    def stages(self, hub: Hub, model: Model, force: bool) -> Sequence[Stage]:
+    def stages(self, hub: Releases, model: Model, force: bool) -> Sequence[Stage]:
         """What is trained, in order. An adapter that goes on has one stage: the last of its method."""
         stages = self._stages(hub, model, force)
         children = [f"{parent.name}@{parent.version}" for parent in self.parents if parent.relation == "gate"]
         return gating(stages, lambda: [model.parts(child) for child in children]) if children else stages
 
-    def _stages(self, hub: Hub, model: Model, force: bool) -> Sequence[Stage]:
+    def _stages(self, hub: Releases, model: Model, force: bool) -> Sequence[Stage]:
         if self.goes_on is None:
             return staged(self.method, self.config)
         from adapterhub.bases.fingerprint import check_base
@@ -62,7 +62,7 @@ class Start:
 
         return [replace(last, build=build, measurement=None, options=None, check=None)]
 
-    def stored(self, hub: Hub) -> Modifications | None:
+    def stored(self, hub: Releases) -> Modifications | None:
         """What the adapter that goes on has so far; None of a new one."""
         return Adapter.load(hub, self.goes_on).modifications() if self.goes_on else None
 
@@ -102,7 +102,7 @@ def gating(stages: Sequence[Stage], children: Callable[[], Sequence[Modification
 
 
 def start(
-    hub: Hub,
+    hub: Releases,
     method: str | None,
     options: Mapping[str, Any] | None,
     on: Sequence[str] | None,

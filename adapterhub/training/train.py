@@ -44,7 +44,7 @@ from adapterhub.training.starting_point import Start, start
 from adapterhub.training.trainer import Schedule
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 
 class DataWarning(UserWarning):
@@ -52,7 +52,7 @@ class DataWarning(UserWarning):
 
 
 def train(
-    hub: Hub,
+    hub: Releases,
     base: object = None,
     method: str | None = None,
     data: str | Path | None = None,
@@ -259,7 +259,7 @@ def _plan(
     return planned(stages, schedule, warmup, method.options if method else {}, msgspec.to_builtins(shared))
 
 
-def _published(hub: Hub, version: str | None, run: Mapping[str, Any]) -> Release | None:
+def _published(hub: Releases, version: str | None, run: Mapping[str, Any]) -> Release | None:
     """The release that this very run made already. Raises NameInUse for a version that another one made."""
     for row in hub.releases(run["name"]):
         if version not in (None, row.version):

@@ -11,12 +11,12 @@ from adapterhub.spec.names import check_name
 from adapterhub.spec.parents import joined_licences
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 from adapterhub.install.stacks import read
 from adapterhub.store.expand import expand, pin
 
 
-def compose(hub: Hub, expression: str, name: str, version: str | None = None) -> Release:
+def compose(hub: Releases, expression: str, name: str, version: str | None = None) -> Release:
     """Save a composition under a name. It installs, lists and runs as any other adapter.
 
     Raises ExpressionError, NotFound, IncompatibleBase (its parts were made for unlike bases)."""

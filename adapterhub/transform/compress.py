@@ -26,11 +26,11 @@ from adapterhub.tensors.factors import product_norm
 from adapterhub.tensors.file import dump, load
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 
 def compress(
-    hub: Hub,
+    hub: Releases,
     ref: str,
     codec: str,
     options: Mapping[str, Any] | None = None,

@@ -33,13 +33,13 @@ from adapterhub.spec.manifest import Parent, Release
 from adapterhub.spec.parents import joined_licences, warn_missing_parents
 
 if TYPE_CHECKING:
-    from adapterhub.hub import Hub
+    from adapterhub.store.releases import Releases
 
 INSTEAD = "adapterhub compose 'a + 0.5*b' --name NAME"
 
 
 def merge(
-    hub: Hub,
+    hub: Releases,
     refs: Sequence[str],
     merger: str = "linear",
     weights: Sequence[float] | None = None,
@@ -102,7 +102,7 @@ def merge(
     )
 
 
-def _on_base(hub: Hub, base: object, names: Sequence[str]) -> tuple[list[Modifications], BaseWeight]:
+def _on_base(hub: Releases, base: object, names: Sequence[str]) -> tuple[list[Modifications], BaseWeight]:
     """The adapters checked against the base, and where its weights are. Raises IncompatibleBase."""
     from adapterhub.bases.fingerprint import fingerprint
 

@@ -25,7 +25,7 @@ from adapterhub.trust.keys import PublicKey, list_keys
 from adapterhub.trust.signature import RELEASE, opened, statement
 
 if TYPE_CHECKING:
-    from adapterhub.store.releases import Packages
+    from adapterhub.store.releases import Releases
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def check_signed(release: Release, envelopes: Iterable[bytes], policy: Policy) -
         )
 
 
-def unsigned(hub: Packages) -> list[Problem]:
+def unsigned(hub: Releases) -> list[Problem]:
     """The releases in namespaces with trusted keys that none of those vouches for."""
     rules, found = policy(), []
     for row in hub.releases():

@@ -16,7 +16,7 @@ from fastapi.responses import Response, StreamingResponse
 from adapterhub.errors import NotFound
 from adapterhub.spec.digest import canonical, check_digest
 from adapterhub.spec.names import check_name
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 from adapterhub.trust.keys import PrivateKey
 from adapterhub.trust.signature import LIST, sign
 from adapterhub_registry.access import Access
@@ -29,7 +29,7 @@ CHUNK = 128 << 10
 _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
 
 
-def add_reading(app: FastAPI, hub: Packages, key: PrivateKey | None, access: Access) -> None:
+def add_reading(app: FastAPI, hub: Releases, key: PrivateKey | None, access: Access) -> None:
     """Add the routes that change nothing. key: signs the lists of releases."""
     store, index = hub.store, hub.index
     reader: Any = {"dependencies": [Depends(access.reader)]}

@@ -14,7 +14,7 @@ from adapterhub.spec.manifest import Manifest, Release
 from adapterhub.spec.names import TAG, check_name, check_version
 from adapterhub.store.index import ANY
 from adapterhub.store.naming import check_look_alike
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 from adapterhub.trust.keys import PrivateKey, PublicKey
 from adapterhub.trust.policy import known_keys
 from adapterhub.trust.signature import RELEASE, proven, statement
@@ -33,7 +33,7 @@ MOST_SIGNATURES = 32
 
 
 def make_app(
-    hub: Packages, token: str = "", key: PrivateKey | None = None, patience: float = 30, read_by_token: bool = False
+    hub: Releases, token: str = "", key: PrivateKey | None = None, patience: float = 30, read_by_token: bool = False
 ) -> FastAPI:
     """The server of a hub.
 
@@ -49,7 +49,7 @@ def make_app(
     return app
 
 
-def add_releases(app: FastAPI, hub: Packages, access: Access) -> None:
+def add_releases(app: FastAPI, hub: Releases, access: Access) -> None:
     """Add the routes that change what is listed: each only for accounts that may write the adapter's name."""
     index, writer = hub.index, Depends(access.writer)
     known = known_keys()  # of whoever runs it; a signature by another has to carry its key
@@ -100,7 +100,7 @@ def add_releases(app: FastAPI, hub: Packages, access: Access) -> None:
         return {"yanked": None}
 
 
-def _commit(hub: Packages, data: bytes, account: Account) -> JSONResponse:
+def _commit(hub: Releases, data: bytes, account: Account) -> JSONResponse:
     """Add a release whose blobs and needed parents are here: 201, or 200 when it is here already (whoever brings it)."""
     from adapterhub.files.safetensors_header import read_header
     from adapterhub.spec.parents import check_expressions
@@ -123,7 +123,7 @@ def _commit(hub: Packages, data: bytes, account: Account) -> JSONResponse:
     return JSONResponse({"digest": release.digest}, 201)
 
 
-def _sign(hub: Packages, digest: str, envelope: bytes, known: list[PublicKey], account: Account) -> dict[str, Any]:
+def _sign(hub: Releases, digest: str, envelope: bytes, known: list[PublicKey], account: Account) -> dict[str, Any]:
     """Keep those signatures of an envelope that hold; one that is here already is fine, whoever brings it."""
     release = hub.index.find(digest)
     if release is None:

@@ -17,7 +17,7 @@ from adapterhub.files.bounded import read_json
 from adapterhub.spec.digest import check_digest
 from adapterhub.spec.manifest import File
 from adapterhub.store.partial import Incoming
-from adapterhub.store.releases import Packages
+from adapterhub.store.releases import Releases
 from adapterhub_registry.access import Access
 from adapterhub_registry.accounts import Account
 from adapterhub_registry.bodies import body, pieces
@@ -36,7 +36,7 @@ PART_LEASE = 15 * 60
 _PIECE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
-def add_uploads(app: FastAPI, hub: Packages, access: Access) -> None:
+def add_uploads(app: FastAPI, hub: Releases, access: Access) -> None:
     """Add the routes by which blobs come. Whoever may write anything may send any blob: what it is, its digest says."""
     store, index, writer = hub.store, hub.index, Depends(access.writer)
 
@@ -91,7 +91,7 @@ def add_uploads(app: FastAPI, hub: Packages, access: Access) -> None:
         return {"cancelled": digest}
 
 
-def _missing(hub: Packages, asked: list[File]) -> list[str]:
+def _missing(hub: Releases, asked: list[File]) -> list[str]:
     """Which of these blobs are not here. The others are leased: gc takes none of them between our look and the push."""
     with hub.store.shared():
         lacking = {blob.digest for blob in asked if hub.store.fault(blob, hashing=False) is not None}
@@ -99,7 +99,7 @@ def _missing(hub: Packages, asked: list[File]) -> list[str]:
     return [blob.digest for blob in asked if blob.digest in lacking]
 
 
-def _begin(hub: Packages, wanted: File) -> dict[str, Any]:
+def _begin(hub: Releases, wanted: File) -> dict[str, Any]:
     """Whether a blob is here, or how much of it has come."""
     store, index = hub.store, hub.index
     with store.shared():
@@ -129,7 +129,7 @@ def _finished(incoming: Incoming) -> bool:
 class _Arriving:
     """A piece of a blob that is written as it comes; the part is held only while bytes are written to it."""
 
-    def __init__(self, hub: Packages, blob: File, begin: int):
+    def __init__(self, hub: Releases, blob: File, begin: int):
         self._hub, self._store, self._blob = hub, hub.store, blob
         self.offset = begin
         self._leased = 0.0
@@ -171,7 +171,7 @@ class _Arriving:
             self._leased = now
 
 
-def _check_room(hub: Packages, size: int) -> None:
+def _check_room(hub: Releases, size: int) -> None:
     if shutil.disk_usage(hub.root).free < size:
         raise HTTPException(507, f"{FULL}: there is no room for {size} bytes")
 

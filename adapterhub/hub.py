@@ -1,4 +1,4 @@
-"""The hub of a directory: the package manager, and the verbs that need a model. Those import torch, nothing else does."""
+"""The hub of a folder: one method for each verb. Verbs that need a model import torch, when they are called."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub import opening
+from adapterhub.files import durable
 from adapterhub.spec.manifest import Release
 from adapterhub.store.releases import Releases
 
 if TYPE_CHECKING:
     from adapterhub.runtime.model import Model
+    from adapterhub.sources.source import Source
+    from adapterhub.spec.expression import Ensemble, Node
+    from adapterhub.spec.names import Reference
+    from adapterhub.store.blobs import Problem
+    from adapterhub.store.verify import Mode
 
 
 def open(path: str | Path | None = None, create: bool = False, database: str | None = None) -> Hub:
@@ -26,6 +32,38 @@ def open(path: str | Path | None = None, create: bool = False, database: str | N
 
 class Hub(Releases):
     """A hub: get one from `adapterhub.open()`."""
+
+    def read(self, text: str) -> Node | Ensemble:
+        """Return the tree of an expression; `stack:NAME` is that stack of the nearest project, as its lock pins it."""
+        from adapterhub.install.stacks import read
+
+        return read(self, text)
+
+    def install(self, source: str | Path, offline: bool = False, max_bytes: int | None = None) -> list[Release]:
+        """Bring a release with what it needs from a place. See adapterhub.install.place."""
+        from adapterhub.install.place import install
+
+        return install(self, source, offline, max_bytes)
+
+    def bring(self, source: Source, roots: Sequence[Release], max_bytes: int | None = None) -> list[Release]:
+        """Bring releases of a source, with what they need. See adapterhub.install.bring."""
+        from adapterhub.install.bring import bring
+
+        return bring(self, source, roots, max_bytes)
+
+    def verify(self, mode: Mode = "full") -> list[Problem]:
+        """List what is wrong with it; empty when all is sound. See adapterhub.store.verify."""
+        from adapterhub.store.verify import verify
+
+        return verify(self, mode)
+
+    def export_bundle(self, reference: str | Reference, folder: str | Path) -> Release:
+        """Write a release and what it needs as a bundle: a plain folder that `install` takes."""
+        from adapterhub.share import bundle
+
+        release = self.resolve(reference)
+        bundle.write(self, release, durable.user_path(folder))
+        return release
 
     def import_adapter(
         self,

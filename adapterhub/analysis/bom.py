@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from adapterhub.install.stacks import read
 from adapterhub.spec.expression import references
 from adapterhub.spec.manifest import Base, Parent, Release
 from adapterhub.store.index import kind
@@ -32,7 +31,7 @@ class Material:
 def materials(hub: Releases, expression: str) -> list[Material]:
     """Every release that the expression is made of, and what those come from; what it names first."""
     trust = policy()
-    asked = [hub.resolve(reference) for reference in references(read(hub, expression))]
+    asked = [hub.resolve(reference) for reference in references(hub.read(expression))]
     found: dict[str, Material] = {}
     waiting: list[tuple[Release | Parent, bool]] = [(release, True) for release in asked]
     while waiting:

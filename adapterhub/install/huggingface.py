@@ -9,6 +9,7 @@ from packaging.version import Version
 
 from adapterhub.errors import NotFound, UnsafeFile, UsageError
 from adapterhub.files import durable
+from adapterhub.install.bring import bring
 from adapterhub.sources.huggingface import Pushed
 from adapterhub.sources.huggingface_transport import Repo
 from adapterhub.spec.manifest import Release
@@ -32,7 +33,7 @@ def install(hub: Releases, text: str, offline: bool = False, max_bytes: int | No
         pushed = Pushed(repo, commit)
     except NotFound:
         return [_peft(hub, repo, commit)]
-    return hub.bring(pushed, [pushed.root], max_bytes)
+    return bring(hub, pushed, [pushed.root], max_bytes)
 
 
 def _commit(repo: Repo, revision: str) -> str:

@@ -16,7 +16,7 @@ from adapterhub.install.options import Options, _copies, sources
 from adapterhub.install.question import Asked, Resolution, Rules
 from adapterhub.install.requirements import _bring, install
 from adapterhub.install.resolver import resolve
-from adapterhub.install.stacks import _require_plugins, stack
+from adapterhub.install.stacks import require_plugins, stack
 from adapterhub.sources.source import Source
 from adapterhub.sources.table import Sources
 from adapterhub.spec.manifest import Release
@@ -55,7 +55,7 @@ def sync(hub: Releases, folder: Path, lock: Lock, options: Options) -> tuple[lis
     Raises NotFound, naming the digest, for what a source no longer has, IntegrityError for another under its name:
     nothing takes the place of what is locked."""
     project = projects.read(folder)
-    _require_plugins(lock)
+    require_plugins(lock)
     found = sources(hub, folder, project, options.offline)
     notes: list[str] = []
     wanted: list[tuple[Source, Release]] = []

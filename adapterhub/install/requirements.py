@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from adapterhub.config import project as projects
 from adapterhub.config.source_tables import HERE
 from adapterhub.errors import NotFound
+from adapterhub.install.bring import bring
 from adapterhub.install.options import Options, _copies, sources
 from adapterhub.install.question import Asked, Rules
 from adapterhub.install.resolver import resolve
@@ -38,4 +39,4 @@ def _bring(hub: Releases, wanted: Sequence[tuple[Source, Release]], max_bytes: i
         room.check_cap(
             room.announced(hub.store, every), max_bytes, ", ".join(str(release) for _, release in wanted[:5])
         )
-    return [one for source, release in wanted for one in hub.bring(source, [release])]
+    return [one for source, release in wanted for one in bring(hub, source, [release])]

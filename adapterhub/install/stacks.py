@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from adapterhub import plugins
 from adapterhub.config import lock as locks
 from adapterhub.config import project as projects
@@ -12,10 +10,6 @@ from adapterhub.errors import IntegrityError, NotFound, PluginError
 from adapterhub.spec.expression import Ensemble, Node
 from adapterhub.spec.parser import parse
 from adapterhub.store.releases import Releases
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
-
 
 STACK = "stack:"
 """How a named stack of a project stands where an expression does."""
@@ -26,8 +20,6 @@ def read(hub: Releases, text: str) -> Node | Ensemble:
 
     Raises ExpressionError, and what `sync.stack` raises."""
     if text.startswith(STACK):
-        pass
-
         text = stack(hub, text.removeprefix(STACK).strip())
     return parse(text)
 
@@ -45,7 +37,7 @@ def stack(hub: Releases, name: str) -> str:
         raise NotFound(
             f"{folder / projects.FILE} has no stack {name!r}", f"it has {', '.join(project.stacks) or 'none'}"
         )
-    _require_plugins(lock)
+    require_plugins(lock)
     for one in lock.adapter:
         here = hub.index.get(one.name, one.version)
         if here is None:
@@ -55,7 +47,7 @@ def stack(hub: Releases, name: str) -> str:
     return found.expression
 
 
-def _require_plugins(lock: Lock) -> None:
+def require_plugins(lock: Lock) -> None:
     """Raise PluginError unless the plugins are the locked ones: other code may run the same tensors otherwise."""
     for plugin in lock.plugin:
         here = plugins.installed(plugin.name)

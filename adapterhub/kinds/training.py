@@ -3,22 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterhub.data.batches import collate
 from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
-from adapterhub.runtime.model import Model
+from adapterhub.kinds.modification import Modifications
+from adapterhub.sites import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class TrainedModel(Protocol):
+    """The model as objectives, recipes and methods see it while an adapter trains."""
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model; what runs attached to it is in force inside of `running`."""
+
+    @property
+    def sites(self) -> Sequence[Site]: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one forward pass with what is frozen and what trains; `.logits` is (rows, tokens, vocabulary)."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Continue prompts, as transformers' generate does."""
+
+    def running(self, adapters: Any = None, rows: int | None = None) -> AbstractContextManager[Any]:
+        """Let calls of `base` inside run these adapters."""
+
+    def without_new(self) -> AbstractContextManager[None]:
+        """Let calls inside run what is frozen alone, without gradients: the reference on the same resident base."""
+
+    def training_mode(self, on: bool) -> None:
+        """Turn dropout on or off, in the adapters and in the base."""
+
+    def new_modifications(self) -> Modifications:
+        """Return what trains: {site path: modifications in order}."""
+
+    def trainable_tensors(self) -> Mapping[str, nn.Parameter]:
+        """Return the parameters that train, by stored name."""
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that train."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """One training: on which model, with what."""
 
-    model: Model
+    model: TrainedModel
     """With what lies beneath, and what trains; `with model.without_new()` runs what lies beneath alone: the reference
     policy on the same resident base."""
     examples: Sequence[Example]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from adapterhub import plugins
 from adapterhub.bases.agreement import common_base
 from adapterhub.errors import HubError
-from adapterhub.install.stacks import read
 from adapterhub.look.checkup import needs
 from adapterhub.look.touched import alike, by_layer
 from adapterhub.sites import current_path
@@ -78,7 +77,7 @@ def explain(hub: Releases, expression: str, base: object = None) -> dict[str, An
 def _steps(hub: Releases, text: str, base: object) -> Iterator[Step]:
     """Until a problem leaves the others nothing to look at."""
     try:
-        node = read(hub, text)
+        node = hub.read(text)
     except HubError as error:
         yield problem("expression", error)
         return

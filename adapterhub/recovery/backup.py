@@ -39,7 +39,7 @@ def backup(hub: Releases, path: Path) -> int:
         raise NameInUse(f"{path} is there already", "name a file that does not exist yet")
     with hub.store.shared():
         with suppress(HubError):  # a hub that nobody can write to is copied as it is
-            complete(hub)
+            complete(hub.index, hub.store)
         index = hub.index.copy()  # first: whatever it lists stays while the store is shared
         files = _files(hub, index, path)
         for _, problem in hub.store.verify(files, lambda blob: False):
@@ -98,7 +98,7 @@ def _files(hub: Releases, index: bytes, path: Path) -> list[File]:
     with durable.scratch(path) as folder:
         durable.write_bytes(folder / DATABASE, index)
         files = list(open(folder).index.files())
-    return [file for file in files if hub.store.path(file.digest).exists() or expected(hub, file)]
+    return [file for file in files if hub.store.path(file.digest).exists() or expected(hub.index, file)]
 
 
 def _size(listed: bytes, index: File, blobs: list[File]) -> int:

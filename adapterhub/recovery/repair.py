@@ -30,7 +30,7 @@ def repair(hub: Releases, sources: Sequence[Source]) -> Repaired:
 
     What stays damaged is in `left`: no source has it, or it is the index itself."""
     with hub.store.shared():
-        complete(hub)
+        complete(hub.index, hub.store)
         damaged = {file: problem for file, problem in hub.store.verify(shown("repair", hub.index.files()))}
         put(hub.store, [data for file in damaged if (data := hub.index.record(file.digest)) is not None])
         for file in damaged:

@@ -12,7 +12,6 @@ from adapterhub import plugins
 from adapterhub.adapters.adapter import Adapter, current
 from adapterhub.adapters.fit import as_parameters, bind, check_fit, check_range
 from adapterhub.errors import UsageError
-from adapterhub.install.stacks import read
 from adapterhub.kinds.contracts import make
 from adapterhub.kinds.modification import Modifications
 from adapterhub.sites import Site
@@ -51,7 +50,7 @@ class Residents:
         if expression not in self._nodes:
             if self.hub is None:
                 raise UsageError("this model has no hub to find adapters in", "load it with hub.load(...)")
-            node = expand(self.hub, read(self.hub, expression))
+            node = expand(self.hub, self.hub.read(expression))
             warn_missing_parents([self.hub.resolve(reference) for reference in dict.fromkeys(references(node))])
             self._nodes[expression] = node
         return self._nodes[expression]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from adapterhub.errors import UsageError
 from adapterhub.spec.digest import check_digest
 from adapterhub.spec.names import TAG, VERSION, check_name
-
-if TYPE_CHECKING:
-    from adapterhub.sources.source import Candidate
 
 SOURCE = re.compile(r"[a-z][a-z0-9_-]*")
 _FORM = re.compile(
@@ -22,6 +19,19 @@ _FORM = re.compile(
 LARGEST = 1000
 """Characters of a requirement."""
 _HINT = "write acme/sql, acme/sql>=1.2,<2, acme/sql@1.2.0, acme/sql@stable or acme/sql@sha256:..."
+
+
+class Offered(Protocol):
+    """What a requirement is held against: a release that somebody offers."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def tags(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Requirement:
         """Whether it names one release: then even one that was yanked."""
         return self.at is not None or any(s.operator == "==" and "*" not in s.version for s in self.versions)
 
-    def accepts(self, candidate: Candidate) -> bool:
+    def accepts(self, candidate: Offered) -> bool:
         if self.at is not None and self.at not in (candidate.digest, *candidate.tags):
             return False
         return candidate.name == self.name and self.versions.contains(candidate.version)

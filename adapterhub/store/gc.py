@@ -45,7 +45,7 @@ def gc(hub: Releases, dry_run: bool = False, force: bool = False, days: int = AG
         count = sum(1 for _ in hub.index.stored())
         _sure(hub, count, force)
         if not dry_run:
-            complete(hub)
+            complete(hub.index, hub.store)
         found = [*_strays(hub, force), *_trainings(hub.root / "training", days)]
         if not dry_run:
             unsynced: set[Path] = set()

@@ -7,13 +7,10 @@ before they were kept gets them with what is added next, with gc and with repair
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from adapterhub.spec.manifest import File
 from adapterhub.store.blobs import Store, identify
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
+from adapterhub.store.index import Index
 
 KEPT = "manifests are kept as blobs"
 AT_ONCE = 1000
@@ -26,19 +23,19 @@ def put(store: Store, documents: Iterable[bytes]) -> None:
     store.fill(blobs, lambda blob, folders: store.take(blob, [blobs[blob]], "the index", folders))
 
 
-def complete(hub: Releases, most: int | None = None) -> None:
+def complete(index: Index, store: Store, most: int | None = None) -> None:
     """Put those that the store lacks, at most so many. Only while the store is `shared` or `alone`."""
     lacking = []
-    for file in hub.index.stored():
-        if not hub.store.path(file.digest).exists() and (data := hub.index.record(file.digest)) is not None:
+    for file in index.stored():
+        if not store.path(file.digest).exists() and (data := index.record(file.digest)) is not None:
             lacking.append(data)
             if len(lacking) == most:
                 break
-    put(hub.store, lacking)
-    if (most is None or len(lacking) < most) and hub.index.remembered(KEPT) is None:
-        hub.index.remember(KEPT, 1)
+    put(store, lacking)
+    if (most is None or len(lacking) < most) and index.remembered(KEPT) is None:
+        index.remember(KEPT, 1)
 
 
-def expected(hub: Releases, file: File) -> bool:
+def expected(index: Index, file: File) -> bool:
     """Whether a hub that lacks this file lacks something: not the record of a release from before they were kept."""
-    return hub.index.remembered(KEPT) is not None or hub.index.record(file.digest) is None
+    return index.remembered(KEPT) is not None or index.record(file.digest) is None

@@ -1,4 +1,4 @@
-"""The package manager: the releases of one folder, to look at, add, install, tag, remove and verify. No torch."""
+"""The releases of one folder, to look at, add, tag and remove. No torch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from adapterhub.errors import HubError, IntegrityError, ManifestError, NameInUse, NotFound, UsageError, YankedWarning
-from adapterhub.files import durable
-from adapterhub.files.safetensors_header import read_header
 from adapterhub.spec.digest import digest_of
+from adapterhub.spec.expression import Ensemble, Node
 from adapterhub.spec.manifest import File, Manifest, Parent, Release
 from adapterhub.spec.names import TAG, Reference, check_version
 from adapterhub.spec.parents import check_expressions
+from adapterhub.spec.parser import parse
 from adapterhub.store import records
-from adapterhub.store.blobs import Problem, Store
+from adapterhub.store.blobs import Store
 from adapterhub.store.index import ANY, FILES_AT_GC, Index, Row
-from adapterhub.store.naming import check_look_alike, following_version, warn_of_look_alikes
+from adapterhub.store.naming import check_look_alike, following_version
 
 if TYPE_CHECKING:
-    from adapterhub.sources.source import Source
-    from adapterhub.store.verify import Mode
+    pass
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,10 @@ class Releases:
         if row.yanked is not None:
             warnings.warn(f"{row} was yanked: {row.yanked}", YankedWarning, stacklevel=2)
         return release
+
+    def read(self, text: str) -> Node | Ensemble:
+        """Return the tree of an expression as a user writes it. Raises ExpressionError."""
+        return parse(text)
 
     def exact(self, parent: Parent) -> Release:
         """The very release that a manifest names as its parent. Raises NotFound."""
@@ -109,7 +112,7 @@ class Releases:
         if version is not None:
             check_version(version)
         check_look_alike(self.index, manifest.name)
-        with self._adding() as store:
+        with self.adding() as store:
             base = manifest.base
             base = msgspec.structs.replace(base, sketch=store.put(sketch) if sketch is not None else base.sketch)
             stored = {
@@ -140,53 +143,8 @@ class Releases:
                     if version is not None or not self.index.get(release.name, release.version):
                         raise
 
-    def install(self, source: str | Path, offline: bool = False, max_bytes: int | None = None) -> list[Release]:
-        """Bring a release with the parents it needs from a bundle's folder, another hub (`HUB:name[@version]`) or the Hub
-        (`hf:user/repo[@revision]`); itself first.
-
-        Raises IntegrityError for bytes that are not what their digest says, UnsafeFile for what we do not open
-        or what the user's policy wants signed, NameInUse for a version that is here with other content, HubError for more
-        than max_bytes, or than the disk has room for."""
-        text = str(source)
-        if text.startswith("hf:"):
-            from adapterhub.install.huggingface import install
-
-            return install(self, text.removeprefix("hf:"), offline, max_bytes)
-        from adapterhub.sources.opening import from_text
-
-        origin, chosen = from_text(text)
-        return self.bring(origin, [origin.release(chosen.name, chosen.version, chosen.digest)], max_bytes)
-
-    def bring(self, source: Source, roots: Sequence[Release], max_bytes: int | None = None) -> list[Release]:
-        """Bring these releases of a source, with the parents they need: every byte hashed, all rows at once.
-
-        max_bytes: what may be announced of what is not here. Raises as `install` does."""
-        from adapterhub.sources import room
-        from adapterhub.sources.source import closure
-        from adapterhub.trust.envelopes import worth
-        from adapterhub.trust.policy import check_signed, policy
-
-        releases = closure(source, roots)
-        room.check_cap(room.announced(self.store, releases), max_bytes, str(releases[0]))
-        envelopes = {each.digest: worth(each, source.signatures(each.digest)) for each in releases}
-        rules = policy()
-        for release in releases:
-            check_signed(release, envelopes[release.digest], rules)
-        files = {file for release in releases for file in release.manifest.needs}
-        warn_of_look_alikes(self.index, {release.name for release in releases})
-        with self._adding() as store:
-            source.fetch(files, store)
-            for file in (release.manifest.files.get("tensors") for release in releases):
-                if file is not None:
-                    read_header(self.store.header(file), file.size)
-            self.add(releases, store)
-            for release in releases:
-                for envelope in envelopes[release.digest]:
-                    self.sign(release.digest, envelope)
-        return releases
-
     @contextmanager
-    def _adding(self) -> Iterator[Store]:
+    def adding(self) -> Iterator[Store]:
         """Nothing is taken away from the store meanwhile: put blobs into it, then add rows.
 
         After a failure what has come is taken away again, unless others are at work: then gc finds it."""
@@ -214,11 +172,11 @@ class Releases:
         self.index.add(releases)
         if self.index.remembered(records.KEPT) is None:
             with suppress(HubError):  # what was added is there
-                records.complete(self, records.AT_ONCE)
+                records.complete(self.index, self.store, records.AT_ONCE)
 
     def sign(self, digest: str, envelope: bytes) -> None:
         """Keep a signature with the release that has this digest. Raises NotFound."""
-        with self._adding() as store:
+        with self.adding() as store:
             records.put(store, [envelope])
             self.index.sign(digest, envelope)
 
@@ -275,20 +233,6 @@ class Releases:
                 release = self.index.get(row.name, row.version)
                 blobs += [b for file in release.manifest.needs for b in self.store.blobs(file)] if release else []
         return blobs
-
-    def verify(self, mode: Mode = "full") -> list[Problem]:
-        """List what is wrong with it; empty when all is sound. See adapterhub.store.gc."""
-        from adapterhub.store.verify import verify
-
-        return verify(self, mode)
-
-    def export_bundle(self, reference: str | Reference, folder: str | Path) -> Release:
-        """Write a release and the parents it needs as a bundle: a plain folder that `install` takes."""
-        from adapterhub.sources import bundle
-
-        release = self.resolve(reference)
-        bundle.write(self, release, durable.user_path(folder))
-        return release
 
 
 def _release(manifest: Manifest, version: str) -> Release:

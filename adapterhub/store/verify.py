@@ -36,7 +36,9 @@ def verify(hub: Releases, mode: Mode = "full", today: int | None = None) -> list
         with hub.store.shared():
             damaged = [*hub.store.verify(shown("verify", needed), chosen)]
         needed = hub.index.files() if damaged else needed  # another process may have removed some meanwhile
-        damaged = [(file, p) for file, p in damaged if file in needed and (p.path.exists() or expected(hub, file))]
+        damaged = [
+            (file, p) for file, p in damaged if file in needed and (p.path.exists() or expected(hub.index, file))
+        ]
         problems += [replace(p, releases=tuple(needed[file])) for file, p in damaged]
     except IntegrityError as error:  # the index cannot be read at all
         problems.append(Problem(hub.root / DATABASE, str(error)))

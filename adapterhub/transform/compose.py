@@ -12,7 +12,6 @@ from adapterhub.spec.parents import joined_licences
 
 if TYPE_CHECKING:
     from adapterhub.store.releases import Releases
-from adapterhub.install.stacks import read
 from adapterhub.store.expand import expand, pin
 
 
@@ -21,7 +20,7 @@ def compose(hub: Releases, expression: str, name: str, version: str | None = Non
 
     Raises ExpressionError, NotFound, IncompatibleBase (its parts were made for unlike bases)."""
     check_name(name)
-    pinned = pin(hub, read(hub, expression))
+    pinned = pin(hub, hub.read(expression))
     expand(hub, pinned)  # what could not run is not saved
     releases = {str(ref): hub.resolve(ref) for ref in references(pinned)}
     manifest = Manifest(

@@ -74,14 +74,14 @@ class Hub(Releases):
         licence: str | None = None,
         force: bool = False,
     ) -> Release:
-        """Bring a PEFT adapter in. See adapterhub.formats.importer."""
-        from adapterhub.formats.importer import import_adapter
+        """Bring a PEFT adapter in. See adapterhub.formats.importing."""
+        from adapterhub.formats.importing import import_adapter
 
         return import_adapter(self, folder, name, version=version, base=base, licence=licence, force=force)
 
     def export(self, reference: str, folder: str | Path, format: str = "peft", base: str | Path | None = None) -> Any:
-        """Write a release for another program. See adapterhub.formats.exporter."""
-        from adapterhub.formats.exporter import export
+        """Write a release for another program. See adapterhub.formats.exporting."""
+        from adapterhub.formats.exporting import export
 
         return export(self, reference, folder, format=format, base=base)
 
@@ -170,19 +170,19 @@ class Hub(Releases):
         return load(self, base, expression, dtype=dtype, device=device, trainable=trainable, force=force)
 
     def explain(self, expression: str, base: object = None) -> dict[str, Any]:
-        """Why an expression will or will not run, and what to type next. See adapterhub.look.explain."""
-        from adapterhub.look.explain import explain
+        """Why an expression will or will not run, and what to type next. See adapterhub.analysis.explain."""
+        from adapterhub.analysis.explain import explain
 
         return explain(self, expression, base)
 
     def diff(self, one: str, other: str) -> dict[str, Any]:
-        """How two releases differ, site by site. See adapterhub.look.diff."""
-        from adapterhub.look.diff import diff
+        """How two releases differ, site by site. See adapterhub.analysis.diff."""
+        from adapterhub.analysis.diff import diff
 
         return diff(self, one, other)
 
     def inspect(self, ref: str, base: object = None, force: bool = False) -> dict[str, Any]:
-        """How strongly an adapter changes each site. See adapterhub.look.inspect."""
-        from adapterhub.look.inspect import inspect
+        """How strongly an adapter changes each site. See adapterhub.analysis.inspect."""
+        from adapterhub.analysis.inspect import inspect
 
         return inspect(self, ref, base, force=force)

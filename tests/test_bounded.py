@@ -13,7 +13,7 @@ from adapterhub.cli.output import LINE, clean, one_line, shown
 from adapterhub.config import lock, project, user
 from adapterhub.errors import HubError, ManifestError
 from adapterhub.files.bounded import DEPTH, TooMuch, read_json, read_toml
-from adapterhub.formats import peft_config
+from adapterhub.formats.peft import config
 from adapterhub.spec import claims
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import RELATIONS, Manifest, Release
@@ -77,7 +77,7 @@ def test_every_reader_of_strangers_files_is_behind_it(tmp_path, monkeypatch):
         user.load()
     (tmp_path / "adapter_config.json").write_text('{"peft_type":' + deep + "}")
     with pytest.raises(HubError, match="nested deeper"):
-        peft_config.read_config(tmp_path)
+        config.read_config(tmp_path)
     with pytest.raises(HubError, match="nested deeper"):
         opened(deep.encode(), LIST, ())
     with pytest.raises(ManifestError, match="nested deeper"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from adapterhub.formats.bounded_re import BadExpression, match
+from adapterhub.formats.peft.bounded_re import BadExpression, match
 
 P = "(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 PATTERNS = [

@@ -18,6 +18,7 @@ import adapterhub
 from adapterhub import plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.adapters.publish import publish_tensors
+from adapterhub.analysis.sites import alike, by_layer, repeated, touched
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.cli.app import execute
 from adapterhub.errors import HubError, IntegrityError, ManifestError
@@ -25,7 +26,6 @@ from adapterhub.forms.affine import Affine
 from adapterhub.forms.gate import Gate
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.prefix import Prefix
-from adapterhub.look.touched import alike, by_layer, repeated, touched
 from adapterhub.sites import sites
 from adapterhub.spec.manifest import Made, Manifest, Parent
 from adapterhub.testing.bed import random_adapter, tiny_llama
@@ -596,10 +596,10 @@ def test_doctor_names_the_package_of_each_part(run):
 
 
 def test_doctor_tells_a_version_that_is_too_old(run, monkeypatch):
-    from adapterhub.look import checkup
+    from adapterhub.analysis import doctor
 
     monkeypatch.setattr(
-        checkup, "requires", lambda _: ["msgspec>=999", "numpy>=1", "nothing-such>=1", "x>1; extra == 'y'"]
+        doctor, "requires", lambda _: ["msgspec>=999", "numpy>=1", "nothing-such>=1", "x>1; extra == 'y'"]
     )
     status, out, _ = run("doctor")
     told = [line for line in out.splitlines() if line.startswith("problem:")]

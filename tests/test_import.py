@@ -23,7 +23,7 @@ from adapterhub.errors import (
     UnsafeFile,
     UsageError,
 )
-from adapterhub.formats import importer
+from adapterhub.formats import importing
 
 TENSORS = "adapter_model.safetensors"
 
@@ -213,7 +213,7 @@ def test_names_and_versions_are_looked_at_first(hub, tmp_path):
 )
 def test_licence_of_the_card(card, licence, hub, folder):
     (folder / "README.md").write_bytes(card.encode())
-    assert importer._card_licence(folder) == licence
+    assert importing._card_licence(folder) == licence
 
 
 def test_licence_given_wins_over_the_card(hub, folder):

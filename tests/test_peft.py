@@ -29,11 +29,13 @@ from adapterhub.errors import (
     UnsafeFile,
     UsageError,
 )
-from adapterhub.formats import bounded_re, peft, peft_config
-from adapterhub.formats.peft_config import CONFIG, MEASURED, NEUTRAL, REFUSED, read_config
-from adapterhub.formats.peft_lora import PREFIX
-from adapterhub.formats.peft_targets import patterned
-from adapterhub.formats.peft_types import REFUSED as REFUSED_TYPES
+from adapterhub.formats.peft import bounded_re
+from adapterhub.formats.peft import config as peft_config
+from adapterhub.formats.peft import read as peft
+from adapterhub.formats.peft.config import CONFIG, MEASURED, NEUTRAL, REFUSED, read_config
+from adapterhub.formats.peft.lora import PREFIX
+from adapterhub.formats.peft.targets import patterned
+from adapterhub.formats.peft.types import REFUSED as REFUSED_TYPES
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.sites import sites
 
@@ -427,7 +429,7 @@ def test_export_is_whole_or_not_there(tmp_path, hub, plain, tiny_folder, monkeyp
     with pytest.raises(HubError, match="there already"):
         hub.export("me/x", full)
     assert [path.name for path in full.iterdir()] == ["mine"]
-    monkeypatch.setattr("adapterhub.formats.exporter._card", lambda release, kind: 1 / 0)
+    monkeypatch.setattr("adapterhub.formats.exporting._card", lambda release, kind: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         hub.export("me/x", tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]

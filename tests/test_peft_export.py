@@ -12,9 +12,9 @@ from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases import loading, resolution
 from adapterhub.bases.fingerprint import fingerprint
 from adapterhub.errors import IncompatibleBase, NotFound, UsageError
-from adapterhub.formats.peft import TENSORS
-from adapterhub.formats.peft_config import CONFIG
-from adapterhub.formats.peft_lora import PREFIX
+from adapterhub.formats.peft.config import CONFIG
+from adapterhub.formats.peft.lora import PREFIX
+from adapterhub.formats.peft.read import TENSORS
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.dora import DoRA

@@ -15,10 +15,10 @@ import adapterhub
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.bases import loading, resolution
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, ManifestError
-from adapterhub.formats.peft import TENSORS
-from adapterhub.formats.peft_lora import PREFIX
-from adapterhub.formats.peft_lower import cheapest, lowered
-from adapterhub.formats.peft_rotary import turned
+from adapterhub.formats.peft.lora import PREFIX
+from adapterhub.formats.peft.lower import cheapest, lowered
+from adapterhub.formats.peft.read import TENSORS
+from adapterhub.formats.peft.rotary import turned
 from adapterhub.testing.families import inputs, tiny
 
 IDS = torch.arange(3, 27).reshape(2, 12)

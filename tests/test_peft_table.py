@@ -20,9 +20,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import adapterhub
 from adapterhub.adapters.adapter import Adapter
-from adapterhub.formats.peft_config import REFUSED, SAFE_STARTS
-from adapterhub.formats.peft_types import CACHES, PROMPTS, TUNERS
-from adapterhub.formats.peft_types import REFUSED as REFUSED_TYPES
+from adapterhub.formats.peft.config import REFUSED, SAFE_STARTS
+from adapterhub.formats.peft.types import CACHES, PROMPTS, TUNERS
+from adapterhub.formats.peft.types import REFUSED as REFUSED_TYPES
 from adapterhub.spec.manifest import Release
 from adapterhub.testing.bed import tiny_llama
 from adapterhub.testing.families import tiny

@@ -15,6 +15,7 @@ import adapterhub
 from adapterhub import plugins
 from adapterhub.adapters.adapter import part
 from adapterhub.analysis.bom import cyclonedx, materials
+from adapterhub.analysis.doctor import uninstalled
 from adapterhub.cli.app import execute
 from adapterhub.config import user
 from adapterhub.errors import (
@@ -27,7 +28,6 @@ from adapterhub.errors import (
     UnsafeFile,
     UsageError,
 )
-from adapterhub.look.checkup import uninstalled
 from adapterhub.spec.digest import check_digest, digest_of
 from adapterhub.spec.manifest import Base, File, Made, Manifest, Parent, Release
 from adapterhub.trust import keys, policy

@@ -14,12 +14,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from adapterhub.cli import (
-    care,
+    backup,
     doctor,
-    keep,
-    locked,
+    inspect,
+    lock,
     login,
-    look,
+    maintenance,
     make,
     packages,
     plugins,
@@ -64,7 +64,7 @@ PANELS = {
         "list": packages.list_,
         "search": versions.search,
         "show": packages.show,
-        "inspect": look.inspect,
+        "inspect": inspect.inspect,
         "diff": versions.diff,
         "rm": packages.rm,
         "import": packages.import_,
@@ -84,9 +84,9 @@ PANELS = {
         "lock": project.lock,
         "sync": project.sync,
         "update": project.update,
-        "tree": locked.tree,
-        "why": locked.why,
-        "outdated": locked.outdated,
+        "tree": lock.tree,
+        "why": lock.why,
+        "outdated": lock.outdated,
     },
     "Make adapters": {
         "train": make.train,
@@ -94,17 +94,17 @@ PANELS = {
         "compress": make.compress,
         "compose": make.compose,
     },
-    "Use them": {"run": run.run, "chat": run.chat, "eval": run.eval_, "explain": look.explain, "demo": run.demo},
+    "Use them": {"run": run.run, "chat": run.chat, "eval": run.eval_, "explain": inspect.explain, "demo": run.demo},
     "Share": {"push": share.push, "serve": share.serve, "login": login.login, "logout": login.logout},
-    "Trust": {"sign": trust.sign, "bom": trust.bom, "scan": look.scan},
+    "Trust": {"sign": trust.sign, "bom": trust.bom, "scan": inspect.scan},
     "Look after the hub": {
-        "verify": care.verify,
-        "repair": care.repair,
-        "gc": care.gc,
-        "backup": keep.backup,
-        "restore": keep.restore,
-        "cache": care.cache,
-        "dirs": care.dirs,
+        "verify": maintenance.verify,
+        "repair": maintenance.repair,
+        "gc": maintenance.gc,
+        "backup": backup.backup,
+        "restore": backup.restore,
+        "cache": maintenance.cache,
+        "dirs": maintenance.dirs,
         "doctor": doctor.doctor,
     },
 }
@@ -176,7 +176,7 @@ def execute(arguments: Sequence[str]) -> int:
             return failed(type(error).__name__, str(error), error.hint, error.code)
         return execute(arguments)
     except HubError as error:
-        hint = care.room() if isinstance(error, DiskFull) else error.hint
+        hint = maintenance.room() if isinstance(error, DiskFull) else error.hint
         return failed(type(error).__name__, str(error), hint, error.code)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)

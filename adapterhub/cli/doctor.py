@@ -27,7 +27,7 @@ def doctor(as_json: Json = False) -> None:
     from contextlib import suppress
     from importlib.metadata import PackageNotFoundError, version
 
-    from adapterhub.look.checkup import brought, unmet
+    from adapterhub.analysis.doctor import brought, unmet
 
     facts, problems = {}, []
     facts["python"] = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
@@ -98,7 +98,7 @@ def _hub(problems: list[str]) -> dict[str, Any]:
     """Facts about the hub of this folder; what is wrong with it is added to the problems."""
     import sqlite3
 
-    from adapterhub.look.checkup import uninstalled
+    from adapterhub.analysis.doctor import uninstalled
 
     hub = adapterhub.open()
     problems += [str(problem) for problem in hub.verify()]

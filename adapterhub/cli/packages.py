@@ -116,7 +116,7 @@ def show(
     """
     release = adapterhub.open().resolve(ref)
     if sites:
-        from adapterhub.cli.look import show_sites
+        from adapterhub.cli.inspect import show_sites
 
         return show_sites(release, as_json)
     manifest = release.manifest

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import adapterhub
-from adapterhub.cli.locked import Offline, record
+from adapterhub.cli.lock import Offline, record
 from adapterhub.cli.output import Json, json_out, note, one_line, out
 from adapterhub.errors import NotFound, UsageError
 

@@ -1,0 +1,1 @@
+"""Other software's files, read and written."""

@@ -44,7 +44,7 @@ def _commit(repo: Repo, revision: str) -> str:
 
 
 def _peft(hub: Releases, repo: Repo, commit: str) -> Release:
-    from adapterhub.formats.importer import import_adapter
+    from adapterhub.formats.importing import import_adapter
 
     listed = [] if repo.offline else repo.files(commit)
     if listed and "adapter_config.json" not in listed:

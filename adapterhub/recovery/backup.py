@@ -93,7 +93,7 @@ def restore(path: Path, folder: Path) -> Path:
 
 def _files(hub: Releases, index: bytes, path: Path) -> list[File]:
     """Every file that this copy of an index lists: not the live one, which may list more by now."""
-    from adapterhub.hub import open
+    from adapterhub.opening import open
 
     with durable.scratch(path) as folder:
         durable.write_bytes(folder / DATABASE, index)

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from adapterhub.errors import HubError, IntegrityError, UsageError
 from adapterhub.files import durable
-from adapterhub.hub import open
-from adapterhub.opening import find, new_index
+from adapterhub.opening import find, new_index, open
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import File, Manifest, Release
 from adapterhub.store.blobs import DATABASE, Problem, Store

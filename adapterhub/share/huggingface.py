@@ -77,7 +77,7 @@ def contents(hub: Releases, release: Release, repo: str, before: str = "") -> di
 
 def _peft(hub: Releases, release: Release) -> tuple[dict | None, bytes | None]:
     """PEFT's config and tensor file; neither when PEFT has no type that says the same."""
-    from adapterhub.formats.exporter import as_peft
+    from adapterhub.formats.exporting import as_peft
     from adapterhub.tensors.file import dump
 
     try:

@@ -12,10 +12,10 @@ from torch import nn
 
 from adapterhub import Given, Method, Modification, Site, Stage, Step
 from adapterhub.errors import UsageError
-from adapterhub.formats.peft_config import MEASURED
-from adapterhub.formats.peft_lower import lowered
-from adapterhub.formats.peft_types import CACHES, PROMPTS
-from adapterhub.formats.peft_types import REFUSED as NO_FORM
+from adapterhub.formats.peft.config import MEASURED
+from adapterhub.formats.peft.lower import lowered
+from adapterhub.formats.peft.types import CACHES, PROMPTS
+from adapterhub.formats.peft.types import REFUSED as NO_FORM
 from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.sites import select

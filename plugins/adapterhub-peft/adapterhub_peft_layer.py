@@ -16,9 +16,9 @@ from torch.func import functional_call
 
 from adapterhub import Modification, Site, Step
 from adapterhub.errors import IncompatibleBase, IntegrityError, NotFoldable, UsageError
-from adapterhub.formats.peft_config import REFUSED as REFUSED_OPTIONS
-from adapterhub.formats.peft_lower import measured
-from adapterhub.formats.peft_tuner import DROPPED, built, is_plain, peft_errors
+from adapterhub.formats.peft.config import REFUSED as REFUSED_OPTIONS
+from adapterhub.formats.peft.lower import measured
+from adapterhub.formats.peft.tuner import DROPPED, built, is_plain, peft_errors
 
 TYPES = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 OUTSIDE = {

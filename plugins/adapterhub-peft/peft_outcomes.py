@@ -12,7 +12,7 @@ from adapterhub_peft_layer import TRAINED, TYPES, PeftLayer, layer_state
 from torch import Tensor, nn
 
 from adapterhub.errors import HubError
-from adapterhub.formats.peft_tuner import built
+from adapterhub.formats.peft.tuner import built
 from adapterhub.runtime.model import Model
 from adapterhub.testing.bed import tiny_llama
 from adapterhub.training.stages import attach, given, trained

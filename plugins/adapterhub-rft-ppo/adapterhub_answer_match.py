@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterhub.errors import UsageError
-from adapterhub.formats.bounded_re import BadExpression, match
+from adapterhub.formats.peft.bounded_re import BadExpression, match
 from adapterhub.kinds.verifier import Verdict, Verifier
 
 WRONG = 0.1

@@ -11,7 +11,7 @@ from adapterhub.bases.smollm2 import FOLDER
 from adapterhub.config.folders import home
 from adapterhub.config.project import FILE
 from adapterhub.config.user import config_folder
-from adapterhub.hub import DATABASE
+from adapterhub.store.blobs import DATABASE
 
 FAMILIES = ("ADAPTERHUB_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_", "GIT_CONFIG")
 """Whole families of settings; none of theirs is a test's business."""

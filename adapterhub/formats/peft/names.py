@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from adapterhub.formats.peft_base import BaseModel
-from adapterhub.formats.peft_config import Config
-from adapterhub.formats.peft_lora import PREFIX
-from adapterhub.formats.peft_targets import anchored, named, patterned, targeted
+from adapterhub.formats.peft.base import BaseModel
+from adapterhub.formats.peft.config import Config
+from adapterhub.formats.peft.lora import PREFIX
+from adapterhub.formats.peft.targets import anchored, named, patterned, targeted
 from adapterhub.sites import current_path
 
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from adapterhub.bases import resolution
 from adapterhub.errors import HubError, IntegrityError, ManifestError
-from adapterhub.formats.peft_base import BaseModel
-from adapterhub.formats.peft_config import AGAIN, CONFIG, Config, warn_unknown
-from adapterhub.formats.peft_lora import PREFIX
-from adapterhub.formats.peft_lower import changes, lowered
-from adapterhub.formats.peft_targets import anchored, named, patterned, targeted
-from adapterhub.formats.peft_types import UNMEASURED
+from adapterhub.formats.peft.base import BaseModel
+from adapterhub.formats.peft.config import AGAIN, CONFIG, Config, warn_unknown
+from adapterhub.formats.peft.lora import PREFIX
+from adapterhub.formats.peft.lower import changes, lowered
+from adapterhub.formats.peft.targets import anchored, named, patterned, targeted
+from adapterhub.formats.peft.types import UNMEASURED
 from adapterhub.kinds.modification import Modifications
 from adapterhub.sites import Site
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub.formats.peft_lora import PREFIX
-from adapterhub.formats.peft_targets import anchored
+from adapterhub.formats.peft.lora import PREFIX
+from adapterhub.formats.peft.targets import anchored
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.dora import DoRA

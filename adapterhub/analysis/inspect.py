@@ -10,11 +10,11 @@ from torch import Tensor
 
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.adapters.changes import change_of
+from adapterhub.analysis.sites import alike, by_layer, require_tensors
 from adapterhub.bases import loading, resolution
 from adapterhub.errors import NotFoldable
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.modification import Modification
-from adapterhub.look.touched import alike, by_layer, require_tensors
 from adapterhub.sites import Site
 from adapterhub.sites.weights import values
 from adapterhub.spec.manifest import Release

@@ -19,7 +19,7 @@ Base = Annotated[
 
 def show_sites(release: Release, as_json: bool) -> None:
     """What `show --sites` prints: the header tells it, no tensor is read."""
-    from adapterhub.look.touched import repeated, touched
+    from adapterhub.analysis.sites import repeated, touched
 
     codecs = [codec.name for codec in release.manifest.codecs]
     sites = touched(adapterhub.open(), release)
@@ -51,7 +51,7 @@ def _part(part: Any) -> dict[str, Any]:
 
 
 def _forms(release: Release) -> list[tuple[str, str, str]]:
-    from adapterhub.look.touched import alike, by_layer
+    from adapterhub.analysis.sites import alike, by_layer
 
     counts: dict[tuple[str, str], int] = {}
     for path in sorted(release.manifest.forms, key=by_layer):
@@ -74,7 +74,7 @@ def inspect(
     Example:
       adapterhub inspect me/sentiment --base smollm2
     """
-    from adapterhub.look.inspect import summary
+    from adapterhub.analysis.inspect import summary
 
     found = adapterhub.open().inspect(ref, base, force=force)
     if as_json:
@@ -153,7 +153,7 @@ def scan(
     """
     from adapterhub.adapters import scan as scanning
     from adapterhub.adapters.adapter import Adapter
-    from adapterhub.look.touched import require_tensors
+    from adapterhub.analysis.sites import require_tensors
 
     hub = adapterhub.open()
     release = hub.resolve(ref)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from adapterhub.adapters.fit import bind, check_fit
+from adapterhub.analysis.program import Program, Step, problem
 from adapterhub.bases import loading, resolution
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, NotFoldable, PluginError
 from adapterhub.kinds.modification import Modifications
-from adapterhub.look.explain import Program, Step, problem
 from adapterhub.runtime.attachment import Attachment
 from adapterhub.runtime.fold import fold
 from adapterhub.runtime.forward import Plan

@@ -14,8 +14,8 @@ import msgspec
 
 from adapterhub.errors import HubError, ManifestError, NotFound, UnsafeFile
 from adapterhub.files.bounded import TooMuch, read_json
-from adapterhub.formats.peft_types import CACHES, PROMPTS, TUNERS
-from adapterhub.formats.peft_types import REFUSED as REFUSED_TYPES
+from adapterhub.formats.peft.types import CACHES, PROMPTS, TUNERS
+from adapterhub.formats.peft.types import REFUSED as REFUSED_TYPES
 
 CONFIG = "adapter_config.json"
 MAX_CONFIG = 1 << 20

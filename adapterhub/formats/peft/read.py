@@ -11,14 +11,14 @@ from torch import Tensor
 from adapterhub import plugins
 from adapterhub.adapters.adapter import modifications_of
 from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile
-from adapterhub.formats import bounded_re
-from adapterhub.formats.peft_base import BaseModel
-from adapterhub.formats.peft_config import AGAIN, CONFIG, MEASURED, Config, LoraConfig
-from adapterhub.formats.peft_lora import read_lora
-from adapterhub.formats.peft_names import current
-from adapterhub.formats.peft_prompt import read_prompt
-from adapterhub.formats.peft_tuner import read_tuner
-from adapterhub.formats.peft_types import CACHES, PROMPTS
+from adapterhub.formats.peft import bounded_re
+from adapterhub.formats.peft.base import BaseModel
+from adapterhub.formats.peft.config import AGAIN, CONFIG, MEASURED, Config, LoraConfig
+from adapterhub.formats.peft.lora import read_lora
+from adapterhub.formats.peft.names import current
+from adapterhub.formats.peft.prompt import read_prompt
+from adapterhub.formats.peft.tuner import read_tuner
+from adapterhub.formats.peft.types import CACHES, PROMPTS
 from adapterhub.kinds.modification import Modifications
 from adapterhub.runtime.plan import stacked
 from adapterhub.spec.manifest import Made

@@ -8,12 +8,12 @@ import torch
 
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.adapters.changes import weighted_sum
+from adapterhub.analysis.on_base import ENSEMBLE, Loaded, on_base
+from adapterhub.analysis.program import Program, Step, children, problem, pruned
+from adapterhub.analysis.sites import alike, by_layer
 from adapterhub.errors import HubError
 from adapterhub.forms.gate import Gate
 from adapterhub.kinds.modification import Modification
-from adapterhub.look.explain import Program, Step, children, problem, pruned
-from adapterhub.look.on_base import ENSEMBLE, Loaded, on_base
-from adapterhub.look.touched import alike, by_layer
 from adapterhub.sites import current_path, family
 from adapterhub.spec.expression import Ensemble, Mix, Node, Ref, Scale, Stack, references
 

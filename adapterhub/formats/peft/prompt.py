@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from adapterhub.errors import HubError, IncompatibleBase, IntegrityError
-from adapterhub.formats.peft_base import BaseModel
-from adapterhub.formats.peft_config import AGAIN, CONFIG, Config
-from adapterhub.formats.peft_rotary import turned
-from adapterhub.formats.peft_types import CACHES
+from adapterhub.formats.peft.base import BaseModel
+from adapterhub.formats.peft.config import AGAIN, CONFIG, Config
+from adapterhub.formats.peft.rotary import turned
+from adapterhub.formats.peft.types import CACHES
 from adapterhub.forms.prefix import Prefix
 from adapterhub.kinds.modification import Modifications
 from adapterhub.sites import Site

@@ -17,9 +17,9 @@ from adapterhub.bases import resolution
 from adapterhub.bases.fingerprint import Fingerprint, check_base, fingerprint
 from adapterhub.errors import HubError, NotFound, UsageError
 from adapterhub.files import durable
-from adapterhub.formats import peft
-from adapterhub.formats.peft_base import BaseModel
-from adapterhub.formats.peft_config import CONFIG, read_config
+from adapterhub.formats.peft import read
+from adapterhub.formats.peft.base import BaseModel
+from adapterhub.formats.peft.config import CONFIG, read_config
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import check_name, check_version
 
@@ -53,7 +53,7 @@ def import_adapter(
     config = read_config(folder)
     source = _base(folder, base, config.base_model_name_or_path)
     model = BaseModel(source)
-    adapter = peft.read(folder, config, model)
+    adapter = read.read(folder, config, model)
     parts = adapter.parts
     check_fit(parts, model.sites, folder.name)
     needs = any(part.form == "dora" for here in parts.values() for part in here)  # its change depends on the weights
@@ -68,7 +68,7 @@ def import_adapter(
         "peft_type": config.peft_type,
         "base_model_name_or_path": config.base_model_name_or_path,
         "peft_version": config.peft_version,
-        "files": {file: _digest(folder / file) for file in (CONFIG, peft.TENSORS)},
+        "files": {file: _digest(folder / file) for file in (CONFIG, read.TENSORS)},
     }
     return publish_tensors(
         hub,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from adapterhub.adapters.fit import bind, check_fit
 from adapterhub.errors import HubError, UsageError
-from adapterhub.formats.peft_base import BaseModel
-from adapterhub.formats.peft_lora import PREFIX
+from adapterhub.formats.peft.base import BaseModel
+from adapterhub.formats.peft.lora import PREFIX
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.composers import Stack
 from adapterhub.kinds.modification import Modification, Modifications

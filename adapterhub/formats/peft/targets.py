@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adapterhub.formats import bounded_re
-from adapterhub.formats.peft_config import Config
+from adapterhub.formats.peft import bounded_re
+from adapterhub.formats.peft.config import Config
 from adapterhub.sites import Site, select
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub.errors import IncompatibleBase, IntegrityError
-from adapterhub.formats.peft_config import AGAIN, CONFIG, LoraConfig
-from adapterhub.formats.peft_targets import all_linear, patterned, targeted
+from adapterhub.formats.peft.config import AGAIN, CONFIG, LoraConfig
+from adapterhub.formats.peft.targets import all_linear, patterned, targeted
 from adapterhub.methods.lora import rank_and_scale
 from adapterhub.sites import Site
 

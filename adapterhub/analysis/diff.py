@@ -10,10 +10,10 @@ from torch import Tensor
 
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.adapters.changes import change_of
+from adapterhub.analysis.sites import by_layer, require_tensors
 from adapterhub.errors import NotFoldable
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.modification import Modification
-from adapterhub.look.touched import by_layer, require_tensors
 from adapterhub.spec.manifest import Manifest
 from adapterhub.store.index import kind
 from adapterhub.tensors.factors import product_svd

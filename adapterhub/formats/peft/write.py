@@ -12,12 +12,12 @@ from torch import Tensor
 
 from adapterhub.adapters.fit import check_fit
 from adapterhub.errors import UsageError
-from adapterhub.formats import peft_write_lora
-from adapterhub.formats.peft_base import BaseModel
-from adapterhub.formats.peft_lora import PREFIX
-from adapterhub.formats.peft_prompt import NAME, attentions
-from adapterhub.formats.peft_rotary import turned
-from adapterhub.formats.peft_write_whole import wholes
+from adapterhub.formats.peft import write_lora
+from adapterhub.formats.peft.base import BaseModel
+from adapterhub.formats.peft.lora import PREFIX
+from adapterhub.formats.peft.prompt import NAME, attentions
+from adapterhub.formats.peft.rotary import turned
+from adapterhub.formats.peft.write_whole import wholes
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.dora import DoRA
@@ -70,8 +70,8 @@ def _changes(release: Release, parts: Modifications, base: FindBase) -> Files:
         chosen, (config, tensors) = set(plain), _beft(plain)
     elif own and plain and (rank := _shira_rank(plain)):
         chosen, (config, tensors) = set(plain), _shira(plain, rank)
-    elif pairs := peft_write_lora.suited(plain, embeddings):
-        chosen, (config, tensors) = set(pairs), peft_write_lora.lora(release, pairs, embeddings)
+    elif pairs := write_lora.suited(plain, embeddings):
+        chosen, (config, tensors) = set(pairs), write_lora.lora(release, pairs, embeddings)
     else:
         chosen, config, tensors = set(), {"peft_type": "LN_TUNING", "target_modules": sorted(norms)}, {}
         if not norms:

@@ -11,10 +11,10 @@ from adapterhub.bases import resolution
 from adapterhub.bases.fingerprint import check_base
 from adapterhub.errors import HubError, IncompatibleBase, NotFound, UsageError
 from adapterhub.files import durable
-from adapterhub.formats.peft import TENSORS
-from adapterhub.formats.peft_base import BaseModel
-from adapterhub.formats.peft_config import CONFIG
-from adapterhub.formats.peft_write import Files, FindBase, written
+from adapterhub.formats.peft.base import BaseModel
+from adapterhub.formats.peft.config import CONFIG
+from adapterhub.formats.peft.read import TENSORS
+from adapterhub.formats.peft.write import Files, FindBase, written
 from adapterhub.kinds.modification import Modifications
 from adapterhub.runtime.plan import assemble
 from adapterhub.spec.expression import Ensemble, Ref, references

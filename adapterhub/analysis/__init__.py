@@ -1,0 +1,1 @@
+"""What an adapter is and what it would do: programs, explanations, sites, differences, bills of materials."""

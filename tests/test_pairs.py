@@ -1,7 +1,7 @@
 """Every ordered pair of installed methods: stacked, mixed, gated, routed, folded, merged, saved, and the second trained on
 over the first. Each equals what tests/support/by_hand.py computes, or is refused as the table REFUSED says.
 
-`python tests/test_pairs.py` rewrites docs/pairs.md, which shows the outcome.
+`python tests/test_pairs.py` rewrites docs/evidence/pairs.md, which shows the outcome.
 """
 
 import copy
@@ -35,7 +35,7 @@ from adapterhub.testing.methods import setting_of
 from adapterhub.watched import staged
 
 os.environ.setdefault("ADAPTERHUB_PLUGINS", "*")  # as in the tests, where this is run as a script
-PAGE = Path(__file__).parent.parent / "docs" / "pairs.md"
+PAGE = Path(__file__).parent.parent / "docs" / "evidence" / "pairs.md"
 EXACT, ROUNDED = 1e-9, 1e-5
 """Of the largest number: in float64, and where float32 tensors are stored or trained on the way."""
 OPTIONS = {
@@ -67,7 +67,7 @@ def names():
 
 def bridged():
     """One of PEFT's types for each family, trained by the method `peft`."""
-    sys.path.insert(0, str(PAGE.parents[1] / "plugins" / "adapterhub-peft"))
+    sys.path.insert(0, str(PAGE.parents[2] / "plugins" / "adapterhub-peft"))
     from peft_outcomes import FAMILIES
 
     return {f"peft_{kind.lower()}": ("peft", options) for kind, options in sorted(FAMILIES.items())}

@@ -6,7 +6,7 @@
 The first compares eight LoRAs with PEFT's `adapter_names` and with the bare base; before that, our logits must be PEFT's. The
 second runs this tree and another commit side by side, each in a process of its own. Either way every case runs in every
 round, in alternating order, and processor time on one thread is what counts, which other work on the machine disturbs
-least; quoted are medians over rounds of the ratio within a round. The tables are kept in docs/performance.md.
+least; quoted are medians over rounds of the ratio within a round. The tables are kept in docs/evidence/performance.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Long runs of a registry and a hub under load, by their ids in the fault catalogue (docs/soak.md).
+"""Long runs of a registry and a hub under load, by their ids in the fault catalogue (docs/evidence/soak.md).
 
-    python benchmarks/soak.py B8                  # at full length; prints a row of the table in docs/soak.md
+    python benchmarks/soak.py B8                  # at full length; prints a row of the table in docs/evidence/soak.md
     python benchmarks/soak.py B8 clients=8 seconds=10
 
 What must hold is asserted. Times are printed, never asserted: they are this machine's."""

@@ -9,14 +9,15 @@ import typer
 from adapterhub.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "plugins").glob("*/README.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "plugins").glob("*/README.md")])
 SOURCES = sorted(
     path
     for folder in ("adapterhub", "registry", "plugins", "benchmarks", "examples", "tests")
     for path in (ROOT / folder).rglob("*.py")
 )
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
-NAMED = re.compile(r"\bdocs/[\w.-]+\.md\b")
+NAMED = re.compile(r"\bdocs/[\w./-]+\.md\b")
+FILE = re.compile(r"`((?:adapterhub|registry|plugins|examples|benchmarks|tests)/[\w./-]+)`")
 CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
 INLINE = re.compile(r"`(?:uv run )?(adapterhub [a-z][^`]*)`")
 
@@ -45,6 +46,12 @@ def test_pages_that_are_named_exist():
         if not (ROOT / name).is_file()
     }
     assert not lost
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page):
+    named = set(FILE.findall(page.read_text())) - {"plugins/adapterhub-NAME"}
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
 def command_lines(page):
@@ -95,7 +102,7 @@ def test_the_readme_shows_commands():
 
 def test_every_promise_of_security_names_tests_that_are_there():
     """`file::test`, or `::test` of the file named before it; `...` and `*` stand for the rest of a name."""
-    page = (ROOT / "docs" / "security.md").read_text()
+    page = (ROOT / "docs" / "guide" / "security.md").read_text()
     source, named = "", 0
     for file, test in re.findall(r"`(test_\w+)?(?:::(\w+?)(?:_?\.\.\.|\*)?)?`", page):
         if file:

@@ -179,7 +179,7 @@ def test_copies(base, folder, copy, stored, record):
     there = fingerprint(folder(changed(base[0], COPIES[copy], cast(bf16) if stored == "bf16" else cast()), "other"))
     verdict = compare(recorded, there)
     if copy == "fp16" and stored == record == "bf16":
-        assert verdict.kind == "another"  # rounded twice in different ways: docs/fingerprint.md, limits
+        assert verdict.kind == "another"  # rounded twice in different ways: docs/evidence/fingerprint.md, limits
     elif copy in ("fp32", "bf16"):
         assert verdict.kind == "same" and verdict.distance < 3e-3
     elif copy == "fp16" and (record, stored) == ("bf16", "fp32"):

@@ -1,5 +1,5 @@
 """One expression, computed four ways: attached without gradients, with gradients, while training, and folded. Each gives what
-tests/support/by_hand.py gives, which is docs/composition.md written out in float64.
+tests/support/by_hand.py gives, which is docs/guide/composition.md written out in float64.
 
 Random expressions over random adapters on tiny bases of every family (tests/support/worlds.py). By hand, for as long as you like:
 

@@ -1,4 +1,4 @@
-"""What docs/composition.md says a factor means where one adapter has several parts at one module, against products of matrices in float64."""
+"""What docs/guide/composition.md says a factor means where one adapter has several parts at one module, against products of matrices in float64."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """Every ordered pair of installed methods: stacked, mixed, gated, routed, folded, merged, saved, and the second trained on
 over the first. Each equals what tests/support/by_hand.py computes, or is refused as the table REFUSED says.
 
-`python tests/test_pairs.py` rewrites docs/pairs.md, which shows the outcome.
+`python tests/test_pairs.py` rewrites docs/evidence/pairs.md, which shows the outcome.
 """
 
 import copy
@@ -35,7 +35,7 @@ from adapterhub.training.watched import staged
 from adapterhub.transform.merge import merge
 
 os.environ.setdefault("ADAPTERHUB_PLUGINS", "*")  # as in the tests, where this is run as a script
-PAGE = Path(__file__).parent.parent / "docs" / "pairs.md"
+PAGE = Path(__file__).parent.parent / "docs" / "evidence" / "pairs.md"
 EXACT, ROUNDED = 1e-9, 1e-5
 """Of the largest number: in float64, and where float32 tensors are stored or trained on the way."""
 OPTIONS = {
@@ -67,7 +67,7 @@ def names():
 
 def bridged():
     """One of PEFT's types for each family, trained by the method `peft`."""
-    sys.path.insert(0, str(PAGE.parents[1] / "plugins" / "adapterhub-peft"))
+    sys.path.insert(0, str(PAGE.parents[2] / "plugins" / "adapterhub-peft"))
     from peft_outcomes import FAMILIES
 
     return {f"peft_{kind.lower()}": ("peft", options) for kind, options in sorted(FAMILIES.items())}
@@ -354,7 +354,7 @@ def page():
         "Every ordered pair of installed methods (first, then second) under eight operations: stack, mix, gate, route, fold, merge, save,",
         "continue (train the second over the first). Each equals a reference written out by hand: the forms' formulas as plain closures",
         "and a plain attention, in float64 within 1e-9 of the largest logit; merge and continue, which go through float32, within 1e-5.",
-        "Or it is refused, with one line what is wrong and one line what to do. The tiny Llama, two random adapters of each method.",
+        "Or it is refused: one line says what is wrong, one line what to do. The model is the tiny Llama, with two random adapters of each method.",
         "Made by `python tests/test_pairs.py`, held by `tests/test_pairs.py` (`pytest -m slow`; a part of it in the default tests).",
         "",
         "A dot: all eight hold. Letters: what is refused, " + ", ".join(f"**{LETTERS[o]}** {o}" for o in REFUSED) + ".",
@@ -377,10 +377,10 @@ def page():
         rows.append(f"| {kind.removeprefix('peft_').upper()} | {cell(kind, kind)} | " + " | ".join(cells) + " |")
     rows += [
         "",
-        "Why: the forms of `bottleneck`, `conv_adapter`, `levi`, `loreft`, `prefix` and `unified` are no change of a weight, so they neither fold nor",
-        "merge; a gate weighs changes of hidden states, and a prefix is none. `dora` is `lora` with `use_dora`; `unified` is MAM, its default, and",
+        "Why: the forms of `bottleneck`, `conv_adapter`, `levi`, `loreft`, `prefix` and `unified` do not change a weight, so they can be neither folded nor",
+        "merged; a gate weighs changes of hidden states, and a prefix is not one. `dora` is `lora` with `use_dora`; `unified` is MAM, its default, and",
         "`mh_parallel` its preset of that name; `peft` is PEFT's LoRA. A gate is not a row of its own: it weighs the two. `soft_moa` refuses causal",
-        "models, and so has no row here. An embedding gets token ids, which no gate reads. Objectives, recipes and schedules decide how an adapter is trained, not what it is: they have none either.",
+        "models, and so has no row here. An embedding gets token ids, which no gate reads. Objectives, recipes and schedules decide how an adapter is trained, not what it is: they have no row either.",
         "",
     ]
     return "\n".join(rows)

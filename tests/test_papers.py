@@ -12,7 +12,7 @@ import pytest
 import torch
 
 PAPERS = Path(__file__).parents[1] / "examples" / "papers"
-PAGE = (Path(__file__).parents[1] / "docs" / "papers.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "evidence" / "papers.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)

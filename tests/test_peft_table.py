@@ -1,4 +1,4 @@
-"""Every type of PEFT has a verdict, and every one that loads gives PEFT's logits; the table in docs/peft.md is made of this.
+"""Every type of PEFT has a verdict, and every one that loads gives PEFT's logits; the table in docs/evidence/peft.md is made of this.
 
 `python tests/test_peft_table.py` writes the table anew."""
 
@@ -27,7 +27,7 @@ from adapterhub.spec.manifest import Release
 from adapterhub.testing.bed import tiny_llama
 from adapterhub.testing.families import tiny
 
-PAGE = Path(__file__).parent.parent / "docs" / "peft.md"
+PAGE = Path(__file__).parent.parent / "docs" / "evidence" / "peft.md"
 START, END = "<!-- table -->\n", "<!-- end of table -->\n"
 AS_METHOD = "| type | trained as a method (`--method peft --set type=...`) |"
 EXACT = 1e-5
@@ -262,7 +262,7 @@ def test_what_each_type_is_as_a_method_is_the_pages():
 
 def methods():
     """What becomes of each type with the method `peft` of adapterhub-peft, found by training it."""
-    sys.path.insert(0, str(PAGE.parents[1] / "plugins" / "adapterhub-peft"))
+    sys.path.insert(0, str(PAGE.parents[2] / "plugins" / "adapterhub-peft"))
     from peft_outcomes import table as outcomes
 
     return [AS_METHOD, "|---|---|", *(f"| {kind} | {said} |" for kind, said in sorted(outcomes().items()))]

@@ -1,4 +1,4 @@
-"""docs/plugins.md shows the code that runs. `python tests/test_plugins_page.py` rewrites what it quotes."""
+"""docs/authors/plugins.md shows the code that runs, laws.md every law. `python tests/test_plugins_page.py` rewrites what it quotes."""
 
 import ast
 import re
@@ -11,7 +11,8 @@ from adapterhub.testing import TRIED, laws
 from adapterhub.testing.forms import Declined
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "plugins.md"
+PAGE = ROOT / "docs" / "authors" / "plugins.md"
+LAWS = ROOT / "docs" / "authors" / "laws.md"
 QUOTE = re.compile(r"<!-- ([^ :]+): class (\w+) -->\n```python\n(.*?)```", re.DOTALL)
 PART = re.compile(r"<!-- part: (\w+) (\w+) -->\n```python\n(.*?)```", re.DOTALL)
 
@@ -57,7 +58,7 @@ def test_parts_on_the_page_keep_the_laws(group, name):
 
 @pytest.mark.parametrize("group", TRIED)
 def test_every_law_is_explained(group):
-    told = re.findall(rf"^\| {group[:-1]} \| `(\w+)` \| \S", PAGE.read_text(), re.MULTILINE)
+    told = re.findall(rf"^\| {group[:-1]} \| `(\w+)` \| \S", LAWS.read_text(), re.MULTILINE)
     assert told == [law.__name__ for law in laws(group)]
 
 

@@ -1,4 +1,4 @@
-"""Which TIES ours is: beside PEFT's, mergekit's and the authors', where they agree and by how much they do not (docs/composition.md)."""
+"""Which TIES ours is: beside PEFT's, mergekit's and the authors', where they agree and by how much they do not (docs/guide/composition.md)."""
 
 import numpy as np
 import pytest
@@ -113,7 +113,7 @@ def test_pefts_ties_svd_is_ours_at_weights_of_one_and_its_ties_on_the_factors_is
 
 
 def test_how_far_apart_on_random_changes():
-    """The figures of docs/composition.md: ten draws of three random changes, relative to the size of ours."""
+    """The figures of docs/guide/composition.md: ten draws of three random changes, relative to the size of ours."""
     draw, weights = np.random.default_rng(0), [0.5, 0.3, 0.9]
     for density, wanted in ((0.2, (0.39, 0.76, 0.32)), (0.5, (0.53, 0.69, 0.58))):
         apart = []

@@ -1,4 +1,4 @@
-"""docs/tutorial.md, run as it stands: every console line in one shell, then its Python."""
+"""docs/guide/tutorial.md, run as it stands: every console line in one shell, then its Python."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from adapterhub.sources import tokens
 from adapterhub.spec.address import address
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = (ROOT / "docs/tutorial.md").read_text()
+PAGE = (ROOT / "docs/guide/tutorial.md").read_text()
 
 
 def script(team, port, base):

@@ -30,7 +30,7 @@ def default_device(text: str | torch.device = "auto") -> torch.device:
 
 def precision(dtype: str, device: str) -> str:
     """`auto` is bfloat16 on a CUDA device that has it, where it is faster and half the size; else float32: on CPUs
-    bfloat16 trains no faster (docs/performance.md). Any other dtype is itself."""
+    bfloat16 trains no faster (docs/evidence/performance.md). Any other dtype is itself."""
     if dtype != "auto":
         return dtype
     fast = default_device(device).type == "cuda" and torch.cuda.is_bf16_supported()

@@ -1,7 +1,7 @@
 """The fingerprint of a base model: what an adapter records of the model it was made for, and the check against it.
 
 Three verdicts: the same weights, a rounded or quantised copy of them (loads with a warning), another model (refused).
-The recipe, and what it cannot tell, is in docs/fingerprint.md.
+The recipe, and what it cannot tell, is in docs/evidence/fingerprint.md.
 """
 
 from __future__ import annotations

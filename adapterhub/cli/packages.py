@@ -177,7 +177,7 @@ def import_(
 ) -> None:
     """Take a PEFT adapter into the hub, whatever its type.
 
-    Types without an exact counterpart are refused by name (docs/peft.md).
+    Types without an exact counterpart are refused by name (docs/evidence/peft.md).
 
     \b
     Example:

@@ -38,7 +38,7 @@ JOBS = (
 )
 SHARE = 0.5
 """Of the bottleneck in the stack. It changes every token's hidden states by much more than the LoRA does: at its full
-weight the LoRA's skill is lost. How it was chosen: docs/demo.md."""
+weight the LoRA's skill is lost. How it was chosen: docs/evidence/demo.md."""
 DENSITY = 0.5
 """ComPEFT keeps this share of the entries: 1.5 bits for each of all."""
 

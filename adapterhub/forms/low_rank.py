@@ -80,7 +80,7 @@ class LowRank(Modification):
     def rows(cls, parts: Sequence[Modification | None]) -> Modification | None:
         """Two batched products over gathered factors, if most rows differ; else the loop over the distinct ones.
 
-        Gathered once per batch, never per layer or step (what that saves: docs/performance.md)."""
+        Gathered once per batch, never per layer or step (what that saves: docs/evidence/performance.md)."""
         distinct = {id(part) for part in parts if part is not None}
         return _LowRankRows(parts) if 2 * len(distinct) > len(parts) else super().rows(parts)
 

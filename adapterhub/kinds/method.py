@@ -72,7 +72,7 @@ class Stage:
     modifications of the last stage, trained, are the adapter."""
 
     name: str
-    """[a-z][a-z0-9_]*; none twice in a method."""
+    """`[a-z][a-z0-9_]*`; no two stages of a method have the same."""
     build: Callable[[Given], Parts]
     """Fresh modifications, float32 on the CPU; random numbers from torch's global generator (seeded).
 

@@ -1,4 +1,4 @@
-"""A registry as a source (docs/registry.md): only blobs that the store lacks are asked for, several side by side, and a
+"""A registry as a source (docs/guide/registry.md): only blobs that the store lacks are asked for, several side by side, and a
 transfer that broke goes on where it stopped."""
 
 from __future__ import annotations

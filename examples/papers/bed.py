@@ -4,7 +4,7 @@ The corpus has four languages over one grammar. A word has one of 8 meanings; a 
 at times +2 or +3) or backward, and says each in one of 4 words of its language. A sentence begins with a tag that says which way: `forward`,
 `backward`, or `any` (forward in four of five). Three languages are common and mixed within sentences at times; the fourth is rare.
 
-Whatever decides the weights stands in this file, so its digest (`recipe`) names the bed: docs/papers.md says of every row on
+Whatever decides the weights stands in this file, so its digest (`recipe`) names the bed: docs/evidence/papers.md says of every row on
 which bed it was made, and the rows are to be made anew when this file is changed. The weights have a digest of their own, since a torch
 of another version, or for another kind of processor (`made_with`), rounds otherwise: after 2,500 steps that is another model.
 """

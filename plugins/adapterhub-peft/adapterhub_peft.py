@@ -20,7 +20,7 @@ from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.sites import select
 
-VIRTUAL = "it puts virtual tokens before the text, which are no layer at a site; the built-in method prefix trains such"
+VIRTUAL = "it puts virtual tokens before the text instead of changing modules; the built-in method prefix trains those"
 REFUSED = dict.fromkeys({*CACHES, *PROMPTS, "MULTITASK_PROMPT_TUNING"}, VIRTUAL) | {
     "ADALORA": "it moves ranks between layers by averages over the steps, which no checkpoint holds; LORA trains without",
     "ADAMSS": "its layers hold one dtype, and what clusters the base's weights for them (scikit-learn) is not here",

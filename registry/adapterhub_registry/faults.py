@@ -60,7 +60,7 @@ def add_faults(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         wrong = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors()[:5])
-        return JSONResponse({"error": wrong[:500], "hint": "docs/registry.md lists what each route takes"}, 422)
+        return JSONResponse({"error": wrong[:500], "hint": "docs/guide/registry.md lists what each route takes"}, 422)
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -1,4 +1,4 @@
-"""The plain registry server: a hub over HTTP (docs/registry.md). Reading is open, or by token; writing needs a token."""
+"""The plain registry server: a hub over HTTP (docs/guide/registry.md). Reading is open, or by token; writing needs a token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What adapters do to a base, written out by hand in float64: docs/composition.md as a program, over the forms' formulas.
+"""What adapters do to a base, written out by hand in float64: docs/guide/composition.md as a program, over the forms' formulas.
 
 It knows plain tensors by their stored names (`<site path>.<form>.<n>.<tensor>`) and the parsed expression; nothing else of adapterhub."""
 

@@ -91,7 +91,8 @@ def read_config(folder: Path) -> Config:
         raw = _parse(file.read(MAX_CONFIG + 1))
     if refusals := _refusals(raw):
         raise HubError(
-            f"{folder.name} cannot be represented exactly:\n  " + "\n  ".join(refusals), "what loads is in docs/peft.md"
+            f"{folder.name} cannot be represented exactly:\n  " + "\n  ".join(refusals),
+            "what loads is in docs/evidence/peft.md",
         )
     cls = LoraConfig if raw["peft_type"] == "LORA" else Config
     raw.pop("raw", None)

@@ -30,7 +30,7 @@ def read_prompt(label: str, config: Config, stored: Mapping[str, Tensor], base: 
     base where that is not the same."""
     if why := _refusal(config):
         raise IncompatibleBase(
-            f"{label} cannot be represented exactly as prefixes: {why}", "what loads is in docs/peft.md"
+            f"{label} cannot be represented exactly as prefixes: {why}", "what loads is in docs/evidence/peft.md"
         )
     places = attentions(label, base)
     if stored.keys() != {NAME} or stored[NAME].ndim != 2 or not stored[NAME].is_floating_point():
@@ -98,7 +98,8 @@ def attentions(label: str, base: BaseModel) -> list[Site]:
         why = f"{settings.model_type} has a cache of another layout"
     if why:
         raise IncompatibleBase(
-            f"{label} and PEFT's prefixes are not the same on this base: {why}", "what loads is in docs/peft.md"
+            f"{label} and PEFT's prefixes are not the same on this base: {why}",
+            "what loads is in docs/evidence/peft.md",
         )
     return found
 

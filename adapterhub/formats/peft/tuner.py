@@ -182,7 +182,8 @@ def _differences(
             parts[path] = here
     if faults:
         raise HubError(
-            f"{label} cannot be represented exactly:\n  " + "\n  ".join(faults), "what loads is in docs/peft.md"
+            f"{label} cannot be represented exactly:\n  " + "\n  ".join(faults),
+            "what loads is in docs/evidence/peft.md",
         )
     return parts
 

@@ -15,7 +15,7 @@ PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING", "CPT"})
 REFUSED = {
     "ADAMSS": "its subspaces come from clustering the base's weights anew at every load, and are not in the file",
     "ADAPTION_PROMPT": "its prompts have a softmax of their own beside that of the attention",
-    "LILY": "a router weighs its factors by the tokens, so it is no change of a weight",
+    "LILY": "a router weighs its factors by the tokens, so it is not a change of a weight",
     "MULTITASK_PROMPT_TUNING": "it gives another prompt for each task, and the task is not in the file",
     "POLY": "it mixes its factors by a task that is given with each batch",
     "SHADOW": "a second, smaller model runs beside the base",

@@ -9,25 +9,31 @@ from typing import TYPE_CHECKING
 from adapterhub.errors import HubError
 from adapterhub.files import platforms  # noqa: F401  (first: it refuses a system that lacks what the rest needs)
 from adapterhub.hub import Hub, open
+from adapterhub.moved import install as _install
+
+_install()
 
 if TYPE_CHECKING:
+    from adapterhub.data.encoding import Example
     from adapterhub.kinds.codec import Codec
     from adapterhub.kinds.merger import Merger
     from adapterhub.kinds.method import Given, Measurement, Method, Stage
-    from adapterhub.kinds.modification import Modification, Step
+    from adapterhub.kinds.modification import Modification, Step, project, times
     from adapterhub.kinds.objective import Objective
     from adapterhub.kinds.recipe import Recipe
     from adapterhub.kinds.schedule import ParameterSchedule
-    from adapterhub.kinds.training import Moment, Setting
+    from adapterhub.kinds.training import Moment, Setting, TrainedModel
     from adapterhub.kinds.verifier import Verdict, Verifier
     from adapterhub.runtime.model import Model
-    from adapterhub.sites import Site, Tap
+    from adapterhub.runtime.scoring import label_scores, token_losses
+    from adapterhub.sites import Site, Tap, select
 
 _LAZY = {
-    "Codec": "adapterhub.codecs",
+    "Codec": "adapterhub.kinds.codec",
+    "Example": "adapterhub.data.encoding",
     "Given": "adapterhub.kinds.method",
     "Measurement": "adapterhub.kinds.method",
-    "Merger": "adapterhub.mergers",
+    "Merger": "adapterhub.kinds.merger",
     "Method": "adapterhub.kinds.method",
     "Model": "adapterhub.runtime.model",
     "Modification": "adapterhub.kinds.modification",
@@ -40,13 +46,20 @@ _LAZY = {
     "Stage": "adapterhub.kinds.method",
     "Step": "adapterhub.kinds.modification",
     "Tap": "adapterhub.sites",
+    "TrainedModel": "adapterhub.kinds.training",
     "Verdict": "adapterhub.kinds.verifier",
     "Verifier": "adapterhub.kinds.verifier",
+    "label_scores": "adapterhub.runtime.scoring",
+    "project": "adapterhub.kinds.modification",
+    "select": "adapterhub.sites",
+    "times": "adapterhub.kinds.modification",
+    "token_losses": "adapterhub.runtime.scoring",
 }
 
 __all__ = [
-    "Codec", "Given", "Hub", "HubError", "Measurement", "Merger", "Method", "Model", "Modification", "Moment", "Objective",
-    "ParameterSchedule", "Recipe", "Setting", "Site", "Stage", "Step", "Tap", "Verdict", "Verifier", "open",
+    "Codec", "Example", "Given", "Hub", "HubError", "Measurement", "Merger", "Method", "Model", "Modification",
+    "Moment", "Objective", "ParameterSchedule", "Recipe", "Setting", "Site", "Stage", "Step", "Tap", "TrainedModel",
+    "Verdict", "Verifier", "label_scores", "open", "project", "select", "times", "token_losses",
 ]  # fmt: skip
 
 

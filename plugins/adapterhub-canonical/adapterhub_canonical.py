@@ -17,12 +17,11 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutput
 
-from adapterhub import Model, Moment, Objective, Setting
+from adapterhub import Model, Moment, Objective, Setting, token_losses
 from adapterhub.data import read
 from adapterhub.data.batches import IGNORE, pad_token
 from adapterhub.data.encoding import encode
 from adapterhub.errors import IncompatibleBase, UsageError
-from adapterhub.runtime.scoring import token_losses
 
 LOSSES = {
     "good": lambda good, bad: good,

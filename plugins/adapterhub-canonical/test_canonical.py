@@ -9,9 +9,8 @@ import torch
 from adapterhub_canonical import Canonical, Carried, divergence, edit_loss, within
 
 import adapterhub
-from adapterhub import Model, Setting, plugins
+from adapterhub import Example, Model, Setting, plugins
 from adapterhub.data.batches import pad_left
-from adapterhub.data.encoding import Example
 from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, dropout, gelu, glu, layer_norm, linear, silu
 
-from adapterhub import Method, Modification, Site, Step
+from adapterhub import Method, Modification, Site, Step, times
 from adapterhub.errors import BatchError, IncompatibleBase, UsageError
-from adapterhub.kinds.modification import times
 from adapterhub.sites import select
 
 AT_HEAD = "it mixes the tokens of a sequence, and a head may see the last ones only"

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from adapterhub import Moment, Objective, Setting
+from adapterhub import Moment, Objective, Setting, token_losses
 from adapterhub.errors import UsageError
-from adapterhub.runtime.scoring import token_losses
 
 
 def _copg(gap: Tensor, ratio: Tensor, beta: float) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 from adapterhub_copg import CoPG, pair_loss
 
 import adapterhub
-from adapterhub import Setting, plugins
-from adapterhub.data.encoding import Example
+from adapterhub import Example, Setting, plugins
 from adapterhub.errors import UsageError
 from adapterhub.runtime.model import Model
 from adapterhub.runtime.scoring import label_scores, token_losses

@@ -11,11 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from adapterhub import Given, Measurement, Method, Modification, Setting, Site, Stage, Step
-from adapterhub.data.encoding import Example
+from adapterhub import Example, Given, Measurement, Method, Modification, Setting, Site, Stage, Step, token_losses
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.runtime.scoring import token_losses
 from adapterhub.sites import select
 
 

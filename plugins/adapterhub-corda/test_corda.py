@@ -8,9 +8,8 @@ import torch
 from adapterhub_corda import Anchored, CorDA, covariances, decompose
 
 import adapterhub
-from adapterhub import Given, Model, Setting, Step, plugins
+from adapterhub import Example, Given, Model, Setting, Step, plugins
 from adapterhub.adapters.adapter import Adapter
-from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.runtime.fold import fold

@@ -10,11 +10,10 @@ import torch
 from adapterhub_recipes import Cocktail, MaskedThought, NEFTune, ResponseOnly, SemanticPreserve, apportioned
 
 import adapterhub
-from adapterhub import Model, Moment, Setting, plugins
+from adapterhub import Example, Model, Moment, Setting, plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.data import read
 from adapterhub.data.batches import IGNORE
-from adapterhub.data.encoding import Example
 from adapterhub.errors import UsageError
 from adapterhub.methods.lora import LoRA
 from adapterhub.testing import check

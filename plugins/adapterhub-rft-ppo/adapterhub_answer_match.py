@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adapterhub import Verdict, Verifier
 from adapterhub.errors import UsageError
 from adapterhub.formats.peft.bounded_re import BadExpression, match
-from adapterhub.kinds.verifier import Verdict, Verifier
 
 WRONG = 0.1
 """The reward of an answer that can be read and is wrong (Luong et al., 2024)."""

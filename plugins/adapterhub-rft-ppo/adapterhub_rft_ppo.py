@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterhub import Moment, Objective, Setting, plugins
+from adapterhub import Moment, Objective, Setting, Verdict, plugins, token_losses
 from adapterhub.data.batches import IGNORE, pad_left
 from adapterhub.errors import UsageError
 from adapterhub.kinds.contracts import make
-from adapterhub.kinds.verifier import Verdict
 from adapterhub.runtime.model import Model
-from adapterhub.runtime.scoring import token_losses
 
 GAMMA, LAMBDA, CLIP, VALUE = 1.0, 0.95, 0.2, 5 * 0.5
 """The paper's discount, GAE's lambda, the clip of ratio and value, and the value loss's weight."""

@@ -10,11 +10,9 @@ from adapterhub_rft_ppo import RFTPPO, gae
 from safetensors.torch import load_file
 
 import adapterhub
-from adapterhub import Moment, Setting, plugins
+from adapterhub import Example, Moment, Setting, Verdict, plugins
 from adapterhub.adapters.adapter import Adapter
-from adapterhub.data.encoding import Example
 from adapterhub.errors import HubError, NoEffect, UsageError
-from adapterhub.kinds.verifier import Verdict
 from adapterhub.runtime.model import Model
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer

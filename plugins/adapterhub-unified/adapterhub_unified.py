@@ -15,11 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adapterhub import Method, Modification, Site, Step, Tap
+from adapterhub import Method, Modification, Site, Step, Tap, times
 from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.forms.bottleneck import ACTIVATIONS, Bottleneck
 from adapterhub.forms.low_rank import LowRank
-from adapterhub.kinds.modification import times
 from adapterhub.methods.prefix import PrefixTuning
 from adapterhub.sites import select
 

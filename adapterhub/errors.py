@@ -176,3 +176,10 @@ class Fault:
         )
         error.fault = self
         return error
+
+
+def plain(text: object, length: int = 300) -> str:
+    """Foreign words for an error of ours: one line, control characters escaped, cut."""
+    words = " ".join(str(text)[: 2 * length].split())
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in words)
+    return escaped if len(escaped) <= length else escaped[:length] + "..."

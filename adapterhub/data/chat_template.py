@@ -21,9 +21,8 @@ from queue import Empty, Queue
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
-from adapterhub.errors import DataError
+from adapterhub.errors import DataError, plain
 from adapterhub.files import platforms
-from adapterhub.spec.claims import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

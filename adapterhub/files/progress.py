@@ -6,9 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
-from adapterhub.spec.claims import plain
-from adapterhub.spec.manifest import File
+from adapterhub.errors import plain
 
 
 def wanted() -> bool:
@@ -31,8 +31,19 @@ def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.advance(task, done)
 
 
-def shown(title: str, files: Collection[File]) -> Iterator[File]:
-    """The files one by one, with a bar of their bytes."""
+class HasSize(Protocol):
+    """What a bar counts."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+
+One = TypeVar("One", bound=HasSize)
+
+
+def shown(title: str, files: Collection[One]) -> Iterator[One]:
+    """Yield the files one by one, with a bar of their bytes."""
     with bar(title, sum(file.size for file in files)) as advance:
         for file in files:
             yield file

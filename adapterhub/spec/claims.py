@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 LARGEST = 32 << 20
 """Bytes of a manifest."""
@@ -66,13 +63,6 @@ def count(value: object, what: str) -> int:
     if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError(f"{what} is {ascii(value)[:80]}, not a count")
     return value
-
-
-def plain(text: object, length: int = 300) -> str:
-    """Foreign words for an error of ours: one line, control characters escaped, cut."""
-    words = " ".join(str(text)[: 2 * length].split())
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in words)
-    return escaped if len(escaped) <= length else escaped[:length] + "..."
 
 
 def check_listed(created: object, yanked: object, tags: object) -> None:

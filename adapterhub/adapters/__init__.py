@@ -1,1 +1,1 @@
-"""An adapter in memory: read, named, fitted to a base, summed as changes, published."""
+"""An adapter in memory: read, named, fitted to a base, summed as changes, published. Floor 4, runtime."""

@@ -1,1 +1,1 @@
-"""What an adapter is and what it would do: programs, explanations, sites, differences, bills of materials."""
+"""What an adapter is and would do: explained, inspected, compared. Floor 5, runtime."""

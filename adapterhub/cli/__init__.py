@@ -1,0 +1,1 @@
+"""The commands; the one place that prints errors. Floor 6, manager."""

@@ -1,4 +1,4 @@
-"""The built-in codecs, and what a codec subclasses."""
+"""The built-in codecs. Floor 2, runtime."""
 
 from adapterhub.kinds.codec import SMALL, Codec, Shapes, absolute, shapes_of
 

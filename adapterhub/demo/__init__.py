@@ -1,15 +1,15 @@
-"""`adapterhub demo`: two skills on a real model, from training to a stack that runs in another hub; a table and a page."""
+"""Adapterhub demo. Floor 6, runtime."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import adapterhub
 from adapterhub.demo.report import page
 from adapterhub.errors import NotFound
 from adapterhub.files import durable
 from adapterhub.hub import Hub
+from adapterhub.hub import open as open_hub
 from adapterhub.opening import nearest
 
 CLONE = Path(__file__).resolve().parents[2]
@@ -53,5 +53,5 @@ def run(
 def _hub(root: str | Path | None) -> Hub:
     """The hub in this folder; without one the nearest above the working directory, else one at the clone's root."""
     if root is None and nearest() is not None:
-        return adapterhub.open()
-    return adapterhub.open(root or CLONE, create=True)
+        return open_hub()
+    return open_hub(root or CLONE, create=True)

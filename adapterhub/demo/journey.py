@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import adapterhub
 from adapterhub.hub import Hub
+from adapterhub.hub import open as open_hub
 from adapterhub.runtime.model import Model
 from adapterhub.spec.manifest import Release
 
@@ -120,7 +120,7 @@ class Journey:
     def _install(self, *releases: Release) -> Hub:
         """A hub of their own in the first one's folder: named by what it gets, so that a second run finds it as it is."""
         name = "-".join(["second", *(release.digest.removeprefix("sha256:")[:8] for release in releases)])
-        second = adapterhub.open(self.hub.root / "demo" / name, create=True)
+        second = open_hub(self.hub.root / "demo" / name, create=True)
         for release in releases:
             second.install(f"{self.hub.root}:{release}")
         return second

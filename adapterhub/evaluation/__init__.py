@@ -1,1 +1,1 @@
-"""Measure a model on data, with intervals."""
+"""Measure a model on data, with intervals. Floor 5, runtime."""

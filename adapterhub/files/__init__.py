@@ -1,1 +1,1 @@
-"""Bytes on disk, safely: the only writer of files, bounded readers, locks, progress."""
+"""Bytes on disk: the only writer of files, bounded readers, locks, progress bars. Floor 1, manager."""

@@ -1,1 +1,1 @@
-"""Other software's files, read and written."""
+"""Other software's files: PEFT in and out. Floor 5, runtime."""

@@ -1,1 +1,1 @@
-"""Releases that come in: resolve, lock, fetch."""
+"""Releases that come in: resolve, lock, fetch. Floor 5, manager."""

@@ -1,1 +1,1 @@
-"""What a plugin subclasses, one module a kind of part, what such a part is given, and what its hooks must return."""
+"""What a plugin subclasses, one module a kind, and what its hooks must return. Floor 2, runtime."""

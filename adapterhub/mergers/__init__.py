@@ -1,4 +1,4 @@
-"""The built-in mergers, and what a merger subclasses."""
+"""The built-in mergers. Floor 2, runtime."""
 
 from adapterhub.kinds.merger import Merger
 

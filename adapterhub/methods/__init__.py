@@ -1,0 +1,1 @@
+"""The built-in methods. Floor 2, runtime."""

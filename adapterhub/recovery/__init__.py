@@ -1,1 +1,1 @@
-"""Get a hub back: repair it, rebuild a lost index, write a backup and restore one."""
+"""A hub got back: repaired, rebuilt, backed up, restored. Floor 5, manager."""

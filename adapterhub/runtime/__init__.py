@@ -1,1 +1,1 @@
-"""Run adapters on a base: plans, hooks, attention, and one forward pass under them."""
+"""Run adapters on a base: plans, hooks, attention, one forward pass. Floor 4, runtime."""

@@ -1,4 +1,4 @@
-"""Where in a model something can happen: its sites, found by architecture, and the weights there."""
+"""Where in a model something can happen, and the weights there. Floor 2, runtime."""
 
 from adapterhub.sites.families import Family, current_path, family, named_role
 from adapterhub.sites.find import sites, tapped

@@ -1,1 +1,1 @@
-"""Where releases come from: a bundle, another hub on disk, a registry, the Hub. One protocol."""
+"""Where releases come from: one protocol for a bundle, a hub, a registry and the Hub. Floor 3, manager."""

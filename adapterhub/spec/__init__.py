@@ -1,1 +1,1 @@
-"""What is written down: names, manifests, requirements, expressions and addresses."""
+"""What is written down: names, manifests, requirements, expressions, addresses. Floor 1, manager."""

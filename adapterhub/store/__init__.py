@@ -1,1 +1,1 @@
-"""What one hub folder holds: blobs by sha256, the protocol of its index, and its releases."""
+"""What one hub folder holds: blobs, the protocol of its index, its releases. Floor 3, manager."""

@@ -1,1 +1,1 @@
-"""What can be done with tensors by who knows no adapter: files of them, factors, largest entries, entropy codes."""
+"""What can be done with tensors by who knows no adapter. Floor 2, runtime."""

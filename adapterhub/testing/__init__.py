@@ -1,4 +1,4 @@
-"""The laws every installed part must hold, ours or not: they are the definition of the abstraction.
+"""The laws of parts and tiny models, for us and for plugin authors. Floor 6, runtime.
 
 `adapterhub plugins check NAME` runs them over a part; `check("loreft")` does the same in a test.
 """

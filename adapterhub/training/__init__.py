@@ -1,1 +1,1 @@
-"""Train an adapter: data and a method make one, perhaps over frozen ones; a release comes out."""
+"""Data and a method make an adapter. Floor 5, runtime."""

@@ -1,1 +1,1 @@
-"""Releases made of releases: merged, compressed, composed."""
+"""Releases made of releases: merged, compressed, composed. Floor 5, runtime."""

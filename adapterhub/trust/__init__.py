@@ -1,1 +1,1 @@
-"""Who made a release, and whom the user believes: keys, signatures, policy, bill of materials. No torch."""
+"""Keys, signatures, and whom the user believes. Floor 3, manager."""

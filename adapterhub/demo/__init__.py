@@ -1,4 +1,4 @@
-"""Adapterhub demo. Floor 6, runtime."""
+"""adapterhub demo: two skills on a real model, from training to a stack that runs in another hub. Floor 6, runtime."""
 
 from __future__ import annotations
 

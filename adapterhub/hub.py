@@ -13,6 +13,7 @@ from adapterhub.index import Index
 from adapterhub.manifest import Release
 from adapterhub.packages import Packages
 from adapterhub.store import DATABASE, Store
+from adapterhub.train_request import TrainRequest, takes
 
 if TYPE_CHECKING:
     from adapterhub.runtime import Model
@@ -121,33 +122,14 @@ class Hub(Packages):
 
         return export(self, reference, folder, format=format, base=base)
 
-    def train(
-        self,
-        base: object = None,
-        method: str | None = None,
-        data: str | Path | None = None,
-        name: str | None = None,
-        options: Mapping[str, Any] | None = None,
-        version: str | None = None,
-        on: Sequence[str] | None = None,
-        continue_from: str | None = None,
-        **settings: Any,
-    ) -> Release:
-        """Train an adapter. See adapterhub.train."""
+    @takes(TrainRequest)
+    def train(self, request: TrainRequest) -> Release:
+        """Train an adapter and publish it: data and a method make a new one, or one is continued as a new version.
+
+        The same call again continues a training that was killed, and ends with the same bytes. See adapterhub.train."""
         from adapterhub.train import train
 
-        return train(
-            self,
-            base,
-            method,
-            data,
-            name,
-            options=options,
-            version=version,
-            on=on,
-            continue_from=continue_from,
-            **settings,
-        )
+        return train(self, request)
 
     def evaluate(self, expression: str | None, base: object, data: str | Path, **settings: Any) -> Any:
         """Measure a composition, or the bare base, on data. See adapterhub.evaluate."""

@@ -23,7 +23,7 @@ from adapterhub.contracts import make
 from adapterhub.data import Data, Row
 from adapterhub.encoding import Example, grouped
 from adapterhub.errors import HubError
-from adapterhub.ingredients import DEFAULT, Ingredient, Ingredients
+from adapterhub.ingredients import Ingredient, Ingredients
 from adapterhub.learner import Learner, seeded
 from adapterhub.method import Method
 from adapterhub.methods.bottleneck import BottleneckAdapter
@@ -38,6 +38,7 @@ from adapterhub.setting import Setting
 from adapterhub.stages import attach, given, planned, run
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
 from adapterhub.testing.generators import untouched
+from adapterhub.train_request import OBJECTIVE
 from adapterhub.trainer import Schedule
 from adapterhub.verifier import Verifier
 
@@ -58,7 +59,7 @@ def _made_of(part: type) -> Ingredients:
     config = plugins.options(part.Config, dict(part.example))
     group = next(g for g, kind in KINDS.items() if issubclass(part, kind))
     tried = _Tried(group, part.__name__, config, part)
-    plain = Ingredient("objectives", DEFAULT, plugins.load("objectives", DEFAULT).Config())
+    plain = Ingredient("objectives", OBJECTIVE, plugins.load("objectives", OBJECTIVE).Config())
     return Ingredients(
         tried if group == "objectives" else plain,
         (tried,) if group == "recipes" else (),

@@ -136,7 +136,7 @@ def test_nothing_but_the_cli_imports_the_cli_and_only_open_the_registry():
         for other in ours(path):
             assert not other.startswith("cli") or name.startswith("adapterhub.cli") or name == "adapterhub.__main__"
             if other.startswith("adapterhub_registry") and not name.startswith("adapterhub_registry"):
-                assert name in ("adapterhub.hub", "adapterhub.cli.share")
+                assert name in ("adapterhub.hub", "adapterhub.cli.registry")
         if name.startswith("adapterhub_registry"):
             assert {n.split(".")[0] for n in ours(path)} <= {
                 "bounded", "errors", "manifest", "index", "durable", "store", "adapterhub_registry",

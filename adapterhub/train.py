@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from adapterhub import durable, plugins, stages
+from adapterhub import durable, plugins
 from adapterhub.adapter import require_effect
 from adapterhub.compose import joined_licences
 from adapterhub.data import Data, read
@@ -33,6 +33,7 @@ from adapterhub.record import already_published, as_json, measured_on, metrics_o
 from adapterhub.runtime import Model, load
 from adapterhub.setting import Setting
 from adapterhub.stages import Planned, check, forget, planned
+from adapterhub.stages import run as run_in_order
 from adapterhub.start import Start, start
 from adapterhub.tensors import check_finite
 from adapterhub.train_request import EPOCHS, TrainRequest
@@ -211,7 +212,7 @@ def run_stages(job: Job, run: Run, model: Model) -> tuple[list[dict[str, Any]], 
     if not job.request.resume:
         forget(run.stages, run.folder, run.kept)
     with memory_told("a smaller batch_size or max_length, or gradient_checkpointing"):
-        return stages.run(
+        return run_in_order(
             run.stages,
             run.setting,
             job.ingredients,

@@ -10,6 +10,7 @@ from adapterhub import opening
 from adapterhub.files import durable
 from adapterhub.spec.manifest import Release
 from adapterhub.store.releases import Releases
+from adapterhub.training.request import TrainRequest, takes
 
 if TYPE_CHECKING:
     from adapterhub.runtime.model import Model
@@ -85,33 +86,14 @@ class Hub(Releases):
 
         return export(self, reference, folder, format=format, base=base)
 
-    def train(
-        self,
-        base: object = None,
-        method: str | None = None,
-        data: str | Path | None = None,
-        name: str | None = None,
-        options: Mapping[str, Any] | None = None,
-        version: str | None = None,
-        on: Sequence[str] | None = None,
-        continue_from: str | None = None,
-        **settings: Any,
-    ) -> Release:
-        """Train an adapter. See adapterhub.training.train."""
+    @takes(TrainRequest)
+    def train(self, request: TrainRequest) -> Release:
+        """Train an adapter and publish it: data and a method make a new one, or one is continued as a new version.
+
+        The same call again continues a training that was killed, and ends with the same bytes. See adapterhub.training.train."""
         from adapterhub.training.train import train
 
-        return train(
-            self,
-            base,
-            method,
-            data,
-            name,
-            options=options,
-            version=version,
-            on=on,
-            continue_from=continue_from,
-            **settings,
-        )
+        return train(self, request)
 
     def evaluate(self, expression: str | None, base: object, data: str | Path, **settings: Any) -> Any:
         """Measure a composition, or the bare base, on data. See adapterhub.evaluation.evaluate."""

@@ -47,7 +47,8 @@ def served(root: Path, *options: str) -> Iterator[Served]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "adapterhub", "serve", "--hub", str(root), "--port", str(port), *options]
+    serve = [sys.executable, "-m", "adapterhub", "registry", "serve"]
+    command = [*serve, "--hub", str(root), "--port", str(port), *options]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env={**os.environ, "ADAPTERHUB_REGISTRY_TOKEN": TOKEN}, stderr=log)
         try:

@@ -179,3 +179,14 @@ def test_what_is_refused(hub, model, tiny_folder, tmp_path):
     with pytest.raises(NotFoldable):
         model.use("me/r")
         model.fold()
+
+
+def test_a_composer_is_no_part_that_packages_bring(capsys):
+    """Its word is the parser's: it loads, and `plugins list` does not show it."""
+    from adapterhub import plugins
+    from adapterhub.cli.app import execute
+
+    assert plugins.load("composers", "gate").form == "gate"
+    assert execute(["plugins", "list"]) == 0
+    groups = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert "forms" in groups and "composers" not in groups

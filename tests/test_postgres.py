@@ -164,7 +164,7 @@ def two_servers(root, database):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            command = [sys.executable, "-m", "adapterhub", "serve", "--hub", str(root), "--port", str(port)]
+            command = [sys.executable, "-m", "adapterhub", "registry", "serve", "--hub", str(root), "--port", str(port)]
             running = subprocess.Popen([*command, *(["--database", database] if database else [])])
             stack.callback(running.wait, 30)
             stack.callback(running.terminate)

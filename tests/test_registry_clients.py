@@ -174,7 +174,7 @@ def test_g4_a_server_that_is_ended_with_open_connections(there):
     being sent goes on where it stopped."""
     blob = there.store.put(os.urandom(32 << 20))
     data = LARGE[:300_000]
-    command = [sys.executable, "-m", "adapterhub", "serve", "--hub", str(there.root), "--port", "0"]
+    command = [sys.executable, "-m", "adapterhub", "registry", "serve", "--hub", str(there.root), "--port", "0"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

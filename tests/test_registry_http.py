@@ -457,3 +457,22 @@ def test_G3_half_heads_and_stalled_bodies_are_closed(there, monkeypatch):
 
 
 assert HubError and NotFound and Path and json and os and wait_until
+
+
+@pytest.mark.parametrize("command", ["registry serve", "serve"])
+def test_serve_is_a_command_of_registry_and_its_old_name_warns(command, tmp_path, monkeypatch, capsys):
+    import adapterhub_registry.serve as serve
+
+    class Running:
+        def run(self):
+            print("it runs")
+
+    given = []
+    monkeypatch.setattr(serve, "server", lambda app, host, port, clients: given.append((host, port)) or Running())
+    adapterhub.open(tmp_path / "hub", create=True)
+    line = f"{command} --host 127.0.0.2 --port 8642 --read-by-token --hub"
+    assert execute([*line.split(), str(tmp_path / "hub")]) == 0
+    said = capsys.readouterr()
+    assert said.out == "it runs\n" and given == [("127.0.0.2", 8642)]
+    warned = "warning: " in said.err and "adapterhub registry serve" in said.err
+    assert warned == (command == "serve") and "serving" in said.err

@@ -1,10 +1,13 @@
 """Training against PEFT in a plain loop; parents, continuing, what is refused, and what is published."""
 
 import hashlib
+import inspect
 import json
 import math
 import resource
 import shutil
+from dataclasses import fields
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -311,6 +314,7 @@ def test_mistakes_are_found_before_the_base_is_touched(hub, train, path, tmp_pat
         ({"lr": -1.0}, UsageError),
         ({"lr": math.nan}, UsageError),
         ({"batch_size": 0}, UsageError),
+        ({"warmup": -1}, UsageError),
         ({"save_every": 0}, UsageError),
         ({"epochs": math.nan, "steps": None}, UsageError),
         ({"epochs": math.inf, "steps": None}, UsageError),
@@ -454,3 +458,63 @@ def test_tensors_without_a_method_go_on_too(hub, train, tiny_folder, path):
     assert str(release) == "me/two@0.2.0" and release.manifest.method is None
     assert tensors_of(hub, release).keys() == tensors.keys()
     assert log_of(hub, release)[0]["loss"] != log_of(hub, release)[-1]["loss"]
+
+
+# --- the request -------------------------------------------------------------------------------------------------
+
+
+def test_every_option_stands_once_and_the_faces_follow_it():
+    """A field's default, name and help are those of Hub.train, of its docstring and of the command."""
+    import typer
+
+    from adapterhub.cli.app import app
+    from adapterhub.training.request import TrainRequest, help_of
+
+    names = [field.name for field in fields(TrainRequest)]
+    signature = inspect.signature(adapterhub.Hub.train)
+    assert list(signature.parameters) == ["self", *names]
+    for field in fields(TrainRequest):
+        assert signature.parameters[field.name].default == field.default
+        assert f"\n{field.name}: {help_of(field.name)}" in adapterhub.Hub.train.__doc__
+    command = typer.main.get_command(app).commands["train"]
+    shown = {option.name: option.help for option in command.params}
+    assert {name: shown[name] for name in names} == {name: help_of(name) for name in names}
+    assert [option.name for option in command.params if option.required] == ["data"]
+
+
+def test_what_is_typed_becomes_the_request(tmp_path, monkeypatch):
+    from adapterhub.cli.app import execute
+    from adapterhub.training import train
+    from adapterhub.training.request import TrainRequest
+
+    seen = []
+    monkeypatch.setattr(train, "train", lambda hub, request: seen.append(request) or 1 / 0)
+    monkeypatch.chdir(adapterhub.open(tmp_path, create=True).root)
+    for typed, asked in [
+        ("", {}),
+        (
+            "--set r=8 --set targets=q,v --recipe a --recipe b --extra old=o.jsonl --on x --on y --no-resume --force",
+            {
+                "options": {"r": "8", "targets": "q,v"},
+                "recipes": ["a", "b"],
+                "extras": {"old": "o.jsonl"},
+                "on": ["x", "y"],
+                "resume": False,
+                "force": True,
+            },
+        ),
+        (
+            "--continue x --lr 0.5 --epochs 2 --gradient-checkpointing",
+            {"continue_from": "x", "lr": 0.5, "epochs": 2, "gradient_checkpointing": True},
+        ),
+    ]:
+        with pytest.raises(ZeroDivisionError):
+            execute(["train", "--base", "b", "--data", "d.jsonl", *typed.split()])
+        assert seen.pop() == TrainRequest("b", data=Path("d.jsonl"), **asked)
+
+
+def test_an_unknown_argument_and_too_many_are_type_errors(hub):
+    with pytest.raises(TypeError, match=r"train\(\) got an unexpected keyword argument 'epoch'"):
+        hub.train("smollm2", data="rows.jsonl", epoch=3)
+    with pytest.raises(TypeError, match=r"train\(\) too many positional arguments"):
+        hub.train(*"abcdefghi")

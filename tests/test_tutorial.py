@@ -29,7 +29,7 @@ def script(team, port, base):
         lines += [line.removeprefix("$ ") for line in block.splitlines()]
     text = "set -euo pipefail\n" + "\n".join(lines)
     text = text.replace("/tmp/team", str(team)).replace("8642", str(port)).replace("BASE=smollm2", f"BASE={base}")
-    serving = re.compile(r"^(adapterhub serve .*) &$", re.MULTILINE)
+    serving = re.compile(r"^(adapterhub registry serve .*) &$", re.MULTILINE)
     wait = f"for i in $(seq 200); do (echo > /dev/tcp/127.0.0.1/{port}) 2>/dev/null && break; sleep 0.1; done"
     assert serving.search(text)
     return serving.sub(rf"\1 &\n{wait}", text) + "\n" + python()

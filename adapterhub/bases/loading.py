@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -74,18 +75,8 @@ def load_model(
 
     device = default_device(device)
     how = quantised(resolved.folder)
-    for file in weight_files(resolved.folder):
-        layout = read_layout(file).items()
-        codes = [
-            name
-            for name, (kind, shape, _) in layout
-            if kind in INTEGERS and len(shape) > 1 and name.endswith(".weight")
-        ]
-        if codes and not how:  # transformers would compute with them
-            raise IntegrityError(
-                f"{resolved.name} holds {codes[0]} as integers, and its config.json does not say how it is quantised",
-                "give the unquantised base",
-            )
+    if not how:
+        _refuse_codes(resolved)
     get = (
         f"install what it is quantised with ({how}), or give the unquantised base"
         if how
@@ -107,20 +98,36 @@ def load_model(
                 f"{resolved.name} does not load as a model that transformers knows: {first_line(error)}",
                 get if how else "give another base model; models that bring their own code are not run",
             ) from error
-    if info["missing_keys"]:
+    _require_all_weights(resolved, info["missing_keys"], info["unexpected_keys"], get)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _refuse_codes(resolved: ResolvedBase) -> None:
+    """Refuse integers as weights of a base that does not say how it is quantised: transformers would compute with them."""
+    for file in weight_files(resolved.folder):
+        for name, (kind, shape, _) in read_layout(file).items():
+            if kind in INTEGERS and len(shape) > 1 and name.endswith(".weight"):
+                raise IntegrityError(
+                    f"{resolved.name} holds {name} as integers, and its config.json does not say how it is quantised",
+                    "give the unquantised base",
+                )
+
+
+def _require_all_weights(
+    resolved: ResolvedBase, missing: Collection[str], unexpected: Collection[str], get: str
+) -> None:
+    if missing:
         # transformers would fill them with random numbers.
         raise IntegrityError(
-            f"{resolved.name} lacks weights of its own architecture: {', '.join(sorted(info['missing_keys'])[:3])}",
-            get,
+            f"{resolved.name} lacks weights of its own architecture: {', '.join(sorted(missing)[:3])}", get
         )
-    if info["unexpected_keys"]:
+    if unexpected:
         # transformers has taken out what the architecture declares as needless; without the rest it is another model.
         raise IntegrityError(
             f"{resolved.name} has weights that its config.json does not use: "
-            f"{', '.join(sorted(info['unexpected_keys'])[:3])} ({len(info['unexpected_keys'])} in all)",
+            f"{', '.join(sorted(unexpected)[:3])} ({len(unexpected)} in all)",
             f"{get}, config.json and weights from one place",
         )
-    return model.to(device).eval().requires_grad_(False)
 
 
 def load_tokenizer(resolved: ResolvedBase) -> PreTrainedTokenizerBase | None:

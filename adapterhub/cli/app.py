@@ -95,7 +95,7 @@ PANELS = {
         "compose": make.compose,
     },
     "Use them": {"run": run.run, "chat": run.chat, "eval": run.eval_, "explain": inspect.explain, "demo": run.demo},
-    "Share": {"push": share.push, "serve": share.serve, "login": login.login, "logout": login.logout},
+    "Share": {"push": share.push, "serve": registry.old_serve, "login": login.login, "logout": login.logout},
     "Trust": {"sign": trust.sign, "bom": trust.bom, "scan": inspect.scan},
     "Look after the hub": {
         "verify": maintenance.verify,

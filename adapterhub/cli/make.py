@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+import inspect
+from dataclasses import fields
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 import adapterhub
 from adapterhub.cli.output import Json, releases_out
-from adapterhub.cli.packages import Force, Licence, Name, Version
+from adapterhub.cli.packages import Name, Version
 from adapterhub.errors import UsageError
+from adapterhub.training.request import TrainRequest, help_of
 
-BASE = typer.Option(help="Base model: a known name (smollm2), a folder or a Hugging Face repo id.")
-DEVICE = typer.Option(help="auto, cpu, cuda or cuda:N.")
-DTYPE = typer.Option(
-    help="Of the base: float32, bfloat16, float16, stored (as its files are) or auto (bfloat16 on a GPU that has it, "
-    "else float32)."
-)
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="An option of the part (adapterhub plugins show); of an objective, recipe or schedule PART.KEY=VALUE. May be repeated.",
-    ),
-]
+BASE, DEVICE, DTYPE = (typer.Option(help=help_of(name)) for name in ("base", "device", "dtype"))
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=help_of("options"))]
 
 
 def options_of(pairs: list[str] | None) -> dict[str, Any]:
@@ -59,48 +49,11 @@ def weights_of(text: str | None) -> list[float] | None:
         raise UsageError(f"--weights {text!r} are not numbers", "write them with commas: --weights 1,0.5") from None
 
 
-def train(
-    data: Annotated[Path, typer.Option(help="JSONL: prompt and completion, messages, or text.")],
-    name: Annotated[
-        str | None, typer.Option(help="Name of the adapter: name or owner/name; known with --continue.")
-    ] = None,
-    base: Annotated[str | None, BASE] = None,
-    method: Annotated[str | None, typer.Option(help="How: lora, bottleneck, ... (adapterhub plugins list).")] = None,
-    set_: Set = None,
-    objective: Annotated[str | None, typer.Option(help="What is minimised (sft).")] = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option(help="What changes the data or adds to the loss; may be repeated.")
-    ] = None,
-    schedule: Annotated[str | None, typer.Option(help="Which tensors train when, and how fast.")] = None,
-    extra: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="Other data that a part asks for (calibration); may be repeated."),
-    ] = None,
-    on: Annotated[
-        list[str] | None,
-        typer.Option(metavar="REF", help="Train over this frozen adapter (a gate: weigh it); may be repeated."),
-    ] = None,
-    continue_: Annotated[str | None, typer.Option("--continue", metavar="REF", help="Go on with this adapter.")] = None,
-    eval_data: Annotated[Path | None, typer.Option(help="Held-out JSONL, evaluated at the end.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data (3).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of --epochs.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate (0.001).")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples in a step (8).")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Steps until the highest rate (a tenth of all).")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of a row; longer ones are cut (1024).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random (0).")] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
-    ] = False,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    no_resume: Annotated[bool, typer.Option("--no-resume", help="Begin anew, whatever checkpoints there are.")] = False,
-    device: Annotated[str | None, DEVICE] = None,
-    dtype: Annotated[str | None, DTYPE] = None,
-    version: Version = None,
-    licence: Licence = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
+READ = {"options": options_of, "extras": extras_of, "resume": lambda anew: not anew}
+"""How a value on the command line becomes the request's, where it is not the value itself."""
+
+
+def train(as_json: Json = False, **asked: Any) -> None:
     """Train an adapter and store it as a new version.
 
     Killed or interrupted, the same command goes on from its last checkpoint.
@@ -110,43 +63,30 @@ def train(
       adapterhub train --base smollm2 --method lora --set r=8 \\
         --data train.jsonl --name me/sentiment --steps 60
     """
-    if base is None and continue_ is None:
-        raise UsageError("no base model to train on", "give --base, for example --base smollm2")
-    given = {
-        "method": method,
-        "objective": objective,
-        "recipes": recipe,
-        "schedule": schedule,
-        "extras": extras_of(extra),
-        "name": name,
-        "on": on,
-        "continue_from": continue_,
-        "eval_data": eval_data,
-        "epochs": epochs,
-        "steps": steps,
-        "lr": lr,
-        "batch_size": batch_size,
-        "warmup": warmup,
-        "max_length": max_length,
-        "save_every": save_every,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-        "version": version,
-        "licence": licence,
-    }
-    # What is not given is left to the Hub, so that each default stands in one place.
-    given = {key: value for key, value in given.items() if value is not None}
-    release = adapterhub.open().train(
-        base,
-        data=data,
-        options=options_of(set_),
-        gradient_checkpointing=gradient_checkpointing,
-        resume=not no_resume,
-        force=force,
-        **given,
-    )
-    releases_out([release], as_json)
+    given = {name: READ.get(name, lambda value: value)(value) for name, value in asked.items() if value is not None}
+    request, hub = TrainRequest(**given), adapterhub.open()  # mistakes are said before torch is imported
+    from adapterhub.training.train import train
+
+    releases_out([train(hub, request)], as_json)
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """An option for each field of a TrainRequest. What is not given is None, so that each default stands there alone."""
+    types, made = get_type_hints(TrainRequest), []
+    for each in fields(TrainRequest):
+        about = each.metadata
+        flag = about["flag"] or "--" + each.name.replace("_", "-")
+        kind, default = about["typed"] or types[each.name], inspect.Parameter.empty
+        if not about["required"]:
+            kind, default = kind | None, None
+        option = typer.Option(flag, metavar=about["metavar"], help=help_of(each.name))
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        made.append(inspect.Parameter(each.name, keyword, default=default, annotation=Annotated[kind, option]))
+    return made
+
+
+_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
+train.__signature__ = inspect.Signature([*_parameters(), _json])
 
 
 def merge(

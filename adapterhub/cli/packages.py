@@ -13,16 +13,17 @@ import adapterhub
 from adapterhub.cli.output import Json, json_out, note, one_line, out, record, releases_out, size, table
 from adapterhub.cli.project import But, MaxBytes, Newer, Offline, options
 from adapterhub.store.index import kind
+from adapterhub.training.request import help_of
 
 PAGE = 200
 """Releases that a list shows at once."""
 Ref = Annotated[
     str, typer.Argument(metavar="REF", help="name, name@version or name@tag; a name alone is its newest version.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Do it although the base is another model.")]
-Licence = Annotated[str | None, typer.Option(help="Licence of the adapter, e.g. Apache-2.0.")]
+Force = Annotated[bool, typer.Option("--force", help=help_of("force"))]
+Licence = Annotated[str | None, typer.Option(help=help_of("licence"))]
 Name = Annotated[str, typer.Option(help="Name of what is made: name or owner/name.")]
-Version = Annotated[str | None, typer.Option(metavar="X.Y.Z", help="Its version; without it the next minor one.")]
+Version = Annotated[str | None, typer.Option(metavar="X.Y.Z", help=help_of("version"))]
 
 
 def init(

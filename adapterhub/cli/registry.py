@@ -1,15 +1,17 @@
-"""Commands of who runs a registry: its tokens."""
+"""Commands of who runs a registry: serve it, and its tokens."""
 
 from __future__ import annotations
 
+import os
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import adapterhub
 from adapterhub.cli.output import Json, json_out, note, out, table
-from adapterhub.errors import UsageError
+from adapterhub.errors import NotFound, PluginError, UsageError
 
 if TYPE_CHECKING:
     from adapterhub_registry.accounts import Accounts
@@ -19,19 +21,79 @@ token = typer.Typer()
 app.add_typer(token, name="token")
 
 Directory = Annotated[Path | None, typer.Option("--hub", help="The registry's folder; the nearest hub if left out.")]
-Database = Annotated[str | None, typer.Option(metavar="URL", help="Index in another database, as for serve.")]
+Database = Annotated[str | None, typer.Option(metavar="URL", help="Index in another database, as for registry serve.")]
 
 
 @app.callback(invoke_without_command=True)
 def registry(context: typer.Context) -> None:
-    """Run a registry: who may write to it.
+    """Run a registry: serve it, and say who may write to it.
 
     \b
     Example:
-      adapterhub registry token add --write 'acme/*'
+      adapterhub registry serve --hub /srv/adapters
     """
     if context.invoked_subcommand is None:
         context.get_help()
+
+
+@app.command("serve")
+def serve(
+    directory: Directory = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    database: Annotated[
+        str | None, typer.Option(metavar="URL", help="Index in another database, e.g. postgresql+psycopg://...")
+    ] = None,
+    key: Annotated[str | None, typer.Option(metavar="NAME", help="Sign its lists with this key of yours.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Holds a token that may write everything.")
+    ] = None,
+    read_by_token: Annotated[bool, typer.Option("--read-by-token", help="Reading takes a token, too.")] = False,
+    connections: Annotated[
+        int, typer.Option(min=1, help="That one address may hold; more where a proxy stands before it.")
+    ] = 256,
+) -> None:
+    """Serve a hub as a registry over HTTP. Reading is open, unless --read-by-token; writing takes a token.
+
+    `adapterhub registry token add` makes tokens for namespaces. One more, in ADAPTERHUB_REGISTRY_TOKEN or --token-file,
+    may write everything.
+
+    \b
+    Example:
+      adapterhub registry serve --hub /srv/adapters --port 8000
+    """
+    try:
+        from adapterhub_registry.clients import Clients
+        from adapterhub_registry.serve import server
+        from adapterhub_registry.server import make_app
+    except ImportError:
+        raise PluginError("the server is not installed", "pip install 'adapterhub[registry]'") from None
+    from adapterhub.trust.keys import load_key
+
+    try:
+        token = token_file.read_text().strip() if token_file else os.environ.get("ADAPTERHUB_REGISTRY_TOKEN", "")
+    except OSError as error:
+        raise NotFound(f"{token_file} cannot be read: {error.strerror}", "give a file that holds the token") from None
+    hub = adapterhub.open(directory, database=database)
+    signing = load_key(key) if key else None
+    running = server(make_app(hub, token, signing, read_by_token=read_by_token), host, port, Clients(connections))
+    writable = bool(token) or hub.index.accounts.writers() > 0
+    note(f"serving {hub.root} at http://{host}:{port}, {'writing with a token' if writable else 'read-only'}")
+    running.run()
+
+
+@wraps(serve, assigned=("__module__", "__annotations__"))
+def old_serve(*options: Any, **named: Any) -> None:
+    """Serve a hub as a registry: the old name of `adapterhub registry serve`.
+
+    In a later version `adapterhub serve` serves models.
+
+    \b
+    Example:
+      adapterhub serve --hub /srv/adapters --port 8000
+    """
+    note("warning: adapterhub serve will serve models in a later version; type adapterhub registry serve")
+    serve(*options, **named)
 
 
 @token.callback(invoke_without_command=True)
@@ -52,7 +114,7 @@ def add(
         list[str] | None,
         typer.Option(metavar="NAMES", help="What it may write: acme/*, acme/sql or *; may be repeated."),
     ] = None,
-    read: Annotated[bool, typer.Option("--read", help="It may only read (serve --read-by-token).")] = False,
+    read: Annotated[bool, typer.Option("--read", help="It may only read (registry serve --read-by-token).")] = False,
     name: Annotated[str, typer.Option(metavar="NAME", help="Of the token, for list and rm.")] = "",
     until: Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="The last day on which it counts.")] = None,
     directory: Directory = None,

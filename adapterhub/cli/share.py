@@ -1,16 +1,14 @@
-"""Commands that share: push to a registry or the Hub, and serve a registry."""
+"""The command that shares: push to a registry or the Hub."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import adapterhub
 from adapterhub.cli.output import note, one_line, out
-from adapterhub.errors import NotFound, PluginError, UsageError
+from adapterhub.errors import UsageError
 
 if TYPE_CHECKING:
     from adapterhub.sources.registry import Registry
@@ -66,48 +64,3 @@ def registry_at(where: str) -> Registry:
     if not isinstance(source, Registry):
         raise UsageError(f"{shown(where)} is no registry", "give the address of one, or a source with a url")
     return source
-
-
-def serve(
-    directory: Annotated[Path | None, typer.Option("--hub", help="Its folder; the nearest hub if left out.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    database: Annotated[
-        str | None, typer.Option(metavar="URL", help="Index in another database, e.g. postgresql+psycopg://...")
-    ] = None,
-    key: Annotated[str | None, typer.Option(metavar="NAME", help="Sign its lists with this key of yours.")] = None,
-    token_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Holds a token that may write everything.")
-    ] = None,
-    read_by_token: Annotated[bool, typer.Option("--read-by-token", help="Reading takes a token, too.")] = False,
-    connections: Annotated[
-        int, typer.Option(min=1, help="That one address may hold; more where a proxy stands before it.")
-    ] = 256,
-) -> None:
-    """Serve a hub as a registry over HTTP. Reading is open, unless --read-by-token; writing takes a token.
-
-    `adapterhub registry token add` makes tokens for namespaces. One more, in ADAPTERHUB_REGISTRY_TOKEN or --token-file,
-    may write everything.
-
-    \b
-    Example:
-      adapterhub serve --hub /srv/adapters --port 8000
-    """
-    try:
-        from adapterhub_registry.clients import Clients
-        from adapterhub_registry.serve import server
-        from adapterhub_registry.server import make_app
-    except ImportError:
-        raise PluginError("the server is not installed", "pip install 'adapterhub[registry]'") from None
-    from adapterhub.trust.keys import load_key
-
-    try:
-        token = token_file.read_text().strip() if token_file else os.environ.get("ADAPTERHUB_REGISTRY_TOKEN", "")
-    except OSError as error:
-        raise NotFound(f"{token_file} cannot be read: {error.strerror}", "give a file that holds the token") from None
-    hub = adapterhub.open(directory, database=database)
-    signing = load_key(key) if key else None
-    running = server(make_app(hub, token, signing, read_by_token=read_by_token), host, port, Clients(connections))
-    writable = bool(token) or hub.index.accounts.writers() > 0
-    note(f"serving {hub.root} at http://{host}:{port}, {'writing with a token' if writable else 'read-only'}")
-    running.run()

@@ -72,72 +72,90 @@ def read_layout(source: str | Path | bytes, size: int | None = None) -> dict[str
         raise NotFound(f"there is no file {source}", "check the path") from None
 
 
+class _Refusals(NamedTuple):
+    """The two ways to refuse a file, by its name for the user."""
+
+    label: str
+
+    def damaged(self, problem: str) -> NoReturn:
+        raise IntegrityError(f"{self.label} is not a sound safetensors file: {problem}", AGAIN)
+
+    def unsafe(self, problem: str) -> NoReturn:
+        raise UnsafeFile(f"{self.label} is refused: {problem}", SUSPECT)
+
+
 def _read(file: BinaryIO, size: int, label: str) -> dict[str, Entry]:
-    def damaged(problem: str) -> NoReturn:
-        raise IntegrityError(f"{label} is not a sound safetensors file: {problem}", AGAIN)
-
-    def unsafe(problem: str) -> NoReturn:
-        raise UnsafeFile(f"{label} is refused: {problem}", SUSPECT)
-
-    start = file.read(9)
-    if start[8:] != b"{" and (start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")):
-        unsafe("it is a pickle, which can run code when opened (only safetensors are read)")
-    if len(start) < 9:
-        damaged(f"it has {size} bytes")
-    length = int.from_bytes(start[:8], "little")
-    if length > size - 8:
-        damaged("it ends before its header does")
-    if length > MAX_HEADER:
-        unsafe(f"its header has {length} bytes (at most {MAX_HEADER})")
-    if start[8:] != b"{":
-        damaged("its header does not begin with {")
-    text = b"{" + file.read(length - 1)
-    if len(text) != length:
-        damaged("it ends before its header does")
-    # Before JSON makes objects of it: a tensor takes at most 25 of these marks, and nothing takes memory without them.
-    if sum(map(text.count, (b"{", b"[", b",", b'"'))) > 25 * MAX_TENSORS + MAX_METADATA:
-        unsafe(f"it names more than {MAX_TENSORS} tensors")
-    try:
-        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_refuse)
-    except RecursionError:
-        unsafe("its header is nested too deeply")
-    except ValueError as error:
-        damaged(f"its header is not valid: {error}")
-    if type(header) is not dict:
-        damaged("its header is not a table")
-
+    refuse = _Refusals(label)
+    header, data_at = _header(file, size, refuse)
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
-        damaged("its metadata are not texts")
+        refuse.damaged("its metadata are not texts")
     if sum(len(key) + len(value) for key, value in metadata.items()) > MAX_METADATA:
-        unsafe(f"its metadata have more than {MAX_METADATA} bytes")
+        refuse.unsafe(f"its metadata have more than {MAX_METADATA} bytes")
     if len(header) > MAX_TENSORS:
-        unsafe(f"it names {len(header)} tensors (at most {MAX_TENSORS})")
+        refuse.unsafe(f"it names {len(header)} tensors (at most {MAX_TENSORS})")
 
     spans, entries = [], {}
     for name in sorted(header):
-        if len(name) > MAX_NAME or not NAME.fullmatch(name) or ".." in name:
-            unsafe(f"it names a tensor {name[:60]!a}")
-        dtype, shape, begin, end = _entry(header[name]) or damaged(f"the entry of {name} is malformed")
-        if dtype not in DTYPES:
-            unsafe(f"{name} has the unknown dtype {dtype[:20]!a}")
-        if len(shape) > MAX_RANK:
-            unsafe(f"{name} has {len(shape)} dimensions (at most {MAX_RANK})")
-        count = DTYPES[dtype]
-        for n in shape:
-            count *= n
-        if end - begin != count:
-            damaged(f"{name} has {end - begin} bytes where its shape needs {count}")
+        dtype, shape, begin, end = _tensor(name, header[name], refuse)
         spans.append((begin, end, name))
-        entries[name] = Entry(dtype, shape, 8 + length + begin)
+        entries[name] = Entry(dtype, shape, data_at + begin)
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
-            damaged(f"{name} begins at byte {begin} of the data instead of {position}")
+            refuse.damaged(f"{name} begins at byte {begin} of the data instead of {position}")
         position = end
-    if position != size - 8 - length:
-        damaged(f"it has {size - 8 - length} bytes of data where its tensors need {position}")
+    if position != size - data_at:
+        refuse.damaged(f"it has {size - data_at} bytes of data where its tensors need {position}")
     return entries
+
+
+def _header(file: BinaryIO, size: int, refuse: _Refusals) -> tuple[dict[str, Any], int]:
+    """The header as JSON has it, no larger than it may be, and where the data begin."""
+    start = file.read(9)
+    if start[8:] != b"{" and (start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")):
+        refuse.unsafe("it is a pickle, which can run code when opened (only safetensors are read)")
+    if len(start) < 9:
+        refuse.damaged(f"it has {size} bytes")
+    length = int.from_bytes(start[:8], "little")
+    if length > size - 8:
+        refuse.damaged("it ends before its header does")
+    if length > MAX_HEADER:
+        refuse.unsafe(f"its header has {length} bytes (at most {MAX_HEADER})")
+    if start[8:] != b"{":
+        refuse.damaged("its header does not begin with {")
+    text = b"{" + file.read(length - 1)
+    if len(text) != length:
+        refuse.damaged("it ends before its header does")
+    # Before JSON makes objects of it: a tensor takes at most 25 of these marks, and nothing takes memory without them.
+    if sum(map(text.count, (b"{", b"[", b",", b'"'))) > 25 * MAX_TENSORS + MAX_METADATA:
+        refuse.unsafe(f"it names more than {MAX_TENSORS} tensors")
+    try:
+        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_refuse)
+    except RecursionError:
+        refuse.unsafe("its header is nested too deeply")
+    except ValueError as error:
+        refuse.damaged(f"its header is not valid: {error}")
+    if type(header) is not dict:
+        refuse.damaged("its header is not a table")
+    return header, 8 + length
+
+
+def _tensor(name: str, value: Any, refuse: _Refusals) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, begin and end of one tensor, which agree with each other."""
+    if len(name) > MAX_NAME or not NAME.fullmatch(name) or ".." in name:
+        refuse.unsafe(f"it names a tensor {name[:60]!a}")
+    dtype, shape, begin, end = _entry(value) or refuse.damaged(f"the entry of {name} is malformed")
+    if dtype not in DTYPES:
+        refuse.unsafe(f"{name} has the unknown dtype {dtype[:20]!a}")
+    if len(shape) > MAX_RANK:
+        refuse.unsafe(f"{name} has {len(shape)} dimensions (at most {MAX_RANK})")
+    count = DTYPES[dtype]
+    for n in shape:
+        count *= n
+    if end - begin != count:
+        refuse.damaged(f"{name} has {end - begin} bytes where its shape needs {count}")
+    return dtype, shape, begin, end
 
 
 def _entry(value: Any) -> tuple[str, tuple[int, ...], int, int] | None:

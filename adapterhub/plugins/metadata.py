@@ -20,7 +20,9 @@ KINDS = {
 """Group -> the class that its parts are subclasses of, by name: to import it would cost every command torch."""
 
 
-GROUPS = tuple(KINDS)
+GROUPS = tuple(kind for kind in KINDS if kind != "composers")
+"""The groups that packages add parts to. Composers are ours alone: each has a word in the language of expressions, and the
+parser knows the words."""
 
 
 @cache

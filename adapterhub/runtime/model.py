@@ -14,6 +14,7 @@ from adapterhub.adapters.fit import check_fit
 from adapterhub.adapters.names import named_tensors
 from adapterhub.bases import loading, resolution
 from adapterhub.bases.device import precision
+from adapterhub.bases.fingerprint import Fingerprint, fingerprint
 from adapterhub.data.batches import pad_left, pad_token
 from adapterhub.data.context import Context
 from adapterhub.data.encoding import opened
@@ -31,12 +32,10 @@ from adapterhub.spec.expression import Ensemble, Node, Ref, references
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference, check_name, check_version
 from adapterhub.store.expand import pin
+from adapterhub.store.releases import Releases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from adapterhub.bases.fingerprint import Fingerprint
-    from adapterhub.store.releases import Releases
 
 Adapters = str | Sequence[str | None] | None
 """One expression for all rows, or one (or None, the bare base) for each row. None: what the model runs by default."""
@@ -56,8 +55,6 @@ def load(
     is frozen (then dtype and device are its own). dtype: as in `train`. force loads adapters that were made for another base.
 
     Raises NotFound, IncompatibleBase, ExpressionError, PluginError; UsageError for a trainable that is not in it."""
-    from adapterhub.bases.fingerprint import fingerprint
-
     if isinstance(base, nn.Module):
         model, print_of_base = base.requires_grad_(False), fingerprint(base)
         origin = base.config.name_or_path

@@ -1,4 +1,4 @@
-"""A release with the parents it needs as a plain folder (docs/bundle.md)."""
+"""A release with the parents it needs as a plain folder (docs/guide/bundle.md)."""
 
 from __future__ import annotations
 

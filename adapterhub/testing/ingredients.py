@@ -38,7 +38,8 @@ from adapterhub.runtime.model import Model
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
 from adapterhub.testing.generators import untouched
 from adapterhub.training.module import Learner
-from adapterhub.training.parts import DEFAULT, Ingredient, Ingredients
+from adapterhub.training.parts import Ingredient, Ingredients
+from adapterhub.training.request import OBJECTIVE
 from adapterhub.training.stages import attach, given, planned, run
 from adapterhub.training.trainer import Schedule
 
@@ -59,7 +60,7 @@ def _made_of(part: type) -> Ingredients:
     config = plugins.options(part.Config, dict(part.example))
     group = next(g for g, kind in KINDS.items() if issubclass(part, kind))
     tried = _Tried(group, part.__name__, config, part)
-    plain = Ingredient("objectives", DEFAULT, plugins.load("objectives", DEFAULT).Config())
+    plain = Ingredient("objectives", OBJECTIVE, plugins.load("objectives", OBJECTIVE).Config())
     return Ingredients(
         tried if group == "objectives" else plain,
         (tried,) if group == "recipes" else (),

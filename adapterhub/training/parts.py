@@ -16,9 +16,7 @@ from adapterhub.kinds.objective import Objective
 from adapterhub.kinds.recipe import Recipe
 from adapterhub.kinds.schedule import ParameterSchedule
 from adapterhub.spec.manifest import Release
-
-DEFAULT = "sft"
-"""The objective where none is given."""
+from adapterhub.training.request import OBJECTIVE
 
 
 class LeftOut(UserWarning):
@@ -77,7 +75,7 @@ class Ingredients:
     def told(self) -> dict[str, Any]:
         """What the recipe of a manifest says of them; nothing of the defaults."""
         told: dict[str, Any] = {}
-        if self.chosen_objective.name != DEFAULT:
+        if self.chosen_objective.name != OBJECTIVE:
             told["objective"] = self.chosen_objective.told
         if self.chosen_recipes:
             told["recipes"] = [recipe.told for recipe in self.chosen_recipes]
@@ -115,7 +113,7 @@ class Ingredients:
         if made_under and objective is None:
             raise UsageError(
                 f"{who} was trained under the objective {made_under!r}, and this run names none",
-                f"name it again (--objective {made_under}), or --objective {DEFAULT}",
+                f"name it again (--objective {made_under}), or --objective {OBJECTIVE}",
             )
         then = {one["name"] for one in [*before.get("recipes", ()), *filter(None, [before.get("schedule")])]}
         now = {one.name for one in [*self.chosen_recipes, *filter(None, [self.chosen_schedule])]}
@@ -155,7 +153,7 @@ def ingredients(
         return Ingredient(group, name, plugins.options(plugins.load(group, name).Config, named.pop(name, {})))
 
     chosen = Ingredients(
-        read("objectives", objective or DEFAULT),
+        read("objectives", objective or OBJECTIVE),
         tuple(read("recipes", name) for name in recipes),
         None if schedule is None else read("schedules", schedule),
     )

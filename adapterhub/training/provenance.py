@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version as installed
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from adapterhub.data import Data
+from adapterhub.errors import NameInUse
 from adapterhub.evaluation.evaluate import evaluate
+from adapterhub.kinds.recipe import Recipe
 from adapterhub.runtime.model import Model
+from adapterhub.spec import claims
 from adapterhub.spec.digest import canonical, digest_of
+from adapterhub.spec.manifest import Release
+from adapterhub.spec.names import Reference
+from adapterhub.training.parts import Ingredients
 from adapterhub.training.starting_point import Start
 from adapterhub.training.trainer import Schedule
+
+if TYPE_CHECKING:
+    from adapterhub.store.releases import Releases
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft")
 
 
-def recipe_of(data: Data, schedule: Schedule, max_length: int, model: Model) -> dict[str, Any]:
-    return {
+def recipe_of(
+    data: Data,
+    schedule: Schedule,
+    max_length: int,
+    model: Model,
+    ingredients: Ingredients,
+    recipes: Sequence[Recipe],
+    extras: Mapping[str, Data],
+    beneath: str | None,
+) -> dict[str, Any]:
+    """How the release was made. recipes: those of the ingredients, as they have read the data."""
+    recipe = {
         "data": told(data),
         **vars(schedule),
         "max_length": max_length,
@@ -25,7 +46,39 @@ def recipe_of(data: Data, schedule: Schedule, max_length: int, model: Model) -> 
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "device": model.device.type,
         "libraries": {name: installed(name) for name in LIBRARIES},
+        **ingredients.told,
     }
+    if extras:
+        recipe["extras"] = {key: told(one) for key, one in extras.items()}
+    named = zip(ingredients.chosen_recipes, recipes, strict=True)
+    if mixed := {chosen.name: dict(found) for chosen, one in named if (found := one.found())}:
+        recipe["mixed"] = mixed
+    if beneath is not None:
+        recipe["beneath"] = beneath
+    return recipe
+
+
+def already_published(hub: Releases, version: str | None, decides: Mapping[str, Any]) -> Release | None:
+    """The release that was made before by all that decides this one. Raises NameInUse for a version that was made otherwise."""
+    for row in hub.releases(decides["name"]):
+        if version not in (None, row.version):
+            continue
+        release = hub.resolve(Reference(row.name, row.version))
+        found = msgspec.structs.asdict(release.manifest)
+        found["recipe"] = {key: value for key, value in found["recipe"].items() if key != "found"}  # it follows
+        found["eval"] = claims.figures(release.manifest.metrics).get("eval", {}).get("data")
+        if as_json({key: found[key] for key in decides}) == as_json(decides):
+            return release
+        if version is not None:
+            raise NameInUse(
+                f"{release} exists, and was made in another way", "give another version, or none for the next"
+            )
+    return None
+
+
+def as_json(decides: Mapping[str, Any]) -> bytes:
+    """All that decides a run, as bytes to compare and to digest."""
+    return canonical(msgspec.to_builtins(decides))
 
 
 def told(data: Data) -> dict[str, Any]:

@@ -61,12 +61,11 @@ def compress(
             f"{codec} would not make {release} smaller: {len(encoded)} bytes, now {before}",
             "keep it as it is, or give options that drop more (adapterhub plugins list)",
         )
-    decoded = coder.decode(load(encoded))
-    modifications = _in_order(decoded, parent, original, codec)
+    modifications = _in_order(coder.decode(load(encoded)), parent, original, codec)
     errors = site_errors(original, modifications)
     if not any(left for _, left in errors.values()):
         raise NoEffect(f"{codec} leaves nothing of {release}: it would change nothing", "give options that drop less")
-    worst = max(errors, key=lambda path: errors[path][0])
+    bytes_of = {"before": before, "bf16": len(dump(in_bf16(adapter.tensors))), "after": len(encoded)}
     manifest = Manifest(
         name=check_name(name),
         version="0.0.0",  # the hub assigns it
@@ -80,19 +79,17 @@ def compress(
             *(p for p in parent.parents if p.relation == "on"),
         ],
         recipe={"beneath": parent.recipe["beneath"]} if "beneath" in parent.recipe else {},
-        metrics={
-            "compress": {
-                "bytes_before": before,
-                "bytes_bf16": len(dump(in_bf16(adapter.tensors))),
-                "bytes_after": len(encoded),
-                "worst_site": worst,
-                "worst_error": errors[worst][0],
-                "median_error": median(error for error, _ in errors.values()),
-            }
-        },
+        metrics={"compress": {f"bytes_{when}": size for when, size in bytes_of.items()} | _summary(errors)},
         licence=parent.licence,
     )
     return hub.publish(manifest, {"tensors": encoded}, version=version)[0]
+
+
+def _summary(errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """The worst site and the median one of `site_errors`."""
+    worst = max(errors, key=lambda path: errors[path][0])
+    middle = median(error for error, _ in errors.values())
+    return {"worst_site": worst, "worst_error": errors[worst][0], "median_error": middle}
 
 
 def in_bf16(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

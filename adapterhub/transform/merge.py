@@ -17,7 +17,6 @@ from adapterhub import plugins
 from adapterhub.adapters.adapter import Adapter, current
 from adapterhub.adapters.changes import CANCELLED, WHOLE, Result, change_of, cheapest, side_by_side, weighted_sum
 from adapterhub.adapters.publish import publish_tensors
-from adapterhub.bases import loading, resolution
 from adapterhub.bases.agreement import common_base
 from adapterhub.errors import NoEffect, NotFoldable, NotMergeable, UsageError
 from adapterhub.forms.affine import Affine
@@ -58,13 +57,7 @@ def merge(
     a saved composition), NoEffect (the changes cancel). Warns (ParentsWarning) of one trained over another that is not merged."""
     rule = make(plugins.load("mergers", merger))
     config = plugins.options(rule.Config, dict(options or {}))
-    weights = [1.0] * len(refs) if weights is None else [float(weight) for weight in weights]
-    if not refs:
-        raise UsageError("there is nothing to merge", "name the adapters: adapterhub merge me/a me/b --name me/c")
-    if len(weights) != len(refs) or not all(map(math.isfinite, weights)):
-        raise UsageError(
-            f"{len(refs)} adapters but the weights are {weights}", "give one finite number for each adapter"
-        )
+    weights = _one_weight_each(refs, weights)
     releases = [hub.resolve(ref) for ref in refs]
     for release in releases:
         if release.manifest.compose is not None:
@@ -76,10 +69,7 @@ def merge(
     warn_missing_parents(releases)
     names = [str(release) for release in releases]
     if base is None:
-        adapters, weight_at = [Adapter.load(hub, release).modifications() for release in releases], None
-        if len(releases) > 1:  # one may have been made by an older transformers, under other paths
-            named = zip(adapters, names, strict=True)
-            adapters = [current(parts, record.architecture, name) for parts, name in named]
+        adapters, weight_at = _without_base(hub, releases, record.architecture), None
     else:
         adapters, weight_at = _on_base(hub, base, names)
     merged = merge_modifications(adapters, weights, rule, config, names, weight_at)
@@ -102,8 +92,30 @@ def merge(
     )
 
 
+def _one_weight_each(refs: Sequence[str], weights: Sequence[float] | None) -> list[float]:
+    """The weights as numbers, 1 each if none are given. Raises UsageError unless there is one for each adapter."""
+    weights = [1.0] * len(refs) if weights is None else [float(weight) for weight in weights]
+    if not refs:
+        raise UsageError("there is nothing to merge", "name the adapters: adapterhub merge me/a me/b --name me/c")
+    if len(weights) != len(refs) or not all(map(math.isfinite, weights)):
+        raise UsageError(
+            f"{len(refs)} adapters but the weights are {weights}", "give one finite number for each adapter"
+        )
+    return weights
+
+
+def _without_base(hub: Releases, releases: Sequence[Release], architecture: str) -> list[Modifications]:
+    """The adapters with today's paths: one of several may have been made by an older transformers, under other ones."""
+    adapters = [Adapter.load(hub, release).modifications() for release in releases]
+    if len(releases) == 1:
+        return adapters
+    named = zip(adapters, map(str, releases), strict=True)
+    return [current(parts, architecture, name) for parts, name in named]
+
+
 def _on_base(hub: Releases, base: object, names: Sequence[str]) -> tuple[list[Modifications], BaseWeight]:
     """The adapters checked against the base, and where its weights are. Raises IncompatibleBase."""
+    from adapterhub.bases import loading, resolution
     from adapterhub.bases.fingerprint import fingerprint
 
     if isinstance(base, nn.Module):

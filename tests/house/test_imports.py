@@ -116,6 +116,7 @@ def test_no_function_is_long():
     long = {
         f"{name}.{node.name}": node.end_lineno - node.lineno + 1
         for name, path in FILES.items()
+        if ".migrations." not in name  # lists of tables, and published: they never change
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60
     }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adapterhub.errors import HubError
 from adapterhub.files import platforms  # noqa: F401  (first: it refuses a system that lacks what the rest needs)
 from adapterhub.hub import Hub, open
+from adapterhub.moved import RENAMED, warn_of_rename
 from adapterhub.moved import install as _install
 
 _install()
@@ -17,36 +18,36 @@ if TYPE_CHECKING:
     from adapterhub.data.encoding import Example
     from adapterhub.kinds.codec import Codec
     from adapterhub.kinds.merger import Merger
-    from adapterhub.kinds.method import Given, Measurement, Method, Stage
+    from adapterhub.kinds.method import BuildContext, Measurement, Method, Stage
     from adapterhub.kinds.modification import Modification, Step, project, times
     from adapterhub.kinds.objective import Objective
     from adapterhub.kinds.recipe import Recipe
     from adapterhub.kinds.schedule import ParameterSchedule
-    from adapterhub.kinds.training import Moment, Setting, TrainedModel
+    from adapterhub.kinds.training import StepContext, TrainedModel, TrainingContext
     from adapterhub.kinds.verifier import Verdict, Verifier
     from adapterhub.runtime.model import Model
     from adapterhub.runtime.scoring import label_scores, token_losses
     from adapterhub.sites import Site, Tap, select
 
 _LAZY = {
+    "BuildContext": "adapterhub.kinds.method",
     "Codec": "adapterhub.kinds.codec",
     "Example": "adapterhub.data.encoding",
-    "Given": "adapterhub.kinds.method",
     "Measurement": "adapterhub.kinds.method",
     "Merger": "adapterhub.kinds.merger",
     "Method": "adapterhub.kinds.method",
     "Model": "adapterhub.runtime.model",
     "Modification": "adapterhub.kinds.modification",
-    "Moment": "adapterhub.kinds.training",
     "Objective": "adapterhub.kinds.objective",
     "ParameterSchedule": "adapterhub.kinds.schedule",
     "Recipe": "adapterhub.kinds.recipe",
-    "Setting": "adapterhub.kinds.training",
     "Site": "adapterhub.sites",
     "Stage": "adapterhub.kinds.method",
     "Step": "adapterhub.kinds.modification",
+    "StepContext": "adapterhub.kinds.training",
     "Tap": "adapterhub.sites",
     "TrainedModel": "adapterhub.kinds.training",
+    "TrainingContext": "adapterhub.kinds.training",
     "Verdict": "adapterhub.kinds.verifier",
     "Verifier": "adapterhub.kinds.verifier",
     "label_scores": "adapterhub.runtime.scoring",
@@ -57,13 +58,17 @@ _LAZY = {
 }
 
 __all__ = [
-    "Codec", "Example", "Given", "Hub", "HubError", "Measurement", "Merger", "Method", "Model", "Modification",
-    "Moment", "Objective", "ParameterSchedule", "Recipe", "Setting", "Site", "Stage", "Step", "Tap", "TrainedModel",
-    "Verdict", "Verifier", "label_scores", "open", "project", "select", "times", "token_losses",
+    "BuildContext", "Codec", "Example", "Hub", "HubError", "Measurement", "Merger", "Method", "Model",
+    "Modification", "Objective", "ParameterSchedule", "Recipe", "Site", "Stage", "Step", "StepContext", "Tap",
+    "TrainedModel", "TrainingContext", "Verdict", "Verifier", "label_scores", "open", "project", "select", "times",
+    "token_losses",
 ]  # fmt: skip
 
 
 def __getattr__(name: str):
+    if name in RENAMED:
+        warn_of_rename(name)
+        name = RENAMED[name]
     if name not in _LAZY:
         raise AttributeError(f"module 'adapterhub' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

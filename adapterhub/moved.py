@@ -36,6 +36,15 @@ HEIRS = {
     "adapterhub.weights": ("adapterhub.sites.weights",),
 }
 """Old module -> the modules that have its names now, the likeliest first."""
+RENAMED = {
+    "Given": "BuildContext",
+    "Ingredient": "ChosenPart",
+    "Ingredients": "TrainingParts",
+    "Learner": "StageModule",
+    "Moment": "StepContext",
+    "Setting": "TrainingContext",
+}
+"""Old name -> today's."""
 
 
 class Finder(MetaPathFinder, Loader):
@@ -48,19 +57,25 @@ class Finder(MetaPathFinder, Loader):
         def moved(name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
+            today = RENAMED.get(name, name)
             for heir in HEIRS[module.__name__]:
                 found = import_module(heir)
-                if hasattr(found, name):
-                    home = "adapterhub" if name in sys.modules["adapterhub"].__all__ else heir
-                    warnings.warn(
-                        f"{module.__name__}.{name} is {home}.{name} now; the old path goes with 0.3",
-                        DeprecationWarning,
-                        stacklevel=2,
-                    )
-                    return getattr(found, name)
+                if hasattr(found, today):
+                    home = "adapterhub" if today in sys.modules["adapterhub"].__all__ else heir
+                    _warn(f"{module.__name__}.{name}", f"{home}.{today}")
+                    return getattr(found, today)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         vars(module)["__getattr__"] = moved
+
+
+def warn_of_rename(name: str) -> None:
+    """Warn whoever takes an old name from `adapterhub` of today's."""
+    _warn(f"adapterhub.{name}", f"adapterhub.{RENAMED[name]}")
+
+
+def _warn(old: str, heir: str) -> None:
+    warnings.warn(f"{old} is {heir} now; the old name goes with 0.3", DeprecationWarning, stacklevel=3)
 
 
 def install() -> None:

@@ -16,7 +16,7 @@ from adapterhub.sources.registry import Registry
 from adapterhub.spec.digest import digest_of
 from adapterhub.store import gc
 from adapterhub.store.blobs import identify
-from adapterhub.store.partial import Incoming
+from adapterhub.store.partial import PartialBlob
 
 BIG = os.urandom(3 << 20)
 
@@ -76,7 +76,7 @@ def test_A5_a_fetch_from_a_registry_at_every_write(source, tmp_path):
 
 def test_an_upload_that_fills_the_disk_leaves_no_part(source):
     blob = identify(BIG)
-    incoming = Incoming(source.store, blob)
+    incoming = PartialBlob(source.store, blob)
     with incoming.held():
         incoming.append([BIG[: 1 << 20]])
         assert incoming.offset == 1 << 20
@@ -109,7 +109,7 @@ def test_the_hint_says_what_takes_room(source, tmp_path, monkeypatch, capsys):
 def test_gc_takes_a_dead_part_at_once_and_a_leased_one_when_forced(source):
     """A lease is an upload that may go on; whoever knows that it will not says --force."""
     for content, lease in ((b"dead" * 100, 0), (b"alive" * 100, time.time() + 3600)):
-        incoming = Incoming(source.store, identify(content))
+        incoming = PartialBlob(source.store, identify(content))
         with incoming.held():
             incoming.append([content[:100]])
         source.index.lease([digest_of(content)], lease)

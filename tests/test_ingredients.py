@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import adapterhub
-from adapterhub import Given, Measurement, Method, Objective, ParameterSchedule, Recipe, Stage, plugins
+from adapterhub import BuildContext, Measurement, Method, Objective, ParameterSchedule, Recipe, Stage, plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.cli.app import execute
 from adapterhub.errors import PluginError, UsageError
@@ -102,7 +102,7 @@ class Mean(Method):
                 hook.remove()
             return sums
 
-        def build(given: Given):
+        def build(given: BuildContext):
             if given.before:
                 return given.before
             assert set(given.measured) == {site.path for site in select(given.sites, "query")}
@@ -414,7 +414,7 @@ def test_given_reads_columns_of_a_fused_weight():
     here = next(site for site in sites(model) if site.columns and site.role == "key")
     width = model.config.hidden_size
     want = model.get_submodule(here.module).weight.T[width : 2 * width]
-    assert torch.equal(Given([here], model).weight(here), want)
+    assert torch.equal(BuildContext([here], model).weight(here), want)
 
 
 # --- the command line ----------------------------------------------------------------------------------------------

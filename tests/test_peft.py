@@ -97,7 +97,7 @@ def hub(tmp_path):
     return adapterhub.open(tmp_path / "hub", create=True)
 
 
-class Given:
+class BuildContext:
     """A base that is in memory, as `peft.read` asks for it."""
 
     def __init__(self, model):
@@ -105,7 +105,7 @@ class Given:
 
 
 def read(folder, model):
-    return peft.read(folder, read_config(folder), Given(model))
+    return peft.read(folder, read_config(folder), BuildContext(model))
 
 
 def ours(hub, reference, base):

@@ -16,7 +16,7 @@ from adapterhub.files import durable
 from adapterhub.share.registry import push
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import Base, File, Made, Manifest
-from adapterhub.store.partial import Incoming
+from adapterhub.store.partial import PartialBlob
 from adapterhub.trust.keys import new_key, remove_key
 from adapterhub.trust.signature import RELEASE, opened, sign, statement
 
@@ -292,7 +292,7 @@ def test_an_upload_is_cancelled_with_its_part_and_its_lease(there):
         call(url, "POST", f"/v1/uploads/{digest}", TOKEN, json={"size": 5000})
         piece = {"content": data[:2000], "headers": {"content-range": "bytes 0-1999/5000"}}
         assert call(url, "PATCH", f"/v1/uploads/{digest}", TOKEN, **piece).status_code == 202
-        incoming = Incoming(there.store, File(digest=digest, size=5000))
+        incoming = PartialBlob(there.store, File(digest=digest, size=5000))
         assert incoming.offset == 2000 and there.index.leased(0) == {digest}
         with incoming.held():
             assert call(url, "DELETE", f"/v1/uploads/{digest}", TOKEN).status_code == 409
@@ -312,7 +312,7 @@ def test_what_came_of_a_piece_that_broke_stays(there):
 
     data = LARGE[:200_000]
     digest = digest_of(data)
-    incoming = Incoming(there.store, File(digest=digest, size=len(data)))
+    incoming = PartialBlob(there.store, File(digest=digest, size=len(data)))
     with serving(there, TOKEN) as url:
         path, rng = f"/v1/uploads/{digest}", {"content-range": f"bytes 0-{len(data) - 1}/{len(data)}"}
         answer = call(url, "PATCH", path, TOKEN, content=data[:150_000], headers=rng)
@@ -330,7 +330,7 @@ def test_a_part_with_all_its_bytes_is_finished_or_thrown_away_when_asked_about(t
         for bytes_, told in ((data, {"there": True}), (data[::-1], {"offset": 0}), (data + b"x", {"offset": 0})):
             blob = File(digest=digest_of(data), size=5000)
             there.store.remove([blob.digest])
-            Incoming(there.store, File(digest=blob.digest, size=len(bytes_))).append([bytes_])
+            PartialBlob(there.store, File(digest=blob.digest, size=len(bytes_))).append([bytes_])
             asked = call(url, "POST", f"/v1/uploads/{blob.digest}", TOKEN, json={"size": 5000})
             assert asked.json() == told and (there.store.fault(blob) is None) == ("there" in told)
 

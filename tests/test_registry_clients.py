@@ -25,7 +25,7 @@ from served import serving
 import adapterhub
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import File
-from adapterhub.store.partial import Incoming
+from adapterhub.store.partial import PartialBlob
 
 TOKEN = "a-token"
 WRITE = {"authorization": f"Bearer {TOKEN}"}
@@ -202,7 +202,7 @@ def test_g4_a_server_that_is_ended_with_open_connections(there):
     finally:
         server.kill()
         server.wait()
-    offset = Incoming(there.store, File(digest=digest_of(data), size=len(data))).offset
+    offset = PartialBlob(there.store, File(digest=digest_of(data), size=len(data))).offset
     assert offset <= 100_000 and there.verify() == []
     with serving(there, TOKEN) as again:
         path = f"{again}/v1/uploads/{digest_of(data)}"

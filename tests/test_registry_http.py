@@ -22,7 +22,7 @@ from adapterhub.sources.registry import Registry
 from adapterhub.spec.digest import digest_of
 from adapterhub.spec.manifest import File
 from adapterhub.store import gc
-from adapterhub.store.partial import Incoming
+from adapterhub.store.partial import PartialBlob
 from adapterhub.trust.keys import new_key
 
 TOKEN = "a-secret-token"
@@ -145,7 +145,7 @@ def test_F3_pieces_that_do_not_follow_and_bytes_that_are_others(url, there):
     assert upload(url, data, [(3000, 9000)])[-1].status_code == 201
     wrong = upload(url, b"x" * 100, [(0, 100)], digest=digest_of(b"y" * 100))
     assert wrong[-1].status_code == 400 and not there.store.path(digest_of(b"y" * 100)).exists()
-    assert Incoming(there.store, File(digest=digest_of(b"y" * 100), size=100)).offset == 0
+    assert PartialBlob(there.store, File(digest=digest_of(b"y" * 100), size=100)).offset == 0
     for bad in ("bytes 0-99/100", "bytes 5-1/100", "bytes x-y/z", "", f"bytes 0-{1 << 40}/{1 << 41}"):
         answer = call(url, "PATCH", f"/v1/uploads/{digest}", content=b"1", headers={"content-range": bad})
         assert 400 <= answer.status_code < 500
@@ -289,8 +289,8 @@ def test_a_transfer_that_was_killed_goes_on_where_it_stopped(faults, mine, team,
     publish(mine, "me/x", LARGE)
     push(mine, "me/x", faults.url)
     part = max(mine.store.parts(mine.resolve("me/x").manifest.files["tensors"]), key=lambda b: b.size)
-    with Incoming(team.store, part).held():
-        Incoming(team.store, part).append([mine.store.read(part)[:300_000]])
+    with PartialBlob(team.store, part).held():
+        PartialBlob(team.store, part).append([mine.store.read(part)[:300_000]])
     faults.bytes = 0
     bring(team, faults.url, "me/x")
     assert team.verify() == [] and faults.bytes < part.size - 290_000

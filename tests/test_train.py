@@ -30,11 +30,11 @@ from adapterhub.errors import (
     UsageError,
 )
 from adapterhub.kinds.method import Stage
-from adapterhub.kinds.training import Setting
+from adapterhub.kinds.training import TrainingContext
 from adapterhub.methods.lora import LoRA
 from adapterhub.runtime.model import Model
-from adapterhub.training.module import Learner
-from adapterhub.training.parts import ingredients
+from adapterhub.training.module import StageModule
+from adapterhub.training.parts import training_parts
 from adapterhub.training.train import DataWarning
 from adapterhub.training.trainer import Schedule, fit
 
@@ -272,9 +272,9 @@ def test_after_step_runs_after_each_step_and_only_adapter_tensors_are_saved(path
         for parameter in parameters:
             parameter.clamp_(-0.05, 0.05)
 
-    setting = Setting(model, encode(read(path), model.tokenizer, 64)[0], 0, steps=4)
+    setting = TrainingContext(model, encode(read(path), model.tokenizer, 64)[0], 0, steps=4)
     stage = Stage("train", lambda given: {}, after_step=lambda parts: after_step())
-    learner = Learner(setting, ingredients(None, (), None, {})[0], stage)
+    learner = StageModule(setting, training_parts(None, (), None, {})[0], stage)
     log = fit(learner, Schedule(4, 8, 1e-1, 0, 0, False), tmp_path / "run", 2, "test")
     assert calls == [False] * 4 and len(log) == 4
     assert max(float(parameter.detach().abs().max()) for parameter in parameters) <= 0.0500001

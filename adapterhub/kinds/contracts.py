@@ -23,7 +23,7 @@ from adapterhub import plugins
 from adapterhub.data import Data
 from adapterhub.data.encoding import Example
 from adapterhub.kinds.codec import check_shapes
-from adapterhub.kinds.method import Given, Measurement, Method, Stage
+from adapterhub.kinds.method import BuildContext, Measurement, Method, Stage
 from adapterhub.kinds.modification import Modification
 from adapterhub.kinds.verifier import Verdict
 from adapterhub.plugins.boundary import Wrong, guard, guarded
@@ -235,7 +235,7 @@ def _stage(method: Any, stage: Stage, which: str) -> Stage:
     return replace(stage, **behind, measurement=stage.measurement and _measurement(method, stage.measurement))
 
 
-def _built(result: object, given: Given, lists: bool = False) -> dict[str, Modification]:
+def _built(result: object, given: BuildContext, lists: bool = False) -> dict[str, Modification]:
     return modifications(result, [site.path for site in given.sites], lists)
 
 

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from adapterhub.kinds.modification import Modifications
-    from adapterhub.kinds.training import Setting
+    from adapterhub.kinds.training import TrainingContext
 
 Parts = Mapping[str, Modification]
 """{site path: what is trained there}."""
 
 
 @dataclass(frozen=True)
-class Given:
+class BuildContext:
     """What a stage builds from."""
 
     sites: Sequence[Site]
@@ -55,7 +55,7 @@ class Measurement:
     `training/measured`, by the digests of base, data and options: another run that shares them does not measure again."""
 
     name: str
-    take: Callable[[Setting], Mapping[str, Tensor]]
+    take: Callable[[TrainingContext], Mapping[str, Tensor]]
     """The tensors by names of one's own, on the CPU. Nothing new runs on the model; gradients and dropout are off, and torch's
     global generator is seeded with 0."""
     extra: str | None = None
@@ -73,7 +73,7 @@ class Stage:
 
     name: str
     """`[a-z][a-z0-9_]*`; no two stages of a method have the same."""
-    build: Callable[[Given], Parts]
+    build: Callable[[BuildContext], Parts]
     """Fresh modifications, float32 on the CPU; random numbers from torch's global generator (seeded).
 
     An adapter that goes on (`--continue`) is built by the last stage alone, with itself as `given.before`; the stored
@@ -91,14 +91,14 @@ class Stage:
     """The names of the options that decide what comes out of it; None: all. Runs that share these, and all else that
     decides, share the stage: it is trained once. It can read no others, wherever it reads them; what `stages` itself reads
     decides too."""
-    check: Callable[[Given], object] | None = None
+    check: Callable[[BuildContext], object] | None = None
     """Raise UsageError for what this stage cannot do with these sites and this base. Called before the first stage trains,
     and free to read all options; not for an adapter that goes on."""
     note: Callable[[Parts], Mapping[str, Any]] | None = None
     """What the recipe shall say of it once it is trained: what was selected, for example. As JSON has it."""
     measurement: Measurement | None = None
     """Taken before it builds; not for an adapter that goes on."""
-    finish: Callable[[Parts, Given], Parts | Modifications] | None = None
+    finish: Callable[[Parts, BuildContext], Parts | Modifications] | None = None
     """(trained, on the CPU; given) -> what is stored in their place, which must do the same. Of the last stage."""
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adapterhub.kinds.training import Moment, Setting
+from adapterhub.kinds.training import StepContext, TrainingContext
 
 
 class Objective:
@@ -37,7 +37,7 @@ class Objective:
         """Checkpoints lie only between that many steps: for what is drawn in the first of them and used in all."""
         return 1
 
-    def prepare(self, setting: Setting) -> None:
+    def prepare(self, setting: TrainingContext) -> None:
         """Called before the first step, and again where a killed run goes on: it must find the same again."""
         self.setting = setting
 
@@ -45,7 +45,7 @@ class Objective:
         """What it trains besides the adapter (a value head), after `prepare`; in the checkpoints, not in the release."""
         return {}
 
-    def loss(self, batch: Mapping[str, Tensor], moment: Moment) -> Tensor:
+    def loss(self, batch: Mapping[str, Tensor], moment: StepContext) -> Tensor:
         """() float, of a batch of `encoding.collate`, differentiable in what trains."""
         raise NotImplementedError
 

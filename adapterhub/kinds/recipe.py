@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapterhub.data import Data
 from adapterhub.data.encoding import Example
-from adapterhub.kinds.training import Moment, Setting
+from adapterhub.kinds.training import StepContext, TrainingContext
 
 
 class Recipe:
@@ -34,25 +34,25 @@ class Recipe:
         """First of all: the rows that are read into tokens instead."""
         return data
 
-    def examples(self, examples: Sequence[Example], setting: Setting) -> Sequence[Example]:
+    def examples(self, examples: Sequence[Example], setting: TrainingContext) -> Sequence[Example]:
         """Once, before the stages: what is trained on instead. Random numbers from `setting.seed` only."""
         return examples
 
-    def prepare(self, setting: Setting) -> None:
+    def prepare(self, setting: TrainingContext) -> None:
         """Called before a stage's first step, and again where a killed run goes on."""
         self.setting = setting
 
-    def batch(self, batch: Mapping[str, Tensor], moment: Moment) -> Mapping[str, Tensor]:
+    def batch(self, batch: Mapping[str, Tensor], moment: StepContext) -> Mapping[str, Tensor]:
         """At each step: the batch that is trained on instead. input_ids (rows, tokens) and labels (rows, answer) are
         apart: labels are the tokens that the last `answer` positions but the very last predict."""
         return batch
 
     @contextmanager
-    def around(self, moment: Moment) -> Iterator[None]:
+    def around(self, moment: StepContext) -> Iterator[None]:
         """Around the objective's loss at each step: what shall hold in its forward passes."""
         yield
 
-    def term(self, batch: Mapping[str, Tensor], moment: Moment) -> Tensor | None:
+    def term(self, batch: Mapping[str, Tensor], moment: StepContext) -> Tensor | None:
         """() float, added to the loss at each step."""
         return None
 

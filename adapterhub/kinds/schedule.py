@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from adapterhub.kinds.method import Given, Parts
+from adapterhub.kinds.method import BuildContext, Parts
 from adapterhub.sites import Site
 
 
@@ -29,7 +29,7 @@ class ParameterSchedule:
         """Into how many parts, of equal length, the steps of a stage are cut."""
         return 1
 
-    def start(self, parts: Parts, given: Given) -> Parts:
+    def start(self, parts: Parts, given: BuildContext) -> Parts:
         """What a stage built, or what shall train instead; before the first step of a new adapter, never of one that goes on.
         Random numbers from torch's global generator (seeded)."""
         return parts

@@ -60,7 +60,7 @@ class TrainedModel(Protocol):
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainingContext:
     """One training: on which model, with what."""
 
     model: TrainedModel
@@ -98,7 +98,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepContext:
     """One step of a training. What is drawn from `draw` is the same again when a killed run goes on."""
 
     step: int

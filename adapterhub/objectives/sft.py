@@ -8,12 +8,12 @@ from torch import Tensor
 
 from adapterhub.data.batches import IGNORE
 from adapterhub.kinds.objective import Objective
-from adapterhub.kinds.training import Moment
+from adapterhub.kinds.training import StepContext
 from adapterhub.runtime.scoring import token_losses
 
 
 class SFT(Objective):
     """-log p(completion | prompt), the mean over the batch's completion tokens."""
 
-    def loss(self, batch: Mapping[str, Tensor], moment: Moment) -> Tensor:
+    def loss(self, batch: Mapping[str, Tensor], moment: StepContext) -> Tensor:
         return token_losses(self.setting.model, batch).sum() / (batch["labels"] != IGNORE).sum()

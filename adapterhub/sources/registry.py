@@ -26,7 +26,7 @@ from adapterhub.spec.manifest import File, Manifest, Release
 from adapterhub.spec.names import check_version
 from adapterhub.store import segments
 from adapterhub.store.blobs import Store, each
-from adapterhub.store.partial import Incoming
+from adapterhub.store.partial import PartialBlob
 
 LARGEST = 32 << 20
 """Bytes of a list or manifest."""
@@ -128,7 +128,7 @@ class Registry:
 
     def _blob(self, blob: File, store: Store, advance: Callable[[int], None]) -> None:
         """Fetch one blob. A byte that was changed on the way costs one more try, from zero; a break costs nothing."""
-        incoming = Incoming(store, blob)
+        incoming = PartialBlob(store, blob)
         with incoming.held():
             if store.fault(blob) is None:  # another process was faster
                 return advance(blob.size)
@@ -141,7 +141,7 @@ class Registry:
                     if last:
                         raise
 
-    def _pieces(self, incoming: Incoming, advance: Callable[[int], None]) -> None:
+    def _pieces(self, incoming: PartialBlob, advance: Callable[[int], None]) -> None:
         breaks = 0
         while incoming.offset < incoming.blob.size:
             before = incoming.offset
@@ -153,7 +153,7 @@ class Registry:
                     raise
                 time.sleep(0.1 * 2**breaks)
 
-    def _piece(self, incoming: Incoming, advance: Callable[[int], None]) -> None:
+    def _piece(self, incoming: PartialBlob, advance: Callable[[int], None]) -> None:
         blob, offset = incoming.blob, incoming.offset
         headers = {"range": f"bytes={offset}-"} if offset else {}
         headers["accept-encoding"] = "identity"

@@ -11,7 +11,7 @@ from adapterhub.spec.manifest import File
 from adapterhub.store.blobs import Store, hashed
 
 
-class Incoming:
+class PartialBlob:
     """One blob on its way into a store: `incoming/<hex>.part`. Nobody sees it before all of it is there and hashed."""
 
     def __init__(self, store: Store, blob: File):

@@ -29,7 +29,7 @@ from adapterhub.kinds.method import Method
 from adapterhub.kinds.objective import Objective
 from adapterhub.kinds.recipe import Recipe
 from adapterhub.kinds.schedule import ParameterSchedule
-from adapterhub.kinds.training import Setting
+from adapterhub.kinds.training import TrainingContext
 from adapterhub.kinds.verifier import Verifier
 from adapterhub.methods.bottleneck import BottleneckAdapter
 from adapterhub.methods.full import Full
@@ -37,8 +37,8 @@ from adapterhub.methods.lora import LoRA
 from adapterhub.runtime.model import Model
 from adapterhub.testing.bed import tiny_llama, tiny_tokenizer
 from adapterhub.testing.generators import untouched
-from adapterhub.training.module import Learner
-from adapterhub.training.parts import Ingredient, Ingredients
+from adapterhub.training.module import StageModule
+from adapterhub.training.parts import ChosenPart, TrainingParts
 from adapterhub.training.request import OBJECTIVE
 from adapterhub.training.stages import attach, given, planned, run
 from adapterhub.training.trainer import Schedule
@@ -47,7 +47,7 @@ STEPS = 12
 
 
 @dataclass(frozen=True)
-class _Tried(Ingredient):
+class _Tried(ChosenPart):
     """A part by its class, as the laws get it."""
 
     part: type | None = None
@@ -56,12 +56,12 @@ class _Tried(Ingredient):
         return make(self.part, self.config)
 
 
-def _made_of(part: type) -> Ingredients:
+def _made_of(part: type) -> TrainingParts:
     config = plugins.options(part.Config, dict(part.example))
     group = next(g for g, kind in KINDS.items() if issubclass(part, kind))
     tried = _Tried(group, part.__name__, config, part)
-    plain = Ingredient("objectives", OBJECTIVE, plugins.load("objectives", OBJECTIVE).Config())
-    return Ingredients(
+    plain = ChosenPart("objectives", OBJECTIVE, plugins.load("objectives", OBJECTIVE).Config())
+    return TrainingParts(
         tried if group == "objectives" else plain,
         (tried,) if group == "recipes" else (),
         tried if group == "schedules" else None,
@@ -81,12 +81,14 @@ def _examples(together: bool = False) -> list[Example]:
     return made
 
 
-def _setting(part: type, device: str) -> Setting:
+def _setting(part: type, device: str) -> TrainingContext:
     model = Model(tiny_llama().to(device).requires_grad_(False), tiny_tokenizer())
     examples = _examples()
     if issubclass(part, Objective) and "scored" in part.kinds:
         examples = grouped(_examples(together=True))
-    setting = Setting(model, examples, 0, batch_size=4, steps=STEPS, extras=defaultdict(_examples, other=_examples()))
+    setting = TrainingContext(
+        model, examples, 0, batch_size=4, steps=STEPS, extras=defaultdict(_examples, other=_examples())
+    )
     if issubclass(part, Recipe):
         setting = replace(setting, examples=_made_of(part).recipes()[0].examples(examples, setting))
     return setting
@@ -94,7 +96,7 @@ def _setting(part: type, device: str) -> Setting:
 
 def _trained(
     part: type, folder: Path, device: str, method: Method | None = None, stop: bool = False
-) -> tuple[dict[str, Tensor], Setting]:
+) -> tuple[dict[str, Tensor], TrainingContext]:
     """The tensors of a trained adapter by name, and where it was trained. stop: as a kill at two thirds leaves it."""
     method = method or LoRA()
     setting, made_of = _setting(part, device), _made_of(part)
@@ -136,11 +138,11 @@ def moves(part: type, device: str) -> None:
     assert any(not torch.equal(made[name].cpu(), fresh[name]) for name in made), "nothing moved"
 
 
-def _learner(part: type, device: str) -> Learner:
+def _learner(part: type, device: str) -> StageModule:
     """Prepared, a LoRA on the model."""
     setting = _setting(part, device)
     stage = LoRA().stages(LoRA.Config())[0]
-    learner = Learner(setting, _made_of(part), stage)
+    learner = StageModule(setting, _made_of(part), stage)
     attach(setting.model, stage, given(setting.model, {}), 0)
     learner.prepare()
     return learner

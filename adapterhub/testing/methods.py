@@ -26,13 +26,13 @@ from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.contracts import make
 from adapterhub.kinds.method import Method
 from adapterhub.kinds.modification import Modifications
-from adapterhub.kinds.training import Setting
+from adapterhub.kinds.training import TrainingContext
 from adapterhub.runtime.model import Model
 from adapterhub.runtime.plan import gated
 from adapterhub.testing.bed import distance, random_adapter, tiny_for, tiny_llama
 from adapterhub.testing.forms import Declined
 from adapterhub.testing.generators import watched
-from adapterhub.training.parts import ingredients
+from adapterhub.training.parts import training_parts
 from adapterhub.training.stages import Planned, attach, given, measure, planned, run, trained
 from adapterhub.training.starting_point import gating
 from adapterhub.training.trainer import Schedule
@@ -78,9 +78,9 @@ def _fresh(method: type[Method], plan: Sequence[Planned], folder: Path, device: 
     return model
 
 
-def setting_of(model: Model) -> Setting:
+def setting_of(model: Model) -> TrainingContext:
     """The twelve rows are the training data, and whatever extra data a method asks for."""
-    return Setting(model, _examples(), 0, batch_size=4, extras=defaultdict(_examples))
+    return TrainingContext(model, _examples(), 0, batch_size=4, extras=defaultdict(_examples))
 
 
 def _trained(method: type[Method], folder: Path, device: str) -> Model:
@@ -100,7 +100,7 @@ def _examples() -> list[Example]:
 
 def _train(plan: Sequence[Planned], model: Model, folder: Path) -> list[float]:
     """Train; the losses of the last stage's steps, the rows in shuffled batches of 4."""
-    made_of, _ = ingredients(None, (), None, {})
+    made_of, _ = training_parts(None, (), None, {})
     curve, _ = run(plan, setting_of(model), made_of, folder, folder / "stages", STEPS // 3, "law")
     return [entry["loss"] for entry in curve[-STEPS:]]
 
@@ -206,7 +206,7 @@ def kept(method: type[Method], device: str) -> None:
 def _outcome(method: type[Method], plan: Sequence[Planned], folder: Path, device: str) -> dict[str, torch.Tensor]:
     """What training ends with, beside what is kept in the folder."""
     model = _bare(method, device)
-    made_of, _ = ingredients(None, (), None, {})
+    made_of, _ = training_parts(None, (), None, {})
     with TemporaryDirectory() as checkpoints:
         run(plan, setting_of(model), made_of, Path(checkpoints), folder / "stages", None, "law")
     return {name: tensor.detach().cpu() for name, tensor in named_tensors(model.new_modifications()).items()}

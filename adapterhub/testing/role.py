@@ -8,7 +8,7 @@ from typing import Any
 
 from adapterhub.errors import UsageError
 from adapterhub.kinds.form_contracts import call
-from adapterhub.kinds.method import Given, Method, Parts, Stage
+from adapterhub.kinds.method import BuildContext, Method, Parts, Stage
 from adapterhub.kinds.modification import Modification
 from adapterhub.sites import Site, sites
 from adapterhub.testing.bed import tiny_for
@@ -41,7 +41,7 @@ def _named(part: type, own: dict[str, Any]) -> type:
 
 def _stages(stages: Sequence[Stage], role: str) -> list[Stage]:
     def at(stage: Stage) -> Stage:
-        def build(given: Given) -> Parts:
+        def build(given: BuildContext) -> Parts:
             return stage.build(replace(given, sites=[site for site in given.sites if site.role == role]))
 
         return replace(stage, build=build)

@@ -16,18 +16,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from adapterhub.data.seeds import seeded
 from adapterhub.errors import IntegrityError, UsageError
 from adapterhub.kinds import contracts
-from adapterhub.kinds.method import Given, Parts, Stage
-from adapterhub.kinds.training import Moment, Setting
-from adapterhub.training.parts import Ingredients
+from adapterhub.kinds.method import BuildContext, Parts, Stage
+from adapterhub.kinds.training import StepContext, TrainingContext
+from adapterhub.training.parts import TrainingParts
 
 
-class Learner(nn.Module):
+class StageModule(nn.Module):
     """The base stays outside the module tree: a checkpoint holds the adapter's tensors (and the objective's own) only, and
     they stay where their sites are."""
 
     accepts_loss_kwargs = False
 
-    def __init__(self, setting: Setting, made_of: Ingredients, stage: Stage):
+    def __init__(self, setting: TrainingContext, made_of: TrainingParts, stage: Stage):
         super().__init__()
         self.__dict__.update(setting=setting, stage=stage, made_of=made_of, step=0)
         self.objective, self.recipes, self.schedule = made_of.objective(), made_of.recipes(), made_of.schedule()
@@ -35,7 +35,7 @@ class Learner(nn.Module):
 
     # --- before the first step ---------------------------------------------------------------------------------
 
-    def start(self, parts: Parts, given: Given, stored: Collection[str] | None = None) -> Parts:
+    def start(self, parts: Parts, given: BuildContext, stored: Collection[str] | None = None) -> Parts:
         """What the parameter schedule makes of what the stage built. stored: the sites where an adapter that goes on has
         tensors, which it keeps as they are."""
         started = self.schedule.start(parts, given) if stored is None else parts
@@ -104,9 +104,9 @@ class Learner(nn.Module):
             if not trains:
                 self.optimizing.state.pop(parameter, None)
 
-    def moment(self, name: str) -> Moment:
+    def moment(self, name: str) -> StepContext:
         draw = torch.Generator().manual_seed(seeded(self.setting.seed, self.stage.name, name, self.step))
-        return Moment(self.step, self.setting.steps, draw)
+        return StepContext(self.step, self.setting.steps, draw)
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """{"loss": ()} of a batch of `collate`: the objective's, the recipes' terms, and the stage's penalty."""
@@ -149,11 +149,11 @@ class Learner(nn.Module):
             found["rates"] = [_by_rate(rates) for rates in self.rates]
         return found
 
-    def train(self, mode: bool = True) -> Learner:
+    def train(self, mode: bool = True) -> StageModule:
         self.setting.model.training_mode(mode)
         return super().train(mode)
 
-    def _apply(self, fn, recurse: bool = True) -> Learner:
+    def _apply(self, fn, recurse: bool = True) -> StageModule:
         return self
 
 

@@ -24,7 +24,7 @@ class LeftOut(UserWarning):
 
 
 @dataclass(frozen=True)
-class Ingredient:
+class ChosenPart:
     """An installed part and its options."""
 
     group: str
@@ -46,12 +46,12 @@ class Ingredient:
 
 
 @dataclass(frozen=True)
-class Ingredients:
+class TrainingParts:
     """Chosen, with their options read."""
 
-    chosen_objective: Ingredient
-    chosen_recipes: tuple[Ingredient, ...] = ()
-    chosen_schedule: Ingredient | None = None
+    chosen_objective: ChosenPart
+    chosen_recipes: tuple[ChosenPart, ...] = ()
+    chosen_schedule: ChosenPart | None = None
 
     def objective(self) -> Objective:
         return self.chosen_objective.make()
@@ -131,9 +131,9 @@ class Ingredients:
             )
 
 
-def ingredients(
+def training_parts(
     objective: str | None, recipes: Sequence[str], schedule: str | None, options: Mapping[str, Any]
-) -> tuple[Ingredients, dict[str, Any]]:
+) -> tuple[TrainingParts, dict[str, Any]]:
     """The parts with their options, and the options that are left for the method: those whose names have no dot.
 
     Raises PluginError for a part that is not installed, UsageError for an option of none of them."""
@@ -149,10 +149,10 @@ def ingredients(
     if twice := next((name for name in recipes if list(recipes).count(name) > 1), None):
         raise UsageError(f"the recipe {twice!r} is given twice", "give it once")
 
-    def read(group: str, name: str) -> Ingredient:
-        return Ingredient(group, name, plugins.options(plugins.load(group, name).Config, named.pop(name, {})))
+    def read(group: str, name: str) -> ChosenPart:
+        return ChosenPart(group, name, plugins.options(plugins.load(group, name).Config, named.pop(name, {})))
 
-    chosen = Ingredients(
+    chosen = TrainingParts(
         read("objectives", objective or OBJECTIVE),
         tuple(read("recipes", name) for name in recipes),
         None if schedule is None else read("schedules", schedule),

@@ -17,8 +17,8 @@ from adapterhub.spec import claims
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference
-from adapterhub.training.parts import Ingredients
-from adapterhub.training.starting_point import Start
+from adapterhub.training.parts import TrainingParts
+from adapterhub.training.starting_point import StartingPoint
 from adapterhub.training.trainer import Schedule
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def recipe_of(
     schedule: Schedule,
     max_length: int,
     model: Model,
-    ingredients: Ingredients,
+    ingredients: TrainingParts,
     recipes: Sequence[Recipe],
     extras: Mapping[str, Data],
     beneath: str | None,
@@ -85,7 +85,7 @@ def told(data: Data) -> dict[str, Any]:
     return {"digest": data.digest, "rows": len(data.rows), "kind": data.kind}
 
 
-def measured_on(model: Model, begin: Start, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def measured_on(model: Model, begin: StartingPoint, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a measurement besides its own options: base, data, and how the data are read."""
     base = model.fingerprint.base
     extras = {key: told["digest"] for key, told in recipe.get("extras", {}).items()}

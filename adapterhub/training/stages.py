@@ -18,13 +18,13 @@ from adapterhub.adapters.adapter import modifications_of
 from adapterhub.adapters.names import named_tensors
 from adapterhub.errors import UsageError
 from adapterhub.files import durable
-from adapterhub.kinds.method import Given, Measurement, Parts, Stage, require_plain
-from adapterhub.kinds.training import Setting
+from adapterhub.kinds.method import BuildContext, Measurement, Parts, Stage, require_plain
+from adapterhub.kinds.training import TrainingContext
 from adapterhub.runtime.model import Model
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.tensors.file import dump, load
-from adapterhub.training.module import Learner
-from adapterhub.training.parts import Ingredients
+from adapterhub.training.module import StageModule
+from adapterhub.training.parts import TrainingParts
 from adapterhub.training.trainer import Schedule, fit
 
 
@@ -69,13 +69,17 @@ def planned(
     return plan
 
 
-def given(model: Model, before: Parts, measured: Mapping[str, Tensor] | None = None) -> Given:
+def given(model: Model, before: Parts, measured: Mapping[str, Tensor] | None = None) -> BuildContext:
     """What a stage builds from on this model."""
-    return Given(model.sites, model.base, before, measured or {})
+    return BuildContext(model.sites, model.base, before, measured or {})
 
 
 def attach(
-    model: Model, stage: Stage, start: Given, seed: int, begin: Callable[[Parts, Given], Parts] | None = None
+    model: Model,
+    stage: Stage,
+    start: BuildContext,
+    seed: int,
+    begin: Callable[[Parts, BuildContext], Parts] | None = None,
 ) -> None:
     """Put what the stage trains on the model, in the order of its sites. begin: what a parameter schedule makes of it."""
     torch.manual_seed(seed)
@@ -89,7 +93,7 @@ def attach(
 
 
 def check(
-    model: Model, stages: Sequence[Stage], seed: int, begin: Callable[[Parts, Given], Parts] | None = None
+    model: Model, stages: Sequence[Stage], seed: int, begin: Callable[[Parts, BuildContext], Parts] | None = None
 ) -> None:
     """Refuse before anything is written: what a stage's `check` refuses, and what the first cannot build, unless it builds
     from a measurement. The rest as of `attach`."""
@@ -103,8 +107,8 @@ def check(
 
 def run(
     plan: Sequence[Planned],
-    setting: Setting,
-    made_of: Ingredients,
+    setting: TrainingContext,
+    made_of: TrainingParts,
     folder: Path,
     kept: Path,
     save_every: int | None,
@@ -129,7 +133,7 @@ def run(
             if digest:
                 note["measured"] = digest
             start = given(model, before, measured)
-            learner = Learner(replace(setting, steps=part.schedule.steps), made_of, stage)
+            learner = StageModule(replace(setting, steps=part.schedule.steps), made_of, stage)
             attach(model, stage, start, part.schedule.seed, partial(learner.start, stored=stored))
             log = fit(
                 learner,
@@ -178,7 +182,7 @@ def single(model: Model) -> Parts:
 
 
 @torch.no_grad()
-def _finish(model: Model, stage: Stage, start: Given, learner: Learner, leaves_out: bool) -> None:
+def _finish(model: Model, stage: Stage, start: BuildContext, learner: StageModule, leaves_out: bool) -> None:
     """What is stored: without what never trained, and as the stage says. It takes the place of what trained."""
     untouched = learner.untouched if leaves_out else set()
     if stage.finish is None and not untouched:
@@ -193,7 +197,7 @@ def _finish(model: Model, stage: Stage, start: Given, learner: Learner, leaves_o
 
 
 def measure(
-    measurement: Measurement | None, setting: Setting, folder: Path, shared: Mapping[str, Any]
+    measurement: Measurement | None, setting: TrainingContext, folder: Path, shared: Mapping[str, Any]
 ) -> tuple[Mapping[str, Tensor], str]:
     """What a measurement finds, from the folder if it was taken before, and its sha256; of none: ({}, "").
 

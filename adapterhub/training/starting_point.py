@@ -12,7 +12,7 @@ from adapterhub import plugins
 from adapterhub.adapters.adapter import Adapter, forms_of
 from adapterhub.errors import UsageError
 from adapterhub.kinds.contracts import make
-from adapterhub.kinds.method import Given, Method, Parts, Stage
+from adapterhub.kinds.method import BuildContext, Method, Parts, Stage
 from adapterhub.kinds.modification import Modifications
 from adapterhub.runtime.model import Model
 from adapterhub.runtime.plan import gated
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """What is trained, from where, over what."""
 
     made: Made | None
@@ -57,7 +57,7 @@ class Start:
         last = self.method.stages(self.config)[-1]
         single = {path: parts[0] for path, parts in stored.items()}
 
-        def build(given: Given) -> Parts:
+        def build(given: BuildContext) -> Parts:
             return self._continued(last.build(replace(given, before=single)), stored)
 
         return [replace(last, build=build, measurement=None, options=None, check=None)]
@@ -84,16 +84,16 @@ def gating(stages: Sequence[Stage], children: Callable[[], Sequence[Modification
     """The stages of a method that `weighs`, over what it weighs."""
 
     def wrapped(stage: Stage) -> Stage:
-        def where(given: Given, acting: Sequence[Modifications]) -> Given:
+        def where(given: BuildContext, acting: Sequence[Modifications]) -> BuildContext:
             return replace(given, sites=[site for site in given.sites if any(site.path in child for child in acting)])
 
-        def build(given: Given) -> Parts:
+        def build(given: BuildContext) -> Parts:
             acting = children()
             fresh = stage.build(where(given, acting))
             gates = gated({path: [gate] for path, gate in fresh.items()}, acting, "the new gate")
             return {path: gate for path, [gate] in gates.items()}
 
-        def check(given: Given) -> None:
+        def check(given: BuildContext) -> None:
             stage.check(where(given, children()))
 
         return replace(stage, build=build, check=stage.check and check)
@@ -101,13 +101,13 @@ def gating(stages: Sequence[Stage], children: Callable[[], Sequence[Modification
     return [wrapped(stage) for stage in stages]
 
 
-def start(
+def starting_point(
     hub: Releases,
     method: str | None,
     options: Mapping[str, Any] | None,
     on: Sequence[str] | None,
     continue_from: str | None,
-) -> Start:
+) -> StartingPoint:
     """What train's arguments ask for; nothing slow happens. Raises UsageError, NotFound and PluginError."""
     goes_on, parents, made, beneath = None, [], None, None
     if continue_from is not None:
@@ -150,7 +150,7 @@ def start(
         instance, config = make(cls), plugins.options(cls.Config, dict(made.options))
         distribution = plugins.distribution("methods", made.name)
         made = Made(name=made.name, options=msgspec.to_builtins(asdict(config)), distribution=distribution)
-    return Start(made, instance, config, parents, beneath, goes_on)
+    return StartingPoint(made, instance, config, parents, beneath, goes_on)
 
 
 def _parent(release: Release, relation: str) -> Parent:

@@ -27,19 +27,19 @@ from adapterhub.errors import UsageError
 from adapterhub.files import durable
 from adapterhub.kinds.method import Stage
 from adapterhub.kinds.recipe import Recipe
-from adapterhub.kinds.training import Setting
+from adapterhub.kinds.training import TrainingContext
 from adapterhub.runtime.model import Model, load
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Made, Release
 from adapterhub.spec.parents import joined_licences
 from adapterhub.store.naming import check_new
 from adapterhub.tensors.file import check_finite
-from adapterhub.training.parts import Ingredients, ingredients
+from adapterhub.training.parts import TrainingParts, training_parts
 from adapterhub.training.provenance import already_published, as_json, measured_on, metrics_of, recipe_of
 from adapterhub.training.request import EPOCHS, TrainRequest
 from adapterhub.training.stages import Planned, check, forget, planned
 from adapterhub.training.stages import run as run_in_order
-from adapterhub.training.starting_point import Start, start
+from adapterhub.training.starting_point import StartingPoint, starting_point
 from adapterhub.training.trainer import Schedule
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Job:
     request: TrainRequest
     name: str
     base: object
-    begin: Start
-    ingredients: Ingredients
+    begin: StartingPoint
+    ingredients: TrainingParts
     rows: Data
     held_out: Data | None
     extras: Mapping[str, Data]
@@ -70,7 +70,7 @@ class Job:
 class Run:
     """A job on its loaded base: the encoded data, the stages in order, and all that decides the result."""
 
-    setting: Setting
+    setting: TrainingContext
     stages: Sequence[Planned]
     recipe: Mapping[str, Any]
     decides: dict[str, Any]
@@ -120,8 +120,8 @@ def prepare(hub: Releases, request: TrainRequest) -> Job:
             "start it as one process, without torchrun",
         )
     recipes = [request.recipes] if isinstance(request.recipes, str) else request.recipes
-    parts, options = ingredients(request.objective, recipes, request.schedule, request.options or {})
-    begin = start(hub, request.method, options, request.on, request.continue_from)
+    parts, options = training_parts(request.objective, recipes, request.schedule, request.options or {})
+    begin = starting_point(hub, request.method, options, request.on, request.continue_from)
     parts.check_goes_on(begin.goes_on, request.objective)
     name = check_new(hub.index, request.name or (begin.goes_on.name if begin.goes_on else ""))
     base = _recorded_base(begin.goes_on) if request.base is None else request.base
@@ -183,13 +183,13 @@ def plan(job: Job, model: Model) -> Run:
     return Run(setting, parts, recipe, decides, folder)
 
 
-def _encoded(job: Job, model: Model, stages: Sequence[Stage], recipes: Sequence[Recipe]) -> Setting:
+def _encoded(job: Job, model: Model, stages: Sequence[Stage], recipes: Sequence[Recipe]) -> TrainingContext:
     """The data in tokens, as the recipes make them. Raises for a stage that cannot be built and for data that is not read."""
     request, parts = job.request, job.ingredients
     examples = _examples(_through(recipes, job.rows), model, request.max_length)
     pad = pad_token(model.tokenizer)
     extras = {key: _examples(data, model, request.max_length) for key, data in job.extras.items()}
-    setting = Setting(model, examples, pad, request.batch_size, request.seed, extras=extras)
+    setting = TrainingContext(model, examples, pad, request.batch_size, request.seed, extras=extras)
     check(model, stages, request.seed, parts.schedule().start if job.begin.goes_on is None else None)
     for measurement in filter(None, (stage.measurement for stage in stages)):
         if measurement.extra is not None:
@@ -258,7 +258,7 @@ def _through(recipes: Sequence[Recipe], rows: Data) -> Data:
     return rows
 
 
-def _precision(begin: Start, dtype: str) -> str:
+def _precision(begin: StartingPoint, dtype: str) -> str:
     """The base's dtype as asked for; float32 where the method needs it and nothing is asked for."""
     if begin.method is None or not begin.method.float32_base or dtype == "stored":
         return dtype
@@ -266,7 +266,7 @@ def _precision(begin: Start, dtype: str) -> str:
     return "float32"
 
 
-def _check_precision(begin: Start, dtype: str) -> None:
+def _check_precision(begin: StartingPoint, dtype: str) -> None:
     if begin.method is not None and begin.method.float32_base and dtype in ("bfloat16", "float16"):
         raise UsageError(
             f"the method {begin.made.name!r} trains through the base's weights, and {dtype} would round what it learns away",

@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer over a Learner, which owns what trains and nothing else."""
+"""The training loop: transformers' Trainer over a StageModule, which owns what trains and nothing else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from adapterhub.errors import HubError, UsageError
 from adapterhub.files import durable
 from adapterhub.kinds.contracts import number
 from adapterhub.spec.digest import canonical
-from adapterhub.training.module import Learner
+from adapterhub.training.module import StageModule
 
 COMPLETE = "complete.json"
 """Written into a checkpoint last: the sha256 of its files. A checkpoint without it, or with other bytes, is none."""
@@ -46,7 +46,7 @@ class Schedule:
     """Compute the layers' activations again in the backward pass instead of keeping them."""
 
 
-def fit(learner: Learner, schedule: Schedule, folder: Path, save_every: int, title: str) -> list[dict[str, float]]:
+def fit(learner: StageModule, schedule: Schedule, folder: Path, save_every: int, title: str) -> list[dict[str, float]]:
     """Train what is trainable in the learner's model, in place; returns the loss curve: step, loss, gradient norm, rate of
     each step.
 
@@ -136,7 +136,7 @@ def _arguments(schedule: Schedule, folder: Path, save_every: int, device: torch.
 class _Watch(TrainerCallback):
     """What happens beside the loop."""
 
-    def __init__(self, learner: Learner, shown: Callable[[int, float], None]):
+    def __init__(self, learner: StageModule, shown: Callable[[int, float], None]):
         self.learner, self.shown = learner, shown
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:

@@ -30,7 +30,7 @@ import torch
 from adapterhub_corda import CorDA
 
 import adapterhub
-from adapterhub import Given, Setting
+from adapterhub import BuildContext, TrainingContext
 from adapterhub.data import read
 from adapterhub.data.batches import pad_token
 from adapterhub.data.encoding import encode
@@ -71,11 +71,11 @@ def dropped(hub: adapterhub.Hub, base: Path, calibration: Path, test: Path, damp
     """The loss without the smallest components of the weights."""
     model = hub.load(str(base))
     examples, _ = encode(read(calibration), model.tokenizer, 64)
-    setting = Setting(model, examples, pad_token(model.tokenizer), extras={"calibration": examples})
+    setting = TrainingContext(model, examples, pad_token(model.tokenizer), extras={"calibration": examples})
     (stage,) = CorDA().stages(CorDA.Config(r=DROPPED, mode="kpm", damp=damp, target_modules=WHOLE))
     with torch.no_grad():
         measured = stage.measurement.take(setting)
-    parts = stage.build(Given(model.sites, model.base, measured=measured))
+    parts = stage.build(BuildContext(model.sites, model.base, measured=measured))
     ends = {path: (part.down[:DROPPED], -part.up[:, DROPPED:]) for path, part in parts.items()}  # A0 and −B0
     model.attach_new({path: LowRank(down=a, up=b, scale=torch.tensor(1.0)) for path, (a, b) in ends.items()})
     return evaluate(None, None, None, test, model=model)["loss"]

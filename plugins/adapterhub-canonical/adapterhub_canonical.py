@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutput
 
-from adapterhub import Model, Moment, Objective, Setting, token_losses
+from adapterhub import Model, Objective, StepContext, TrainingContext, token_losses
 from adapterhub.data import read
 from adapterhub.data.batches import IGNORE, pad_token
 from adapterhub.data.encoding import encode
@@ -89,7 +89,7 @@ class Canonical(Objective):
                     "for example --set canonical.weight=1 --set canonical.budget=0.001",
                 )
 
-    def prepare(self, setting: Setting) -> None:
+    def prepare(self, setting: TrainingContext) -> None:
         """Raises UsageError for rows without the completions that the loss compares, and too little general text."""
         super().prepare(setting)
         for row in setting.examples:
@@ -118,7 +118,7 @@ class Canonical(Objective):
                 "give more general text",
             )
 
-    def loss(self, batch: Mapping[str, Tensor], moment: Moment) -> Tensor:
+    def loss(self, batch: Mapping[str, Tensor], moment: StepContext) -> Tensor:
         model, labels = self.setting.model, batch["labels"]
         losses = token_losses(model, batch).sum(1) / (labels != IGNORE).sum(1)
         everyone = torch.arange(len(losses), device=losses.device)
@@ -163,7 +163,7 @@ def within(model: Model | Carried, background: str | Path, budget: float, expres
         )
     big = model.big if isinstance(model, Carried) else model
     examples, _ = encode(read(background), big.tokenizer, 1024)
-    batches = list(Setting(big, examples, pad_token(big.tokenizer)).batches(examples))
+    batches = list(TrainingContext(big, examples, pad_token(big.tokenizer)).batches(examples))
 
     def at(weight: float) -> float:
         if isinstance(model, Carried):

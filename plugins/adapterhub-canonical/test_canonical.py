@@ -9,7 +9,7 @@ import torch
 from adapterhub_canonical import Canonical, Carried, divergence, edit_loss, within
 
 import adapterhub
-from adapterhub import Example, Model, Setting, plugins
+from adapterhub import Example, Model, TrainingContext, plugins
 from adapterhub.data.batches import pad_left
 from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.testing import check
@@ -105,7 +105,7 @@ def test_the_divergence_is_the_formula_over_real_tokens_only():
         kl = (np.exp(before) * (before - after)).sum(-1)
         total += kl[max(example.start, 1) - 1 : -1].tolist()  # where a label is predicted
     assert len(total) == 4 + 2 + 2
-    found = divergence(model, Setting(model, examples, 0).batch(examples))
+    found = divergence(model, TrainingContext(model, examples, 0).batch(examples))
     assert found.item() == pytest.approx(np.mean(total), rel=1e-4) and found.item() > 0.01
     found.backward()
     assert all(tensor.grad.abs().max() > 0 for tensor in model.trainable_parameters())
@@ -120,10 +120,10 @@ def test_the_loss_is_the_examples_and_the_weighed_divergence_of_the_rows_drawn(w
     ]
     general = [Example(n, (30 + n, 31, 32, 33 - n), 0) for n in range(10)]
     objective = Canonical(Canonical.Config(loss="good_vs_bad", weight=weight, rows=3))
-    setting = Setting(model, rows, 0, extras={"background": general})
+    setting = TrainingContext(model, rows, 0, extras={"background": general})
     objective.prepare(setting)
     assert [e.line for e in objective.held_out] == [0, 5] and len(objective.general) == 8
-    moment = adapterhub.Moment(0, 1, torch.Generator().manual_seed(4))
+    moment = adapterhub.StepContext(0, 1, torch.Generator().manual_seed(4))
     drawn = torch.randperm(8, generator=torch.Generator().manual_seed(4))[:3]
     wanted = []
     for row in rows:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from adapterhub import Moment, Objective, Setting, token_losses
+from adapterhub import Objective, StepContext, TrainingContext, token_losses
 from adapterhub.errors import UsageError
 
 
@@ -68,7 +68,7 @@ class CoPG(Objective):
             if self.pair not in PAIRS:
                 raise UsageError(f"unknown copg.pair {self.pair!r}", f"one of: {', '.join(PAIRS)}")
 
-    def prepare(self, setting: Setting) -> None:
+    def prepare(self, setting: TrainingContext) -> None:
         """Raises UsageError for a row of one completion, where no row prefers one completion to another, and for rewards so far
         apart or so close that float32 cannot hold their differences."""
         super().prepare(setting)
@@ -101,7 +101,7 @@ class CoPG(Objective):
         self.rewards = self.rewards.to(setting.model.device)
         self.pairs = sum(1 for row in rewards for _ in combinations(row, 2))
 
-    def loss(self, batch: Mapping[str, Tensor], moment: Moment) -> Tensor:
+    def loss(self, batch: Mapping[str, Tensor], moment: StepContext) -> Tensor:
         model = self.setting.model
         with model.without_new():
             reference = token_losses(model, batch)

@@ -10,7 +10,7 @@ import torch
 from adapterhub_copg import CoPG, pair_loss
 
 import adapterhub
-from adapterhub import Example, Setting, plugins
+from adapterhub import Example, TrainingContext, plugins
 from adapterhub.errors import UsageError
 from adapterhub.runtime.model import Model
 from adapterhub.runtime.scoring import label_scores, token_losses
@@ -149,7 +149,7 @@ def log_likelihood(base, example):
 def test_the_loss_is_the_formula_with_sums_over_tokens_and_the_bare_base_as_reference(standardise):
     model, rows = fresh()
     objective = CoPG(CoPG.Config(beta=0.2, standardise=standardise))
-    objective.prepare(Setting(model, rows, pad=0))
+    objective.prepare(TrainingContext(model, rows, pad=0))
     batch = objective.setting.batch(rows)
     with model.without_new():
         reference = token_losses(model, batch).sum(1)
@@ -181,7 +181,7 @@ def test_what_all_rewards_have_in_common_changes_nothing(offset, pair):
     for more in (0.0, offset):
         here = [tuple(replace(e, reward=e.reward / 64 + more) for e in row) for row in rows]
         objective = CoPG(CoPG.Config(pair=pair))
-        objective.prepare(Setting(model, here, pad=0))
+        objective.prepare(TrainingContext(model, here, pad=0))
         loss = objective.loss(objective.setting.batch(here[::-1]), None)
         found.append([loss, *torch.autograd.grad(loss, model.trainable_parameters())])
     for plain, shifted in zip(*found, strict=True):
@@ -257,5 +257,5 @@ def test_rewards_out_of_range_are_refused(size, offset, standardise):
         tuple(replace(e, reward=size * (-1) ** n + g * offset) for n, e in enumerate(r)) for g, r in enumerate(rows)
     ]
     with pytest.raises(UsageError, match="the rewards differ by") as caught:
-        CoPG(CoPG.Config(standardise=standardise)).prepare(Setting(model, rows, pad=0))
+        CoPG(CoPG.Config(standardise=standardise)).prepare(TrainingContext(model, rows, pad=0))
     assert "sane range" in caught.value.hint

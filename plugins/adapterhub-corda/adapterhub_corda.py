@@ -11,7 +11,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from adapterhub import Example, Given, Measurement, Method, Modification, Setting, Site, Stage, Step, token_losses
+from adapterhub import (
+    BuildContext,
+    Example,
+    Measurement,
+    Method,
+    Modification,
+    Site,
+    Stage,
+    Step,
+    TrainingContext,
+    token_losses,
+)
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.sites import select
@@ -78,20 +89,20 @@ class CorDA(Method):
                 )
 
     def stages(self, config: Config) -> Sequence[Stage]:
-        def build(given: Given) -> dict[str, LowRank]:
+        def build(given: BuildContext) -> dict[str, LowRank]:
             if given.before:  # an adapter that goes on: A − D is what it began with
                 return {p: (Anchored if _halved(m) else LowRank)(**m.tensors) for p, m in given.before.items()}
             chosen = _chosen(given.sites, config)
             return {site.path: _begun(given.weight(site), given.measured[site.module], config) for site in chosen}
 
-        def fits(given: Given) -> None:
+        def fits(given: BuildContext) -> None:
             most = min(min(site.inputs, site.outputs) for site in _chosen(given.sites, config))
             if config.r > most:
                 raise UsageError(
                     f"r is {config.r}, and the smallest of the chosen weights has {most} components", "give a smaller r"
                 )
 
-        def take(setting: Setting) -> dict[str, Tensor]:
+        def take(setting: TrainingContext) -> dict[str, Tensor]:
             chosen = _chosen(setting.model.sites, config)
             if config.mode == "ipm":
                 return covariances(setting, setting.examples, chosen)
@@ -133,7 +144,7 @@ def _chosen(sites: Sequence[Site], config: CorDA.Config) -> list[Site]:
     return chosen
 
 
-def covariances(setting: Setting, examples: Sequence[Example], sites: Sequence[Site]) -> dict[str, Tensor]:
+def covariances(setting: TrainingContext, examples: Sequence[Example], sites: Sequence[Site]) -> dict[str, Tensor]:
     """{path of a module: Σ x·xᵀ over the tokens x of the examples that go into it, (inputs, inputs) float32}, one for all
     the sites inside of it. A factor decides nothing, so there is none.
 

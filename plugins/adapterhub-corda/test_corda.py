@@ -8,7 +8,7 @@ import torch
 from adapterhub_corda import Anchored, CorDA, covariances, decompose
 
 import adapterhub
-from adapterhub import Example, Given, Model, Setting, Step, plugins
+from adapterhub import BuildContext, Example, Model, Step, TrainingContext, plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.errors import UsageError
 from adapterhub.forms.low_rank import LowRank
@@ -31,7 +31,9 @@ def setting(model, batch_size=4, **extras):
     rows = [torch.randint(3, 96, (5 + n % 6,), generator=draw) for n in range(12)]
     examples = [Example(n, tuple(row.tolist()), 2) for n, row in enumerate(rows)]
     pad = 9  # a token with an embedding, that of <pad> is zero
-    return Setting(model, examples, pad, batch_size, extras={name: examples[:count] for name, count in extras.items()})
+    return TrainingContext(
+        model, examples, pad, batch_size, extras={name: examples[:count] for name, count in extras.items()}
+    )
 
 
 def begun(base, **options):
@@ -39,9 +41,9 @@ def begun(base, **options):
     model = Model(base.requires_grad_(False))
     (stage,) = CorDA().stages(config(**options))
     with torch.no_grad():
-        stage.check(Given(model.sites, base))
+        stage.check(BuildContext(model.sites, base))
         measured = stage.measurement.take(setting(model, calibration=6))
-    return model, stage.build(Given(model.sites, base, measured=measured)), measured
+    return model, stage.build(BuildContext(model.sites, base, measured=measured)), measured
 
 
 def logits(model):
@@ -233,7 +235,7 @@ def test_training_moves_one_half_and_the_covariance_is_measured_once(tiny_folder
     kept = files()
     (measured,) = map(load, (hub.root / "training/measured").glob("*.safetensors"))
     base = tiny_llama()
-    fresh = CorDA().stages(config(r=4))[0].build(Given(sites(base), base, measured=measured))
+    fresh = CorDA().stages(config(r=4))[0].build(BuildContext(sites(base), base, measured=measured))
     parts = Adapter.load(hub, release).modifications()
     before, after = quarters({path: [part] for path, part in fresh.items()}), quarters(parts)
     went_on(before, after)

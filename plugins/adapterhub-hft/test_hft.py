@@ -18,7 +18,7 @@ from adapterhub.errors import UsageError
 from adapterhub.sites import select, sites
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama
-from adapterhub.training.module import Learner
+from adapterhub.training.module import StageModule
 
 ATTENTION = ["query", "key", "value", "attention_output"]
 FFN = ["ffn_gate", "ffn_up", "ffn_down"]
@@ -182,9 +182,9 @@ def test_it_trains_as_a_plain_loop_over_the_chosen_matrices_and_stores_nothing_e
         assert {name for name, p in names.items() if p.requires_grad} == held
         held_by_step.append({name.replace("/", ".").removesuffix(".dense.0.weight") for name in held})
 
-    held_by_step, whole = [], Learner.forward
-    monkeypatch.setattr(Learner, "forward", forward)
-    monkeypatch.setattr(Learner, "after_step", after_step)
+    held_by_step, whole = [], StageModule.forward
+    monkeypatch.setattr(StageModule, "forward", forward)
+    monkeypatch.setattr(StageModule, "after_step", after_step)
     options = {"hft.rounds": 2, "target_modules": [*ATTENTION, *FFN, "embedding"], "hft.io": "freeze"}
     made = hub.train(
         str(tiny_folder), "full", path, "me/half", schedule="hft", options=options, steps=10, lr=3e-3, batch_size=5, seed=3
@@ -232,9 +232,9 @@ def test_a_run_killed_before_at_or_after_the_border_of_rounds_ends_with_the_same
             raise KeyboardInterrupt
         return forward(*args, **kwargs)
 
-    forward = Learner.forward
+    forward = StageModule.forward
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Learner, "forward", killed)
+        patch.setattr(StageModule, "forward", killed)
         again.train(**given)
     assert list((again.root / "training").glob(f"*/train/checkpoint-{(stop - 1) // 2 * 2}"))
     assert again.train(**given).digest == made.digest

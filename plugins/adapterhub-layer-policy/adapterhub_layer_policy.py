@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from adapterhub import Given, ParameterSchedule, Site
+from adapterhub import BuildContext, ParameterSchedule, Site
 from adapterhub.errors import UsageError
 from adapterhub.forms.dense import Dense
 from adapterhub.kinds.method import Parts
@@ -42,7 +42,7 @@ class LayerPolicy(ParameterSchedule):
     example: ClassVar = {"freeze_below": 1, "lr_decay": 0.5}
     started = False
 
-    def start(self, parts: Parts, given: Given) -> Parts:
+    def start(self, parts: Parts, given: BuildContext) -> Parts:
         self.started, top, layers = True, self.config.reinit_top, height(given.sites)
         if not top:
             return parts
@@ -88,7 +88,7 @@ def height(sites: Iterable[Site]) -> int:
     return 1 + max((site.layer for site in sites if site.layer is not None), default=-1)
 
 
-def afresh(part: Dense, site: Site, given: Given) -> Dense:
+def afresh(part: Dense, site: Site, given: BuildContext) -> Dense:
     """The change that puts numbers of N(0, initializer_range²) in place of the base's weight, and 0 in place of its bias.
 
     Random numbers from torch's global generator. Raises UsageError where the weight is not there to be replaced."""

@@ -10,7 +10,7 @@ from adapterhub_layer_policy import LayerPolicy
 from transformers import AutoModelForCausalLM
 
 import adapterhub
-from adapterhub import Given, plugins
+from adapterhub import BuildContext, plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.errors import UsageError
 from adapterhub.methods.full import Full
@@ -18,7 +18,7 @@ from adapterhub.methods.lora import LoRA
 from adapterhub.sites import select, sites
 from adapterhub.testing import check
 from adapterhub.testing.bed import tiny_llama
-from adapterhub.training.module import Learner
+from adapterhub.training.module import StageModule
 
 EVERYWHERE = ["query", "key", "value", "attention_output", "ffn_gate", "ffn_up", "ffn_down", "embedding", "head"]
 
@@ -33,7 +33,7 @@ def rates(part, here):
 
 
 def built(base, method=Full, **options):
-    given = Given(sites(base), base)
+    given = BuildContext(sites(base), base)
     return given, method().build(given.sites, plugins.options(method.Config, options))
 
 
@@ -161,7 +161,7 @@ def test_a_fresh_bias_is_zero_and_norms_keep_the_bases_values():
 
 def test_a_run_killed_in_fresh_layers_ends_with_the_same_bytes(train, tmp_path, monkeypatch):
     options = {"layer_policy.reinit_top": 1, "layer_policy.lr_decay": 0.5}
-    made, calls, forward = train("full", options=options, steps=6, save_every=2)[0], [], Learner.forward
+    made, calls, forward = train("full", options=options, steps=6, save_every=2)[0], [], StageModule.forward
 
     def killed(*args, **kwargs):
         calls.append(1)
@@ -171,7 +171,7 @@ def test_a_run_killed_in_fresh_layers_ends_with_the_same_bytes(train, tmp_path, 
 
     train.hub = adapterhub.open(tmp_path / "again", create=True)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Learner, "forward", killed)
+        patch.setattr(StageModule, "forward", killed)
         train("full", options=options, steps=6, save_every=2)
     assert list((train.hub.root / "training").glob("*/train/checkpoint-2"))
     assert train("full", options=options, steps=6, save_every=2)[0].digest == made.digest

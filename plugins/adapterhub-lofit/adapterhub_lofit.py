@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adapterhub import Given, Method, Modification, Site, Stage
+from adapterhub import BuildContext, Method, Modification, Site, Stage
 from adapterhub.errors import UsageError
 from adapterhub.forms.affine import Affine
 from adapterhub.sites import select
@@ -54,17 +54,17 @@ class LoFiT(Method):
                 )
 
     def stages(self, config: Config) -> Sequence[Stage]:
-        def gains(given: Given) -> dict[str, Affine]:
+        def gains(given: BuildContext) -> dict[str, Affine]:
             return {s.path: Affine.of(gain=1e-3 * torch.randn(s.inputs), into=True) for s in _sites(given.sites)}
 
-        def offsets(given: Given) -> dict[str, Offsets]:
+        def offsets(given: BuildContext) -> dict[str, Offsets]:
             names = config.heads or _strongest(_sites(given.sites), given.before, config)
             return _offsets(_sites(given.sites), names)
 
         def norm(parts: Mapping[str, Modification]) -> Tensor:
             return config.l1 * sum(part.gain.abs().sum() for part in parts.values())
 
-        def fits(given: Given) -> None:
+        def fits(given: BuildContext) -> None:
             _count(_sites(given.sites), config)
 
         tune = Stage("offsets", offsets, 1 - config.select_share, note=_named)

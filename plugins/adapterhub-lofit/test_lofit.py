@@ -8,7 +8,7 @@ import torch
 from adapterhub_lofit import LoFiT
 
 import adapterhub
-from adapterhub import Given, Step, plugins
+from adapterhub import BuildContext, Step, plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.errors import UsageError
 from adapterhub.runtime.fold import fold
@@ -32,14 +32,14 @@ def test_the_heads_with_the_longest_gains_are_taken_over_all_layers():
     here = sites(tiny_llama())
     selecting, tune = LoFiT().stages(config(k=3))
     torch.manual_seed(0)
-    gains = selecting.build(Given(here, None))
+    gains = selecting.build(BuildContext(here, None))
     assert list(gains) == [site.path for site in select(here, "attention_output")]
     draw = np.random.default_rng(1).standard_normal((2, HEADS, WIDTH)).astype(np.float32)
     draw[1] *= 3  # all three lie in the second layer
     for part, values in zip(gains.values(), draw, strict=True):
         part.tensors["gain"] = torch.tensor(values.reshape(-1))
     wanted = np.sort(np.argsort(-np.linalg.norm(draw, axis=2).reshape(-1))[:3])
-    (path, part), *rest = tune.build(Given(here, None, gains)).items()
+    (path, part), *rest = tune.build(BuildContext(here, None, gains)).items()
     assert not rest and path == "model.layers.1.self_attn.o_proj"
     assert part.heads == tuple(f"{head // HEADS}.{head % HEADS}" for head in wanted)
     outside = part.tensors["shift"].view(HEADS, WIDTH).any(1).tolist()
@@ -48,7 +48,7 @@ def test_the_heads_with_the_longest_gains_are_taken_over_all_layers():
 
 def test_the_penalty_is_the_papers_l1():
     selecting, _ = LoFiT().stages(config(l1=0.25))
-    gains = selecting.build(Given(sites(tiny_llama()), None))
+    gains = selecting.build(BuildContext(sites(tiny_llama()), None))
     for part in gains.values():
         part.tensors["gain"] = torch.full((HEADS * WIDTH,), -2.0)
     assert selecting.penalty(gains).item() == pytest.approx(0.25 * 2.0 * 2 * HEADS * WIDTH)
@@ -58,7 +58,7 @@ def test_an_offset_is_a_bias_after_the_output_projection():
     """W(z + v) = Wz + Wv, so it folds: the paper's fact, and the bias is W v to the last bits."""
     base = tiny_llama().double()
     (stage,) = LoFiT().stages(config(heads=["0.1", "0.3"]))
-    ((path, part),) = stage.build(Given(sites(base), None)).items()
+    ((path, part),) = stage.build(BuildContext(sites(base), None)).items()
     part.tensors["shift"] = torch.where(part.mask > 0, torch.randn(HEADS * WIDTH, dtype=torch.float64), 0.0)
     module, z = base.get_submodule(path), torch.randn(2, 5, HEADS * WIDTH, dtype=torch.float64)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_a_wrong_head_is_told_the_first_and_the_last_in_the_order_of_layers():
     """By the layers' numbers, not by their letters: 9.3 is not the last of twelve layers."""
     (stage,) = LoFiT().stages(config(heads=["12.0"]))
     with pytest.raises(UsageError) as caught:
-        stage.build(Given(sites(tiny_llama(num_hidden_layers=12)), None))
+        stage.build(BuildContext(sites(tiny_llama(num_hidden_layers=12)), None))
     assert caught.value.hint == "heads are named 0.0 to 11.3"
 
 
@@ -113,7 +113,7 @@ def test_a_wrong_head_is_told_the_first_and_the_last_in_the_order_of_layers():
 )
 def test_wrong_options_are_refused(options):
     with pytest.raises(UsageError) as caught:
-        stages, given = LoFiT().stages(config(**options)), Given(sites(tiny_llama()), None)
+        stages, given = LoFiT().stages(config(**options)), BuildContext(sites(tiny_llama()), None)
         stages[0].build(given)
         stages[-1].check(given)
     assert caught.value.hint

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterhub import Given, Method, Modification, Site, Stage
+from adapterhub import BuildContext, Method, Modification, Site, Stage
 from adapterhub.errors import UsageError
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.sparse import Sparse
@@ -51,11 +51,11 @@ class LTSFT(Method):
                 raise UsageError(f"unknown mask {self.mask!r}", "one of: largest, random")
 
     def stages(self, config: Config) -> Sequence[Stage]:
-        def everything(given: Given) -> dict[str, Dense]:
+        def everything(given: BuildContext) -> dict[str, Dense]:
             chosen = _changeable(given.sites, config)
             return {site.path: Dense(weight=torch.zeros(site.outputs, site.inputs)) for site in chosen}
 
-        def places(given: Given) -> dict[str, Sparse]:
+        def places(given: BuildContext) -> dict[str, Sparse]:
             chosen, before = _changeable(given.sites, config), given.before
             made = {}
             if any(isinstance(part, Sparse) for part in before.values()):  # an adapter that goes on keeps its places
@@ -81,7 +81,7 @@ class LTSFT(Method):
         def sparse_norm(parts: Mapping[str, Modification]) -> Tensor:
             return sum(config.l1 / part.among * part.values.abs().sum() for part in parts.values())
 
-        def fits(given: Given) -> None:
+        def fits(given: BuildContext) -> None:
             _count(_changeable(given.sites, config), config)
 
         penalty = sparse_norm if config.l1 else None

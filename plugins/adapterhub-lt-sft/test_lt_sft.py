@@ -8,7 +8,7 @@ import torch
 from adapterhub_lt_sft import LTSFT, strongest
 
 import adapterhub
-from adapterhub import Given, plugins
+from adapterhub import BuildContext, plugins
 from adapterhub.adapters.adapter import Adapter, modifications_of
 from adapterhub.errors import UsageError
 from adapterhub.sites import select, sites
@@ -43,11 +43,11 @@ def test_places_are_those_that_moved_most_and_values_start_at_zero():
     here = sites(tiny_llama())
     probe, train = LTSFT().stages(config(k=50))
     torch.manual_seed(0)
-    before = probe.build(Given(here, None))
+    before = probe.build(BuildContext(here, None))
     assert set(before) == {site.path for site in select(here, "all-linear")}
     for n, part in enumerate(before.values()):
         part.tensors["weight"] = torch.randn_like(part.weight) * (1.0 if n < 2 else 1e-3)
-    made = train.build(Given(here, None, before))
+    made = train.build(BuildContext(here, None, before))
     assert set(made) == set(list(before)[:2])
     assert sum(len(part.index) for part in made.values()) == 50
     assert all(not part.values.any() for part in made.values())
@@ -62,11 +62,11 @@ def test_the_penalty_is_the_mean_over_all_that_may_change():
     here = sites(tiny_llama())
     size = sum(site.inputs * site.outputs for site in select(here, "all-linear"))
     probe, train = LTSFT().stages(config(k=10, l1=0.5))
-    before = probe.build(Given(here, None))
+    before = probe.build(BuildContext(here, None))
     for part in before.values():
         part.tensors["weight"] = torch.full_like(part.weight, -2.0)
     assert probe.penalty(before).item() == pytest.approx(0.5 * 2.0)
-    made = train.build(Given(here, None, before))
+    made = train.build(BuildContext(here, None, before))
     for part in made.values():
         part.tensors["values"] = torch.full_like(part.values, 3.0)
     assert train.penalty(made).item() == pytest.approx(0.5 * 10 * 3.0 / size)
@@ -107,7 +107,7 @@ def test_a_random_mask_has_k_places_by_the_seed_and_needs_no_probe():
 
     def places(seed):
         torch.manual_seed(seed)
-        return {path: part.index.tolist() for path, part in only.build(Given(base, None)).items()}
+        return {path: part.index.tolist() for path, part in only.build(BuildContext(base, None)).items()}
 
     drawn = places(0)
     assert sum(map(len, drawn.values())) == 500 and drawn == places(0) != places(1)
@@ -123,7 +123,7 @@ def test_a_random_mask_has_k_places_by_the_seed_and_needs_no_probe():
 )  # fmt: skip
 def test_wrong_options_are_refused(options):
     with pytest.raises(UsageError) as caught:
-        stages, given = LTSFT().stages(config(**options)), Given(sites(tiny_llama()), None)
+        stages, given = LTSFT().stages(config(**options)), BuildContext(sites(tiny_llama()), None)
         stages[0].build(given)
         stages[-1].check(given)
     assert caught.value.hint

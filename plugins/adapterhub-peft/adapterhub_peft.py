@@ -10,7 +10,7 @@ import torch
 from adapterhub_peft_layer import TRAINED, TYPES, PeftLayer, check_options, layer_state, layers, plain, some
 from torch import nn
 
-from adapterhub import Given, Method, Modification, Site, Stage, Step
+from adapterhub import BuildContext, Method, Modification, Site, Stage, Step
 from adapterhub.errors import UsageError
 from adapterhub.formats.peft.config import MEASURED
 from adapterhub.formats.peft.lower import lowered
@@ -62,14 +62,14 @@ class Peft(Method):
     def stages(self, config: Config) -> Sequence[Stage]:
         made: dict[str, PeftLayer] = {}
 
-        def build(given: Given) -> Mapping[str, Modification]:
+        def build(given: BuildContext) -> Mapping[str, Modification]:
             made.clear()
             if given.before and not any(isinstance(part, PeftLayer) for part in given.before.values()):
                 return _go_on(given.before, config)
             made.update(_build(given, config))
             return dict(made)
 
-        def finish(trained: Mapping[str, Modification], given: Given) -> Mapping[str, Any]:
+        def finish(trained: Mapping[str, Modification], given: BuildContext) -> Mapping[str, Any]:
             if not made:  # a LoRA that went on
                 return trained
             done, sites = {}, {site.path: site for site in given.sites}
@@ -93,7 +93,7 @@ def _go_on(before: Mapping[str, Modification], config: Peft.Config) -> Mapping[s
     return before
 
 
-def _build(given: Given, config: Peft.Config) -> dict[str, PeftLayer]:
+def _build(given: BuildContext, config: Peft.Config) -> dict[str, PeftLayer]:
     usual = "embedding" if config.type == "TRAINABLE_TOKENS" else "all-linear"
     chosen = select(given.sites, config.target_modules or usual)
     if wrong := next((site.path for site in chosen if not (site.linear or site.embedding)), None):
@@ -114,7 +114,7 @@ def _build(given: Given, config: Peft.Config) -> dict[str, PeftLayer]:
     return parts
 
 
-def _alone(site: Site, given: Given) -> nn.Module:
+def _alone(site: Site, given: BuildContext) -> nn.Module:
     """A copy of the base's module, or of its columns, without what runs there."""
     bias = given.base.get_submodule(site.module).bias if site.bias else None
     return plain(given.weight(site), bias[site.columns.index()] if site.bias and site.columns else bias, site.embedding)
@@ -144,7 +144,7 @@ def _try(part: PeftLayer, site: Site, weight: torch.Tensor, lower: str) -> None:
             raise UsageError(wrong, "leave out lower=never")
 
 
-def _stored(part: PeftLayer, site: Site, given: Given, lower: str) -> list[Modification]:
+def _stored(part: PeftLayer, site: Site, given: BuildContext, lower: str) -> list[Modification]:
     """What the part does, in the forms that are stored; none: it does nothing."""
     part.bind(given.weight(site))
     if not part.delta_out(some(site), some(site), Step()).any():

@@ -11,7 +11,7 @@ from adapterhub_peft_layer import TYPES, PeftLayer, layers, plain, some
 from peft_outcomes import FAMILIES, SMALL, outcome, theirs
 
 import adapterhub
-from adapterhub import Given, Step, plugins
+from adapterhub import BuildContext, Step, plugins
 from adapterhub.adapters.adapter import Adapter, modifications_of
 from adapterhub.adapters.fit import check_fit
 from adapterhub.errors import HubError, IncompatibleBase, NotFoldable, UsageError
@@ -41,7 +41,7 @@ def config(**options):
 
 
 def given(model, before=None):
-    return Given(sites(model), model, before or {})
+    return BuildContext(sites(model), model, before or {})
 
 
 def build(model=None, seed=0, **options):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from adapterhub import Moment, Recipe, Setting
+from adapterhub import Recipe, StepContext, TrainingContext
 from adapterhub.data import Data
 from adapterhub.data.batches import IGNORE, pad_left
 from adapterhub.data.encoding import Example, opened
@@ -41,7 +41,7 @@ class MaskedThought(Recipe):
                     "for example --set masked_thought.p=0.4",
                 )
 
-    def prepare(self, setting: Setting) -> None:
+    def prepare(self, setting: TrainingContext) -> None:
         super().prepare(setting)
         self.token = None
         if self.config.mask:
@@ -53,7 +53,7 @@ class MaskedThought(Recipe):
                 )
             self.token = known[self.config.mask]
 
-    def batch(self, batch: Mapping[str, Tensor], moment: Moment) -> Mapping[str, Tensor]:
+    def batch(self, batch: Mapping[str, Tensor], moment: StepContext) -> Mapping[str, Tensor]:
         rise = self.config.rise
         p = self.config.p * (min(1.0, moment.progress / rise) if rise else 1.0)
         ids, labels = batch["input_ids"], batch["labels"]
@@ -119,7 +119,7 @@ class Cocktail(Recipe):
             raise UsageError("cocktail mixes rows of one answer, and these have several", "mix the files beforehand")
         return data
 
-    def examples(self, examples: Sequence[Example], setting: Setting) -> Sequence[Example]:
+    def examples(self, examples: Sequence[Example], setting: TrainingContext) -> Sequence[Example]:
         config = self.config
         names = config.sources or tuple(setting.extras)
         if "data" in names:
@@ -186,7 +186,7 @@ class SemanticPreserve(Recipe):
                     """for example --set 'semantic_preserve.phrases={"a zog dog": "a dog"}'""",
                 )
 
-    def prepare(self, setting: Setting) -> None:
+    def prepare(self, setting: TrainingContext) -> None:
         super().prepare(setting)
         tokenizer = setting.model.tokenizer
         taught, plain = (
@@ -208,7 +208,7 @@ class SemanticPreserve(Recipe):
         )
         return out.hidden_states[-1][:, -1]  # padded on the left: the last token of each is there
 
-    def term(self, batch: Mapping[str, Tensor], moment: Moment) -> Tensor:
+    def term(self, batch: Mapping[str, Tensor], moment: StepContext) -> Tensor:
         near = cosine_similarity(self._last(*self.taught).float(), self.anchor.float(), dim=-1)
         return self.config.weight * (1 - near).mean()
 
@@ -226,7 +226,7 @@ class NEFTune(Recipe):
                 raise UsageError(f"neftune.alpha is {self.alpha}", "for example --set neftune.alpha=5")
 
     @contextmanager
-    def around(self, moment: Moment) -> Iterator[None]:
+    def around(self, moment: StepContext) -> Iterator[None]:
         base, lengths = self.setting.model.base, []
 
         def counted(module, args, kwargs) -> None:

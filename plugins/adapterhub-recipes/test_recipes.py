@@ -10,7 +10,7 @@ import torch
 from adapterhub_recipes import Cocktail, MaskedThought, NEFTune, ResponseOnly, SemanticPreserve, apportioned
 
 import adapterhub
-from adapterhub import Example, Model, Moment, Setting, plugins
+from adapterhub import Example, Model, StepContext, TrainingContext, plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.data import read
 from adapterhub.data.batches import IGNORE
@@ -28,12 +28,12 @@ def recipe(part, **options):
 
 
 def moment(step=0, steps=9, seed=1):
-    return Moment(step, steps, torch.Generator().manual_seed(seed))
+    return StepContext(step, steps, torch.Generator().manual_seed(seed))
 
 
 def setting(**fields):
     model = Model(tiny_llama().requires_grad_(False))
-    return Setting(model, EXAMPLES, 0, batch_size=4, **fields)
+    return TrainingContext(model, EXAMPLES, 0, batch_size=4, **fields)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_semantic_preserve_is_one_less_the_cosine_to_the_base(tiny_folder, hub):
         part.tensors["up"] = 0.3 * torch.randn_like(part.up)
     model.attach_new(parts)
     one = recipe(SemanticPreserve, phrases={"a zog dog": "a dog", "the zog": "the cat"}, weight=0.5)
-    one.prepare(Setting(model, [], 0))
+    one.prepare(TrainingContext(model, [], 0))
     got = one.term({}, moment())
 
     def last(text, bare):
@@ -244,11 +244,11 @@ def test_a_training_with_it_differs_goes_on_and_says_so(name, tiny_folder, hub, 
             raise KeyboardInterrupt
         return forward(*args, **kwargs)
 
-    from adapterhub.training.module import Learner
+    from adapterhub.training.module import StageModule
 
-    forward = Learner.forward
+    forward = StageModule.forward
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Learner, "forward", stop)
+        patch.setattr(StageModule, "forward", stop)
         again.train(name="me/a", options=EACH[name], recipes=[name], **given, **extras)
     assert list((again.root / "training").glob("*/train/checkpoint-3"))
     resumed = again.train(name="me/a", options=EACH[name], recipes=[name], **given, **extras)

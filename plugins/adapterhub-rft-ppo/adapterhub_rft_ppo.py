@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterhub import Moment, Objective, Setting, Verdict, plugins, token_losses
+from adapterhub import Objective, StepContext, TrainingContext, Verdict, plugins, token_losses
 from adapterhub.data.batches import IGNORE, pad_left
 from adapterhub.errors import UsageError
 from adapterhub.kinds.contracts import make
@@ -152,7 +152,7 @@ class RFTPPO(Objective):
     def period(self) -> int:
         return self.config.ppo_epochs
 
-    def prepare(self, setting: Setting) -> None:
+    def prepare(self, setting: TrainingContext) -> None:
         """Raises UsageError without a tokenizer, for prompts that are empty or leave an answer no room, and where the verifier
         calls none of the data's own completions right; PluginError for a verifier that is not installed."""
         super().prepare(setting)
@@ -194,7 +194,7 @@ class RFTPPO(Objective):
         """The value head."""
         return {"value.direction": self.direction, "value.offset": self.offset}
 
-    def loss(self, batch: Mapping[str, Tensor], moment: Moment) -> Tensor:
+    def loss(self, batch: Mapping[str, Tensor], moment: StepContext) -> Tensor:
         with evaluating(self.setting.model):
             if moment.step % self.config.ppo_epochs == 0:
                 self.rollout = self.roll(batch, moment.draw)

@@ -10,7 +10,7 @@ from adapterhub_rft_ppo import RFTPPO, gae
 from safetensors.torch import load_file
 
 import adapterhub
-from adapterhub import Example, Moment, Setting, Verdict, plugins
+from adapterhub import Example, StepContext, TrainingContext, Verdict, plugins
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.errors import HubError, NoEffect, UsageError
 from adapterhub.runtime.model import Model
@@ -69,14 +69,14 @@ def prepared(scale=0.3, dropout=0.0, rows=None, judge=None, **options):
         for n, (p, c) in enumerate(rows, 1)
     ]
     objective = RFTPPO(RFTPPO.Config(**{"max_new_tokens": 6} | options))
-    objective.prepare(Setting(model, examples, pad=0))
+    objective.prepare(TrainingContext(model, examples, pad=0))
     if judge is not None:
         objective.verifier = judge
     return objective, objective.setting.batch(examples), examples
 
 
 def moment(step=0):
-    return Moment(step, 10, torch.Generator().manual_seed(step))
+    return StepContext(step, 10, torch.Generator().manual_seed(step))
 
 
 def alone(model, prompt, answer, adapters=None):
@@ -244,7 +244,7 @@ def test_on_a_warm_up_the_warm_up_is_the_reference_and_continue_goes_on(hub, tin
     text = model.tokenizer
     ids = text("1+2=")["input_ids"]
     objective = RFTPPO(RFTPPO.Config(max_new_tokens=4, kl_coef=1.0))
-    objective.prepare(Setting(model, [Example(1, (*ids, *text("3")["input_ids"], 2), len(ids))], pad=0))
+    objective.prepare(TrainingContext(model, [Example(1, (*ids, *text("3")["input_ids"], 2), len(ids))], pad=0))
     rollout = objective.roll(objective.setting.batch(objective.setting.examples), moment().draw)
     answer = rollout.batch["labels"][0].tolist()
     warmed = alone(bare, ids, answer, "me/warm")
@@ -299,9 +299,9 @@ def test_a_base_without_tokenizer_an_empty_prompt_and_raw_text_are_refused(hub, 
     objective = RFTPPO(RFTPPO.Config())
     bare, example = tiny_llama().requires_grad_(False), Example(1, (5, 6, 2), 1)
     with pytest.raises(UsageError, match="no tokenizer"):
-        objective.prepare(Setting(Model(bare), [example], pad=0))
+        objective.prepare(TrainingContext(Model(bare), [example], pad=0))
     with pytest.raises(UsageError, match="line 4: the prompt is empty"):
-        objective.prepare(Setting(Model(bare, tiny_tokenizer()), [Example(4, (5, 2), 0)], pad=0))
+        objective.prepare(TrainingContext(Model(bare, tiny_tokenizer()), [Example(4, (5, 2), 0)], pad=0))
     raw = tmp_path / "raw.jsonl"
     raw.write_text(json.dumps({"text": "no question"}))
     with pytest.raises(UsageError, match="'text' rows"):

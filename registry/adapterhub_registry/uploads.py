@@ -16,7 +16,7 @@ from adapterhub.errors import HubError, IntegrityError
 from adapterhub.files.bounded import read_json
 from adapterhub.spec.digest import check_digest
 from adapterhub.spec.manifest import File
-from adapterhub.store.partial import Incoming
+from adapterhub.store.partial import PartialBlob
 from adapterhub.store.releases import Releases
 from adapterhub_registry.access import Access
 from adapterhub_registry.accounts import Account
@@ -81,7 +81,7 @@ def add_uploads(app: FastAPI, hub: Releases, access: Access) -> None:
 
     @app.delete("/v1/uploads/{digest}")
     def cancel(digest: str, account: Account = writer) -> dict[str, Any]:
-        incoming = Incoming(store, File(digest=check_digest(digest), size=0))
+        incoming = PartialBlob(store, File(digest=check_digest(digest), size=0))
         with store.shared(), incoming.held(wait=False) as mine:
             if not mine:
                 raise HTTPException(409, "a piece of it is just being taken")
@@ -105,16 +105,16 @@ def _begin(hub: Releases, wanted: File) -> dict[str, Any]:
     with store.shared():
         if wanted.size == 0:
             store.take(wanted, [], "the upload")
-        if store.fault(wanted) is None or _finished(Incoming(store, wanted)):
+        if store.fault(wanted) is None or _finished(PartialBlob(store, wanted)):
             index.lease([wanted.digest], time.time() + LEASE)
             return {"there": True}
-        if offset := Incoming(store, wanted).offset:
+        if offset := PartialBlob(store, wanted).offset:
             index.lease([wanted.digest], time.time() + PART_LEASE)
         _check_room(hub, wanted.size - offset)
         return {"offset": offset}
 
 
-def _finished(incoming: Incoming) -> bool:
+def _finished(incoming: PartialBlob) -> bool:
     """Make a part with all its bytes a blob: what a server leaves that ended before it could. Other bytes are thrown away."""
     with incoming.held(wait=False) as mine:
         if not mine or incoming.offset < incoming.blob.size:
@@ -135,7 +135,7 @@ class _Arriving:
         self._leased = 0.0
 
     def take(self, data: bytes | bytearray) -> None:
-        incoming = Incoming(self._store, self._blob)
+        incoming = PartialBlob(self._store, self._blob)
         with self._store.shared():  # gc waits
             try:
                 self._lease(PART_LEASE)
@@ -155,7 +155,7 @@ class _Arriving:
                     self._hub.index.lease([self._blob.digest], 0)
                 raise HTTPException(507, f"{FULL}; nothing of {self._blob.digest} was kept") from None
 
-    def _write(self, incoming: Incoming, data: bytes | bytearray) -> None:
+    def _write(self, incoming: PartialBlob, data: bytes | bytearray) -> None:
         if incoming.offset != self.offset:
             raise HTTPException(416, f"{incoming.offset} bytes are here, the piece begins at {self.offset}")
         incoming.append([data])

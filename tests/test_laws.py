@@ -60,7 +60,7 @@ PARTS = [(group, name) for group in TRIED for name in plugins.names(group)]
 
 
 def tried():
-    """The built-in parts; those of packages, whose own tests run the laws too, are slow here."""
+    """The built-in parts; those of packages are slow here, and their own tests run the laws by hand (.ci/long)."""
     for part in PARTS:
         built_in = plugins.distribution(*part).startswith("adapterhub ")
         yield part if built_in else pytest.param(*part, marks=pytest.mark.slow)

@@ -79,6 +79,7 @@ def with_lora(model, scale):
     return model
 
 
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws():
     """Resuming to the same bits is one of them."""
     assert [f"{r.law}: {r.detail}" for r in check("canonical") if r.verdict == "failed"] == []

@@ -42,6 +42,7 @@ def moved(part):
 
 
 @pytest.mark.parametrize("name", ["conv_bottleneck", "conv_adapter", "soft_mixture", "soft_moa"])
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws(name):
     results = {r.law: r for r in check(name)}
     assert [f"{r.law}: {r.detail}" for r in results.values() if r.verdict == "failed"] == []

@@ -40,6 +40,7 @@ def losses(hub, release):
     return [entry["loss"] for entry in json.loads(hub.store.read(release.manifest.files["log"]))]
 
 
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws():
     """Resuming to the same bits is one of them."""
     assert [f"{r.law}: {r.detail}" for r in check("copg") if r.verdict == "failed"] == []

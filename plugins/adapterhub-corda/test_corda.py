@@ -59,6 +59,7 @@ def projected(weight, covariance, damp, taken):
     return u @ u.T @ weight
 
 
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws():
     assert [f"{r.law}: {r.detail}" for r in check("corda") if r.verdict == "failed"] == []
 

@@ -67,6 +67,7 @@ def stored_sites(release, hub):
     return {name.rsplit(".", 3)[0] for name in Adapter.load(hub, release).tensors}
 
 
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws():
     assert [f"{r.law}: {r.detail}" for r in check("hft") if r.verdict == "failed"] == []
 

@@ -53,6 +53,7 @@ def train(tmp_path, tiny_folder):
     return run
 
 
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws():
     assert [f"{r.law}: {r.detail}" for r in check("layer_policy") if r.verdict == "failed"] == []
 

@@ -99,6 +99,7 @@ def run(base, rows, ids, **given):
         return base(input_ids=ids, **given).logits
 
 
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws():
     assert [f"{r.law}: {r.detail}" for r in check("levi") if r.verdict == "failed"] == []
 

@@ -24,6 +24,7 @@ def config(**options):
     return plugins.options(LoFiT.Config, options)
 
 
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws():
     assert [f"{r.law}: {r.detail}" for r in check("lofit") if r.verdict == "failed"] == []
 

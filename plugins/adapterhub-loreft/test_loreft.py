@@ -21,6 +21,7 @@ def config(**options):
 
 
 @pytest.mark.parametrize("name", ["subspace", "loreft"])
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws(name):
     assert [f"{r.law}: {r.detail}" for r in check(name) if r.verdict == "failed"] == []
 

@@ -21,6 +21,7 @@ def config(**options):
     return plugins.options(LTSFT.Config, options)
 
 
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws():
     assert [f"{r.law}: {r.detail}" for r in check("lt_sft") if r.verdict == "failed"] == []
 

@@ -52,6 +52,7 @@ def build(model=None, seed=0, **options):
     return stage.build(start), stage, start
 
 
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws():
     assert [f"{r.law}: {r.detail}" for r in check("peft") if r.verdict == "failed"] == []
 

@@ -53,6 +53,7 @@ def tensors(hub, release):
 
 
 @pytest.mark.parametrize("name", ["masked_thought", "response_only", "cocktail", "semantic_preserve", "neftune"])
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws(name):
     assert [f"{r.law}: {r.detail}" for r in check(name) if r.verdict == "failed"] == []
 

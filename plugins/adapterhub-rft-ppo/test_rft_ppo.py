@@ -36,6 +36,7 @@ def hub(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["rft_ppo", "answer_match"])
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws(part):
     assert [f"{r.law}: {r.detail}" for r in check(part) if r.verdict == "failed"] == []
 

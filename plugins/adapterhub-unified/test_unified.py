@@ -86,6 +86,7 @@ def softmax(x):
 
 
 @pytest.mark.parametrize("part", ["unified", "head_bottleneck"])
+@pytest.mark.long  # tests/test_laws.py runs them in the slow run
 def test_laws(part):
     assert [f"{r.law}: {r.detail}" for r in check(part) if r.verdict == "failed"] == []
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+AGAIN = "get the adapter again from its source"
+"""What to do about bytes that are not what they should be."""
 REFUSALS = {
     errno.ENOSPC: "make room on the disk; nothing half-written is left behind",
     errno.EDQUOT: "make room in your quota; nothing half-written is left behind",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from adapterhub.errors import CodecError, HubError, IntegrityError
+from adapterhub.errors import AGAIN, CodecError, HubError, IntegrityError
 from adapterhub.kinds.codec import Codec, Shapes, shapes_of
 from adapterhub.sites import Site, current_path
 from adapterhub.spec.manifest import Manifest
@@ -43,7 +43,6 @@ SMALL_WEIGHT = 1 << 26
 (a density of 0.2 %), or, if the base's record has such a weight, LARGEST_WEIGHT."""
 WEIGHT_RATIO = 64
 LARGEST_WEIGHT = 1 << 28
-AGAIN = "get the adapter again from its source"
 
 
 def decode(

@@ -148,7 +148,7 @@ def _manifests(one: Manifest, other: Manifest) -> dict[str, list[Any]]:
             "options": manifest.method.options if manifest.method else {},
             "forms": counts,
             "licence": manifest.licence,
-            "parents": sorted(f"{p.relation} {p.name}@{p.version}" for p in manifest.parents),
+            "parents": sorted(f"{p.relation} {p.label}" for p in manifest.parents),
         }
 
     before, after = facts(one), facts(other)

@@ -96,7 +96,7 @@ def require_tensors(release: Release) -> None:
     if manifest.compose is not None:
         raise UsageError(
             f"{release} is a composition ({manifest.compose}) and has no tensors of its own",
-            f"ask about its parts: {', '.join(f'{p.name}@{p.version}' for p in manifest.parents)}",
+            f"ask about its parts: {', '.join(p.label for p in manifest.parents)}",
         )
     if "tensors" not in manifest.files:
         raise IntegrityError(f"{release} holds no tensors", "get it again from its source")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from adapterhub.bases.resolution import cache_folder, weight_files
-from adapterhub.errors import HubError, IncompatibleBase, IntegrityError, UnsafeFile
+from adapterhub.errors import AGAIN, HubError, IncompatibleBase, IntegrityError, UnsafeFile
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_json
 from adapterhub.files.safetensors_header import DTYPES, read_layout
@@ -117,7 +117,7 @@ def unpack(sketch: bytes) -> tuple[bytes, dict[str, Tensor]]:
     except (KeyError, ValueError, TypeError):
         shapes = None
     if not isinstance(shapes, dict) or shapes.keys() != rows.keys() or not all(t.dim() == 2 for t in rows.values()):
-        raise IntegrityError("the record of the base model is damaged", "get the adapter again from its source")
+        raise IntegrityError("the record of the base model is damaged", AGAIN)
     return structure, rows
 
 

@@ -133,7 +133,7 @@ def show(
         for form in forms:
             counts[form] = counts.get(form, 0) + 1
     facts += [("forms", ", ".join(f"{count} {form}" for form, count in counts.items()))] if counts else []
-    facts += [("parent", f"{p.name}@{p.version} ({p.relation})") for p in manifest.parents]
+    facts += [("parent", f"{p.label} ({p.relation})") for p in manifest.parents]
     facts += [("codec", _made(codec)) for codec in manifest.codecs]
     facts += [("file", f"{name}, {size(file.size)}, {file.digest}") for name, file in manifest.files.items()]
     facts += [("recipe", f"{key} = {value}") for key, value in manifest.recipe.items()]

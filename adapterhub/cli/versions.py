@@ -112,7 +112,7 @@ def log(name: Name, as_json: Json = False) -> None:
     for row in hub.releases(name):
         try:
             release = hub.index.get(row.name, row.version)
-            parents = [f"{p.relation} {p.name}@{p.version}" for p in release.manifest.parents] if release else []
+            parents = [f"{p.relation} {p.label}" for p in release.manifest.parents] if release else []
         except IntegrityError:
             parents = ["?"]
         rows.append((row, parents))

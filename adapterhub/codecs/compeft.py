@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapterhub.errors import CodecError, UsageError
+from adapterhub.errors import AGAIN, CodecError, UsageError
 from adapterhub.kinds.codec import SMALL, Codec, Shapes, absolute
 from adapterhub.tensors import rice
 
@@ -117,9 +117,7 @@ def _refused() -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, OverflowError, zlib.error, msgspec.MsgspecError) as error:
-        raise CodecError(
-            f"these are not tensors of compeft: {error}", "get the adapter again from its source"
-        ) from None
+        raise CodecError(f"these are not tensors of compeft: {error}", AGAIN) from None
 
 
 def _read(tensors: Mapping[str, Tensor]) -> tuple[Index, bytes]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterhub.errors import CodecError
+from adapterhub.errors import AGAIN, CodecError
 from adapterhub.kinds.codec import SMALL, Codec, Shapes, absolute, shapes_of
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -97,4 +97,4 @@ def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _broken(name: str) -> CodecError:
-    return CodecError(f"{name} belongs to no tensors of int8", "get the adapter again from its source")
+    return CodecError(f"{name} belongs to no tensors of int8", AGAIN)

@@ -16,7 +16,7 @@ from adapterhub.errors import HubError, IntegrityError, UsageError
 from adapterhub.files import durable
 from adapterhub.opening import find, new_index, open
 from adapterhub.spec.digest import digest_of
-from adapterhub.spec.manifest import File, Manifest, Release
+from adapterhub.spec.manifest import File, Release
 from adapterhub.store.blobs import DATABASE, Problem, Store
 from adapterhub.store.records import KEPT
 from adapterhub.trust.signature import LARGEST as LARGEST_ENVELOPE
@@ -92,7 +92,7 @@ def _documents(store: Store) -> tuple[dict[str, Release], dict[str, list[bytes]]
         if digest != f"sha256:{path.name}":
             continue
         with suppress(HubError):
-            manifests[digest] = Release(Manifest.decode(data), digest)
+            manifests[digest] = Release.decode(data, digest)
             continue
         with suppress(HubError):
             envelopes[str(opened(data, RELEASE, ())[0].get("digest"))].append(data)

@@ -12,8 +12,8 @@ from adapterhub.sources.disk import Disk
 from adapterhub.sources.huggingface_layout import LARGEST_MANIFEST, MANIFEST, OURS
 from adapterhub.sources.huggingface_transport import Repo
 from adapterhub.sources.source import closure
-from adapterhub.spec.digest import canonical, digest_of
-from adapterhub.spec.manifest import Manifest, Release
+from adapterhub.spec.digest import canonical
+from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference
 from adapterhub.store.releases import Releases
 
@@ -96,4 +96,4 @@ def _head(repo: Repo) -> str | None:
 
 def _manifest(repo: Repo, commit: str) -> Release:
     data = repo.read(MANIFEST, commit, LARGEST_MANIFEST)
-    return Release(Manifest.decode(data), digest_of(data))
+    return Release.decode(data)

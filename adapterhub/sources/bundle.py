@@ -13,14 +13,14 @@ import stat
 from collections.abc import Collection
 from pathlib import Path
 
-from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile
+from adapterhub.errors import AGAIN, IntegrityError, ManifestError, NotFound, UnsafeFile
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_json
 from adapterhub.files.progress import bar
 from adapterhub.sources.room import check_disk
-from adapterhub.sources.source import AGAIN, Candidate
+from adapterhub.sources.source import Candidate
 from adapterhub.spec.digest import canonical, digest_of
-from adapterhub.spec.manifest import File, Manifest, Release
+from adapterhub.spec.manifest import File, Release
 from adapterhub.store import segments
 from adapterhub.store.blobs import Store
 
@@ -118,7 +118,7 @@ class Bundle:
 
 
 def _release(data: bytes) -> Release:
-    return Release(Manifest.decode(data), digest_of(data))
+    return Release.decode(data)
 
 
 def _hex(digest: str) -> str:

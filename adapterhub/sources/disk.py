@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from adapterhub.errors import IntegrityError, NotFound
+from adapterhub.errors import AGAIN, IntegrityError, NotFound
 from adapterhub.files import durable
 from adapterhub.files.progress import bar
-from adapterhub.sources.source import AGAIN, Candidate
+from adapterhub.sources.source import Candidate
 from adapterhub.spec.manifest import File, Release
 from adapterhub.spec.names import Reference
 from adapterhub.store.blobs import Store

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from adapterhub.errors import IntegrityError, NotFound
+from adapterhub.errors import AGAIN, IntegrityError, NotFound
 from adapterhub.files.bounded import read_json
 from adapterhub.files.progress import bar
 from adapterhub.sources import huggingface_layout
 from adapterhub.sources.huggingface_layout import LARGEST_MANIFEST, MANIFEST, OURS
 from adapterhub.sources.huggingface_transport import Repo
 from adapterhub.sources.room import check_disk
-from adapterhub.sources.source import AGAIN, Candidate
+from adapterhub.sources.source import Candidate
 from adapterhub.spec.digest import canonical, digest_of
-from adapterhub.spec.manifest import File, Manifest, Release
+from adapterhub.spec.manifest import File, Release
 from adapterhub.store import segments
 from adapterhub.store.blobs import Store
 
@@ -104,7 +104,7 @@ class Pushed:
             else:
                 data = self.repo.read(path, self.commit, LARGEST_MANIFEST, again)
             if digest in (None, digest_of(data)):
-                return Release(Manifest.decode(data), digest_of(data))
+                return Release.decode(data)
         raise IntegrityError(f"{self.label}: {path} is not {digest}", AGAIN)
 
 

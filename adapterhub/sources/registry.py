@@ -11,18 +11,18 @@ from urllib.parse import quote
 
 from packaging.version import Version
 
-from adapterhub.errors import HubError, IntegrityError, NotFound, Unreachable, UsageError
+from adapterhub.errors import AGAIN, HubError, IntegrityError, NotFound, Unreachable, UsageError
 from adapterhub.files.bounded import read_json
 from adapterhub.files.progress import bar
 from adapterhub.sources.http import Http
 from adapterhub.sources.room import check_disk
 from adapterhub.sources.serials import check_no_older
-from adapterhub.sources.source import AGAIN, Candidate
+from adapterhub.sources.source import Candidate
 from adapterhub.sources.tokens import token_for
 from adapterhub.spec.address import address
 from adapterhub.spec.claims import check_listed
 from adapterhub.spec.digest import check_digest, digest_of
-from adapterhub.spec.manifest import File, Manifest, Release
+from adapterhub.spec.manifest import File, Release
 from adapterhub.spec.names import check_version
 from adapterhub.store import segments
 from adapterhub.store.blobs import Store, each
@@ -82,7 +82,7 @@ class Registry:
         data = self._bytes(f"/v1/manifests/{check_digest(digest)}")
         if digest_of(data) != digest:
             raise IntegrityError(f"{self.label} gives another manifest for {name}@{version} ({digest})", AGAIN)
-        release = Release(Manifest.decode(data), digest)
+        release = Release.decode(data, digest)
         if (release.name, release.version) != (name, version):
             raise IntegrityError(f"{self.label} gives {release} for {name}@{version}", AGAIN)
         return release

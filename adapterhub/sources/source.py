@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from adapterhub.store.index import Row
 
 
-AGAIN = "get the adapter again from its source"
-
+from adapterhub.errors import AGAIN
 
 LARGEST_GRAPH = 20_000
 """Releases that one may need, itself included."""
@@ -74,7 +73,7 @@ def closure(source: Source, roots: Iterable[Release]) -> list[Release]:
                 continue
             release = source.release(parent.name, parent.version, parent.digest)
             if (release.name, release.version) != (parent.name, parent.version):
-                raise ManifestError(f"{release} is called {parent.name}@{parent.version} by its child", AGAIN)
+                raise ManifestError(f"{release} is called {parent.label} by its child", AGAIN)
             if len(found) == LARGEST_GRAPH:
                 raise ManifestError(f"it needs more than {LARGEST_GRAPH} releases", "install its parts by themselves")
             found[release.digest] = release

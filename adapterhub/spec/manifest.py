@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from adapterhub.errors import ManifestError
+from adapterhub.errors import AGAIN, ManifestError
 from adapterhub.files.bounded import read_json
 from adapterhub.spec.claims import LARGEST, LINE, TEXT
-from adapterhub.spec.digest import canonical, check_digest
+from adapterhub.spec.digest import canonical, check_digest, digest_of
 from adapterhub.spec.names import check_name, check_version
 
 
@@ -71,6 +71,11 @@ class Parent(Struct):
     "compress": where it comes from."""
 
     @property
+    def label(self) -> str:
+        """`me/x@0.1.0`."""
+        return f"{self.name}@{self.version}"
+
+    @property
     def needed(self) -> bool:
         """Whether a release runs only with it. What is not needed does not travel: its name and digest tell of it."""
         return self.relation in ("on", "gate", "compose")
@@ -102,6 +107,11 @@ class Manifest(Struct):
     """"tensors" (safetensors), and what else belongs to it: "log" (loss curve, JSON)."""
 
     @property
+    def label(self) -> str:
+        """`me/x@0.1.0`."""
+        return f"{self.name}@{self.version}"
+
+    @property
     def needs(self) -> list[File]:
         """Every file it needs, the base's sketch included."""
         return [*self.files.values(), self.base.sketch]
@@ -126,7 +136,6 @@ class Manifest(Struct):
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
         """The manifest in these bytes. Raises ManifestError unless they are its canonical JSON."""
-        again = "get the adapter again from its source"
         try:
             found = read_json(data, LARGEST)
             format = found.get("format", 1) if isinstance(found, dict) else 1
@@ -138,9 +147,9 @@ class Manifest(Struct):
             check_bounds(manifest)
             same = manifest.encode() == data
         except (ValueError, msgspec.ValidationError) as error:
-            raise ManifestError(f"not a manifest of an adapter: {error}", again) from None
+            raise ManifestError(f"not a manifest of an adapter: {error}", AGAIN) from None
         if not same:
-            raise ManifestError(f"the manifest of {manifest.name!r} is not written canonically", again)
+            raise ManifestError(f"the manifest of {manifest.name!r} is not written canonically", AGAIN)
         for named in (manifest, *manifest.parents):
             check_name(named.name)
             check_version(named.version)
@@ -149,11 +158,11 @@ class Manifest(Struct):
         if manifest.base.tokenizer:
             check_digest(manifest.base.tokenizer)
         if any(file.size < 0 for file in manifest.needs):
-            raise ManifestError(f"{manifest.name}@{manifest.version} has a file of negative size", again)
+            raise ManifestError(f"{manifest.label} has a file of negative size", AGAIN)
         for shown in manifest._shown():
             if not shown.isprintable() or len(shown) > LINE:
                 what = f"holds {ascii(shown)[:80]}: control characters, or more than {LINE} of them"
-                raise ManifestError(f"{manifest.name}@{manifest.version} {what}", again)
+                raise ManifestError(f"{manifest.label} {what}", AGAIN)
         return manifest
 
 
@@ -163,6 +172,11 @@ class Release:
 
     manifest: Manifest
     digest: str
+
+    @classmethod
+    def decode(cls, data: bytes, digest: str | None = None) -> Release:
+        """Return the release whose manifest these bytes are. digest: of the bytes, where it is known. Raises ManifestError."""
+        return cls(Manifest.decode(data), digest or digest_of(data))
 
     @property
     def name(self) -> str:

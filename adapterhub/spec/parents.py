@@ -20,11 +20,10 @@ def check_expressions(manifest: Manifest) -> None:
     """Hold what runs by its text to the parents, which are known by their digests: a composition names exactly them,
     each at its version, and brings nothing else (so nothing is made of itself); what a training puts beneath is among
     them. Raises ManifestError."""
-    who = f"{manifest.name}@{manifest.version}"
+    who = manifest.label
     hint = "make it again, or get it from another source"
     parents = {
-        relation: {f"{p.name}@{p.version}" for p in manifest.parents if p.relation == relation}
-        for relation in ("compose", "on")
+        relation: {p.label for p in manifest.parents if p.relation == relation} for relation in ("compose", "on")
     }
     if manifest.compose is not None:
         if differ := _named(manifest.compose, who) ^ parents["compose"]:
@@ -51,7 +50,7 @@ def warn_missing_parents(releases: Collection[Release]) -> None:
     for release in releases:
         missing = [p for p in release.manifest.parents if p.relation == "on" and p.digest not in there]
         if missing:
-            names = " + ".join(f"{parent.name}@{parent.version}" for parent in missing)
+            names = " + ".join(parent.label for parent in missing)
             warnings.warn(
                 f"{release} was trained over {names} and does its work only with that beneath: '{names} + {release}'",
                 ParentsWarning,

@@ -71,5 +71,5 @@ def lineage(hub: Releases, release: Release) -> Iterator[Ancestor]:
         yield Ancestor(depth, label, digest, relation, found is not None, digest in seen)
         if found is not None and digest not in seen:
             parents = reversed(found.manifest.parents)
-            waiting += [(depth + 1, f"{p.name}@{p.version}", p.digest, p.relation) for p in parents]
+            waiting += [(depth + 1, p.label, p.digest, p.relation) for p in parents]
         seen.add(digest)

@@ -72,7 +72,7 @@ class Releases:
         release = self.index.get(parent.name, parent.version)
         if release is None or release.digest != parent.digest:
             raise NotFound(
-                f"{self.root} has no {parent.name}@{parent.version} with the digest {parent.digest[:19]}",
+                f"{self.root} has no {parent.label} with the digest {parent.digest[:19]}",
                 "install it first, from where its child came",
             )
         return release
@@ -245,4 +245,4 @@ def _release(manifest: Manifest, version: str) -> Release:
             "it may hold finite numbers, text, lists and tables",
         ) from None
     check_expressions(manifest)
-    return Release(Manifest.decode(data), digest_of(data))
+    return Release.decode(data)

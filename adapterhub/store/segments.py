@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from adapterhub.errors import IntegrityError
+from adapterhub.errors import AGAIN, IntegrityError
 from adapterhub.files.bounded import read_json
 from adapterhub.files.safetensors_header import MAX_TENSORS, read_layout
 from adapterhub.spec.digest import canonical, check_digest
@@ -57,6 +57,6 @@ def decode(data: bytes, file: File) -> list[File]:
     except Exception as error:
         raise IntegrityError(
             f"{file.digest} is no list of the parts of a file of {file.size} bytes: {error}",
-            "get the adapter again from its source",
+            AGAIN,
         ) from None
     return parts

@@ -41,7 +41,7 @@ class StartingPoint:
     def stages(self, hub: Releases, model: Model, force: bool) -> Sequence[Stage]:
         """What is trained, in order. An adapter that goes on has one stage: the last of its method."""
         stages = self._stages(hub, model, force)
-        children = [f"{parent.name}@{parent.version}" for parent in self.parents if parent.relation == "gate"]
+        children = [parent.label for parent in self.parents if parent.relation == "gate"]
         return gating(stages, lambda: [model.parts(child) for child in children]) if children else stages
 
     def _stages(self, hub: Releases, model: Model, force: bool) -> Sequence[Stage]:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Select, and_, delete, func, insert, or_, sele
 from adapterhub.errors import HubError, IntegrityError, NameInUse, NotFound, TagMoved, UsageError
 from adapterhub.files import durable
 from adapterhub.spec.digest import digest_of
-from adapterhub.spec.manifest import File, Manifest, Release
+from adapterhub.spec.manifest import File, Release
 from adapterhub.store.index import ANY, Row
 from adapterhub_registry import rows, seals, tables
 from adapterhub_registry.accounts import Accounts
@@ -264,7 +264,7 @@ class Database:
                 f"{self.path}: the manifest of {row.name}@{row.version} is damaged",
                 f"adapterhub rm {row.name}@{row.version}, then install it again from its source",
             )
-        return Release(Manifest.decode(row.data), row.digest)
+        return Release.decode(row.data, row.digest)
 
     def _require(self, connection: Connection, name: str, version: str) -> None:
         if connection.scalar(select(releases.c.id).where(*_at(releases, name, version))) is None:

@@ -100,7 +100,7 @@ def related(manifest: Manifest) -> dict[Table, list[dict[str, Any]]]:
     """The rows of the tables that hang on a release."""
     files = {file.digest: {"size": file.size, "parts": file.parts} for file in manifest.needs}
     needed = {parent.digest for parent in manifest.required}
-    labels = {parent.digest: f"{parent.name}@{parent.version}" for parent in manifest.parents}
+    labels = {parent.digest: parent.label for parent in manifest.parents}
     return {
         parents: [{"digest": d, "label": label, "needed": d in needed} for d, label in sorted(labels.items())],
         blobs: [{"digest": digest, **file} for digest, file in sorted(files.items())],
@@ -218,7 +218,7 @@ def contradictions(connection: Connection, row: dict[str, Any]) -> Iterator[str]
         yield f"the manifest of {label} is damaged"
         return
     try:
-        release = Release(Manifest.decode(row["data"]), row["digest"])
+        release = Release.decode(row["data"], row["digest"])
     except HubError as error:
         yield f"the manifest of {label} is {error}"
         return

@@ -9,8 +9,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from adapterhub.errors import IntegrityError, NotFound
-from adapterhub.spec.digest import check_digest, digest_of
-from adapterhub.spec.manifest import Manifest, Release
+from adapterhub.spec.digest import check_digest
+from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import TAG, check_name, check_version
 from adapterhub.store.index import ANY
 from adapterhub.store.naming import check_look_alike
@@ -105,14 +105,14 @@ def _commit(hub: Releases, data: bytes, account: Account) -> JSONResponse:
     from adapterhub.files.safetensors_header import read_header
     from adapterhub.spec.parents import check_expressions
 
-    release = Release(Manifest.decode(data), digest_of(data))
+    release = Release.decode(data)
     check_expressions(release.manifest)
     with hub.store.shared():
         if hub.index.find(release.digest) is not None:
             return JSONResponse({"digest": release.digest})
         check_may_write(account, release.name)
         lacking = [str(problem.path.name) for _, problem in hub.store.verify(release.manifest.needs)]
-        lacking += [f"{p.name}@{p.version}" for p in release.manifest.required if hub.index.find(p.digest) is None]
+        lacking += [p.label for p in release.manifest.required if hub.index.find(p.digest) is None]
         if lacking:
             return JSONResponse({"error": f"it lacks {', '.join(lacking[:5])}", "missing": lacking}, 422)
         if "tensors" in release.manifest.files:

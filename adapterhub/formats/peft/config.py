@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from adapterhub.errors import HubError, ManifestError, NotFound, UnsafeFile
+from adapterhub.errors import AGAIN, HubError, ManifestError, NotFound, UnsafeFile
 from adapterhub.files.bounded import TooMuch, read_json
 from adapterhub.formats.peft.types import CACHES, PROMPTS, TUNERS
 from adapterhub.formats.peft.types import REFUSED as REFUSED_TYPES
@@ -20,7 +20,6 @@ from adapterhub.formats.peft.types import REFUSED as REFUSED_TYPES
 CONFIG = "adapter_config.json"
 MAX_CONFIG = 1 << 20
 MAX_RANK = 1 << 16
-AGAIN = "get the adapter again from its source"
 
 SAFE_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base's weights as they are."""

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterhub.errors import IncompatibleBase, IntegrityError
-from adapterhub.formats.peft.config import AGAIN, CONFIG, LoraConfig
+from adapterhub.errors import AGAIN, IncompatibleBase, IntegrityError
+from adapterhub.formats.peft.config import CONFIG, LoraConfig
 from adapterhub.formats.peft.targets import all_linear, patterned, targeted
 from adapterhub.methods.lora import rank_and_scale
 from adapterhub.sites import Site

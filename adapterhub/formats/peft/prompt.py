@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub.errors import HubError, IncompatibleBase, IntegrityError
+from adapterhub.errors import AGAIN, HubError, IncompatibleBase, IntegrityError
 from adapterhub.formats.peft.base import BaseModel
-from adapterhub.formats.peft.config import AGAIN, CONFIG, Config
+from adapterhub.formats.peft.config import CONFIG, Config
 from adapterhub.formats.peft.rotary import turned
 from adapterhub.formats.peft.types import CACHES
 from adapterhub.forms.prefix import Prefix

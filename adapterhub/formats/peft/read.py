@@ -10,10 +10,10 @@ from torch import Tensor
 
 from adapterhub import plugins
 from adapterhub.adapters.adapter import modifications_of
-from adapterhub.errors import IntegrityError, ManifestError, NotFound, UnsafeFile
+from adapterhub.errors import AGAIN, IntegrityError, ManifestError, NotFound, UnsafeFile
 from adapterhub.formats.peft import bounded_re
 from adapterhub.formats.peft.base import BaseModel
-from adapterhub.formats.peft.config import AGAIN, CONFIG, MEASURED, Config, LoraConfig
+from adapterhub.formats.peft.config import CONFIG, MEASURED, Config, LoraConfig
 from adapterhub.formats.peft.lora import read_lora
 from adapterhub.formats.peft.names import current
 from adapterhub.formats.peft.prompt import read_prompt

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub.bases import resolution
-from adapterhub.errors import HubError, IntegrityError, ManifestError
+from adapterhub.errors import AGAIN, HubError, IntegrityError, ManifestError
 from adapterhub.formats.peft.base import BaseModel
-from adapterhub.formats.peft.config import AGAIN, CONFIG, Config, warn_unknown
+from adapterhub.formats.peft.config import CONFIG, Config, warn_unknown
 from adapterhub.formats.peft.lora import PREFIX
 from adapterhub.formats.peft.lower import changes, lowered
 from adapterhub.formats.peft.targets import anchored, named, patterned, targeted

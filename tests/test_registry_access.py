@@ -471,7 +471,8 @@ import asyncio, json, sys
 from pathlib import Path
 import httpx, adapterhub
 from adapterhub_registry.server import make_app
-from adapterhub.spec.manifest import Base, Made, Manifest, digest_of
+from adapterhub.spec.digest import digest_of
+from adapterhub.spec.manifest import Base, Made, Manifest
 PLACES = ["http://127.0.0.1:9/", "https://169.254.169.254/latest", "file:///etc/passwd", "hf:some/repo", "//evil.invalid/x"]
 hub = adapterhub.open(Path(sys.argv[1]) / "hub", create=True)
 sketch = hub.store.put(b"rows")

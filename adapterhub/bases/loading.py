@@ -82,7 +82,7 @@ def load_model(
         if how
         else "get the base model again"
     )
-    with _quiet():
+    with quiet():
         try:
             _, auto = _class(resolved)
             model, info = auto.from_pretrained(
@@ -136,7 +136,7 @@ def load_tokenizer(resolved: ResolvedBase) -> PreTrainedTokenizerBase | None:
         return None
     from transformers import AutoTokenizer
 
-    with _quiet():
+    with quiet():
         try:
             return AutoTokenizer.from_pretrained(resolved.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raise bare Exceptions on damaged files
@@ -147,7 +147,7 @@ def load_tokenizer(resolved: ResolvedBase) -> PreTrainedTokenizerBase | None:
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """transformers' progress bars and notices off while it loads; errors stay."""
     from transformers.utils import logging
 

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub.bases.loading import _quiet
+from adapterhub.bases.loading import quiet
 from adapterhub.bases.resolution import cache_folder
 from adapterhub.errors import IntegrityError, NotFound
 from adapterhub.files import durable
@@ -84,7 +84,7 @@ def _convert(source: Path, target: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     with durable.new_folder(target) as folder:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
             tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         config.dtype = "float32"

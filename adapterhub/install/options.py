@@ -52,7 +52,7 @@ def sources(
     return Sources(hub, tables, offline or os.environ.get("ADAPTERHUB_OFFLINE", "") not in ("", "0"))
 
 
-def _copies(hub: Releases, found: Sources):
+def copies_of_one_model(hub: Releases, found: Sources):
     """Whether two bases are copies of one model: needs their sketches, which are fetched from wherever they are."""
 
     def copies(one: Base, other: Base) -> bool:

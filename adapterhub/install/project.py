@@ -12,9 +12,9 @@ from adapterhub.config.project import LOCK, Project
 from adapterhub.config.source_tables import HERE
 from adapterhub.errors import HubError, IntegrityError, NotFound
 from adapterhub.install import locking
-from adapterhub.install.options import Options, _copies, sources
+from adapterhub.install.options import Options, copies_of_one_model, sources
 from adapterhub.install.question import Asked, Resolution, Rules
-from adapterhub.install.requirements import _bring, install
+from adapterhub.install.requirements import bring_from_all, install
 from adapterhub.install.resolver import resolve
 from adapterhub.install.stacks import require_plugins, stack
 from adapterhub.sources.source import Source
@@ -42,7 +42,7 @@ def lock(
     keep = {one.name: one.digest for one in before.adapter if one.asked} if before and update != () else {}
     keep = {name: digest for name, digest in keep.items() if name not in (update or ())}
     found = sources(hub, folder, project, options.offline)
-    rules = Rules(options.exclude_newer, options.but, keep, _copies(hub, found))
+    rules = Rules(options.exclude_newer, options.but, keep, copies_of_one_model(hub, found))
     asked = [Asked(requirement, _asker(project, requirement.name)) for requirement in project.requirements()]
     answer = resolve(asked, found, project.stacked(), rules)
     made = locking.made(project, answer)
@@ -66,7 +66,7 @@ def sync(hub: Releases, folder: Path, lock: Lock, options: Options) -> tuple[lis
             continue
         source = _source(found, one, folder)
         wanted.append((source, _locked_release(source, one)))
-    came = _bring(hub, wanted, options.max_bytes)
+    came = bring_from_all(hub, wanted, options.max_bytes)
     for one in lock.adapter:
         here = hub.index.find(one.digest)
         if here is None:

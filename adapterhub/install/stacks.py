@@ -18,7 +18,7 @@ STACK = "stack:"
 def read(hub: Releases, text: str) -> Node | Ensemble:
     """An expression as a user writes it; `stack:helpdesk` is that stack of the nearest project, as its lock pins it.
 
-    Raises ExpressionError, and what `sync.stack` raises."""
+    Raises ExpressionError, and what `stack` raises."""
     if text.startswith(STACK):
         text = stack(hub, text.removeprefix(STACK).strip())
     return parse(text)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from adapterhub.files import durable
 from adapterhub.files.bounded import read_json
-from adapterhub.sources.bundle import _hex
+from adapterhub.sources.bundle import hex_of
 from adapterhub.sources.source import closure
 from adapterhub.spec.digest import canonical
 from adapterhub.spec.manifest import Release
@@ -21,10 +21,10 @@ def write(hub: Releases, root: Release, folder: Path) -> None:
         releases = closure(Disk(hub), [root])
         blobs = {b for release in releases for file in release.manifest.needs for b in hub.store.blobs(file)}
         for blob in sorted(blobs, key=lambda blob: blob.digest):
-            durable.write_bytes(out / "blobs" / _hex(blob.digest), hub.store.read(blob))
+            durable.write_bytes(out / "blobs" / hex_of(blob.digest), hub.store.read(blob))
         for release in releases:
-            name = "manifest.json" if release == root else f"manifests/{_hex(release.digest)}.json"
+            name = "manifest.json" if release == root else f"manifests/{hex_of(release.digest)}.json"
             durable.write_bytes(out / name, release.manifest.encode())
             if envelopes := hub.index.signatures(release.digest):
                 signed = canonical([read_json(envelope) for envelope in envelopes])
-                durable.write_bytes(out / f"signatures/{_hex(release.digest)}.json", signed)
+                durable.write_bytes(out / f"signatures/{hex_of(release.digest)}.json", signed)

@@ -60,7 +60,7 @@ class Bundle:
             return root
         if digest is None:
             raise NotFound(f"the bundle {self.folder} has no {name}@{version}", f"it holds {root}")
-        release = _release(self._bytes(f"manifests/{_hex(digest)}.json", LARGEST_MANIFEST))
+        release = _release(self._bytes(f"manifests/{hex_of(digest)}.json", LARGEST_MANIFEST))
         if release.digest != digest:
             raise IntegrityError(f"{self.folder}: the manifest of {release} is not {digest}", AGAIN)
         return release
@@ -69,7 +69,7 @@ class Bundle:
         blobs = set()
         for file in files:
             blobs.add(file if not file.parts else self._listed(file, store, blobs))
-        paths = {blob: self._file(f"blobs/{_hex(blob.digest)}") for blob in blobs}
+        paths = {blob: self._file(f"blobs/{hex_of(blob.digest)}") for blob in blobs}
         check_disk(store.root, sum(blob.size for blob in paths if store.fault(blob, hashing=False) is not None))
         with bar(f"install from {self.label}", sum(blob.size for blob in paths)) as advance:
 
@@ -81,7 +81,7 @@ class Bundle:
 
     def _listed(self, file: File, store: Store, blobs: set[File]) -> File:
         """The list of a file's parts as a blob; the parts join `blobs`."""
-        name = f"blobs/{_hex(file.digest)}"
+        name = f"blobs/{hex_of(file.digest)}"
         data = self._bytes(name, segments.LARGEST_LIST)
         if digest_of(data) != file.digest:
             raise IntegrityError(f"{self.folder / name} is not {file.digest}", AGAIN)
@@ -89,7 +89,7 @@ class Bundle:
         return File(digest=file.digest, size=len(data))
 
     def signatures(self, digest: str) -> list[bytes]:
-        name = f"signatures/{_hex(digest)}.json"
+        name = f"signatures/{hex_of(digest)}.json"
         if not (self.folder / name).exists():
             return []
         try:
@@ -121,5 +121,5 @@ def _release(data: bytes) -> Release:
     return Release.decode(data)
 
 
-def _hex(digest: str) -> str:
+def hex_of(digest: str) -> str:
     return digest.removeprefix("sha256:")

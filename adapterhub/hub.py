@@ -132,7 +132,7 @@ class Hub(Releases):
         return compress(self, ref, codec, options=options, name=name, version=version)
 
     def compose(self, expression: str, name: str, version: str | None = None) -> Release:
-        """Save a composition as an adapter. See adapterhub.store.expand."""
+        """Save a composition as an adapter. See adapterhub.transform.compose."""
         from adapterhub.transform.compose import compose
 
         return compose(self, expression, name, version=version)

@@ -1,4 +1,4 @@
-"""Which folder is the hub, and its index and blobs opened. With `serve` the only importer of the registry."""
+"""Finds the hub's folder and opens it. With `registry serve` the only importer of the registry."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,12 +13,7 @@ from adapterhub.kinds.contracts import make
 from adapterhub.kinds.modification import Modification, Modifications
 from adapterhub.sites import Site, current_path
 from adapterhub.spec.manifest import Made, Manifest, Release
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
+from adapterhub.store.releases import Releases
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -22,9 +21,7 @@ from adapterhub.errors import AGAIN, CodecError, HubError, IntegrityError
 from adapterhub.kinds.codec import Codec, Shapes, shapes_of
 from adapterhub.sites import Site, current_path
 from adapterhub.spec.manifest import Manifest
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
+from adapterhub.store.releases import Releases
 
 FACTOR = 4
 """Numbers of one form at a site for each number of the base's weight there: a low-rank pair of twice the rank that the weight

@@ -16,11 +16,11 @@ from adapterhub.spec.manifest import Base, Made, Manifest, Parent, Release
 from adapterhub.spec.names import Reference, check_name
 from adapterhub.spec.parents import weighed
 from adapterhub.store.expand import expand
+from adapterhub.store.releases import Releases
 from adapterhub.tensors.file import dump
 
 if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint
-    from adapterhub.store.releases import Releases
 
 
 def publish_tensors(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,8 @@ from adapterhub.forms.low_rank import LowRank
 from adapterhub.kinds.modification import Modification
 from adapterhub.spec.manifest import Manifest
 from adapterhub.store.index import kind
+from adapterhub.store.releases import Releases
 from adapterhub.tensors.factors import product_svd
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
 
 ENERGY = 0.99
 """The share of the difference's squared norm that its rank holds."""

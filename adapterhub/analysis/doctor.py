@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
 from adapterhub import plugins
 from adapterhub.errors import HubError, PluginError
 from adapterhub.spec.manifest import Release
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
+from adapterhub.store.releases import Releases
 
 
 def brought() -> dict[str, dict[str, list[str]]]:

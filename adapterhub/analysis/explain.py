@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterhub import plugins
 from adapterhub.analysis.doctor import needs
@@ -20,9 +20,7 @@ from adapterhub.spec.parents import warn_missing_parents, weighed
 from adapterhub.spec.parser import parse
 from adapterhub.store.expand import expand
 from adapterhub.store.index import kind
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
+from adapterhub.store.releases import Releases
 
 
 def explain(hub: Releases, expression: str, base: object = None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,8 @@ from adapterhub.kinds.modification import Modification
 from adapterhub.sites import Site
 from adapterhub.sites.weights import values
 from adapterhub.spec.manifest import Release
+from adapterhub.store.releases import Releases
 from adapterhub.tensors.factors import numerical_rank, product_svd
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
 
 ENERGY = 0.9
 """The share of a change's squared norm that its energy rank holds."""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING
 
 from adapterhub.errors import HubError
 from adapterhub.sites import current_path
 from adapterhub.spec.expression import Ensemble, Mix, Node, Ref, Scale, Stack, references
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
+from adapterhub.store.releases import Releases
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from adapterhub.errors import IntegrityError, UsageError
 from adapterhub.files.safetensors_header import DTYPES, read_header
 from adapterhub.spec.manifest import Release
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
+from adapterhub.store.releases import Releases
 
 SIZES = {
     "low_rank": ("r", "down", 0),

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from adapterhub.errors import IncompatibleBase
 from adapterhub.spec.manifest import Base, Release
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
+from adapterhub.store.releases import Releases
 
 
 def common_base(hub: Releases, releases: list[Release]) -> Base:

@@ -1,4 +1,4 @@
-"""Commands of who runs a registry: serve it, and its tokens."""
+"""Commands to run a registry: serve it, and say who may write to it."""
 
 from __future__ import annotations
 

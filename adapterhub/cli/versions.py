@@ -1,4 +1,4 @@
-"""Commands about versions: tags, yanks, what changed, and where a release comes from."""
+"""Commands about versions: search, tags, yanks, differences, and where a release comes from."""
 
 from __future__ import annotations
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adapterhub.data.encoding import Example
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from adapterhub.data.encoding import Example
 
 IGNORE = -100
 """The label of a position without loss, as transformers has it."""

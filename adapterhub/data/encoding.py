@@ -1,4 +1,4 @@
-"""Rows in tokens, and batches of them.
+"""Rows in tokens.
 
 Prompt and completion are tokenised apart and joined, so that the prompt's tokens are those of inference, where no
 completion is known. A completion starts with its own space where it needs one. It is followed by the end token.
@@ -145,6 +145,3 @@ def check_vocabulary(examples: Iterable[Example], base: PreTrainedModel) -> None
             f"the tokenizer makes token {highest}, the base knows {size} tokens: they do not belong together",
             "give the base's own tokenizer",
         )
-
-
-# --- batching ----------------------------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ from adapterhub.data.encoding import Example, check_vocabulary, encode, tokens
 from adapterhub.errors import DataError, UsageError
 from adapterhub.evaluation.intervals import wilson
 from adapterhub.runtime.scoring import label_scores, token_losses
+from adapterhub.store.releases import Releases
 
 if TYPE_CHECKING:
     from adapterhub.runtime.model import Model
-    from adapterhub.store.releases import Releases
 
 METRICS = ("loss", "exact", "label")
 MOST_LABELS = 50
@@ -211,6 +211,3 @@ class _Measured:
     def _share(self, metric: str) -> dict[str, Any]:
         right = sum(row[metric] for row in self.rows)
         return {metric: right / len(self.rows), f"{metric}_interval": wilson(right, len(self.rows))}
-
-
-# --- intervals ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adapterhub.adapters.adapter import Adapter
 from adapterhub.bases import resolution
@@ -22,10 +21,8 @@ from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference
 from adapterhub.spec.parents import warn_missing_parents
 from adapterhub.store.expand import expand
+from adapterhub.store.releases import Releases
 from adapterhub.tensors.file import dump
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
 
 FORMATS = ("peft",)
 

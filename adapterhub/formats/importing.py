@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,9 +21,7 @@ from adapterhub.formats.peft.base import BaseModel
 from adapterhub.formats.peft.config import CONFIG, read_config
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import check_name, check_version
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
+from adapterhub.store.releases import Releases
 
 MAX_CARD = 1 << 20
 
@@ -44,7 +41,7 @@ def import_adapter(
     adapter's config names. licence: None: the one that the adapter's model card states.
     Raises what `formats.peft.read` raises; NotFound when there is no base; IncompatibleBase for tensors of other widths, or
     when the config names a folder on this machine that holds another model than `base` (unless forced); NoEffect; UnsafeFile for
-    changes that are absurdly large (unless forced; `look.scan`). The scan's report stands in the manifest's metrics."""
+    changes that are absurdly large (unless forced; `adapters.scan`). The scan's report stands in the manifest's metrics."""
     check_name(name)
     if version is not None:
         check_version(version)

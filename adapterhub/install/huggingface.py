@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
@@ -14,9 +13,7 @@ from adapterhub.sources.huggingface import Pushed
 from adapterhub.sources.huggingface_transport import Repo
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import NAME
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
+from adapterhub.store.releases import Releases
 
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
 

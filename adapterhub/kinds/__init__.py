@@ -1,1 +1,1 @@
-"""What a plugin subclasses, one module a kind, and what its hooks must return. Floor 2, runtime."""
+"""What a plugin subclasses, one module a kind, what its hooks are given, and what they must return. Floor 2, runtime."""

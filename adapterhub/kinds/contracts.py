@@ -1,4 +1,4 @@
-"""What the hooks of a part must return: one table, held at the boundary to plugin code (`boundary`).
+"""What the hooks of a part must return: one table, held at the boundary to plugin code (`adapterhub.plugins.boundary`).
 
 A check takes what a hook returned and what it was given, and returns what the caller gets: names in a plain dict, tensors
 contiguous. It raises Wrong. What a hook costs once is checked whole; what runs at every step only where nothing waits for

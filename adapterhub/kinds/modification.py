@@ -1,6 +1,6 @@
 """The central abstraction: a modification is what one adapter does to the hidden states at one site.
 
-Every modification is *additive by construction*: it returns the change Δh that is added to the hidden states
+Every modification returns changes, which are added to what goes into the site, to what comes out, or to its weight
 (He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning", 2022). So scaling, mixing and stacking
 are exact for every form, and nothing needs to know which form it holds.
 """

@@ -46,7 +46,7 @@ class Objective:
         return {}
 
     def loss(self, batch: Mapping[str, Tensor], moment: StepContext) -> Tensor:
-        """() float, of a batch of `encoding.collate`, differentiable in what trains."""
+        """() float, of a batch of `data.batches.collate`, differentiable in what trains."""
         raise NotImplementedError
 
     def found(self) -> Mapping[str, Any]:

@@ -88,7 +88,7 @@ class TrainingContext:
             raise UsageError(f"no extra data named {name!r} is given: {why}", hint) from None
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """A batch as `encoding.collate` makes it, on the model's device."""
+        """A batch as `data.batches.collate` makes it, on the model's device."""
         return {key: tensor.to(self.model.device) for key, tensor in collate(examples, self.pad).items()}
 
     def batches(self, examples: Sequence[Example]) -> Iterator[dict[str, Tensor]]:

@@ -1,7 +1,7 @@
 """The boundary to the code of plugins: whatever it raises, or returns that it must not, becomes one PluginError that names
 the package, the part, the hook, the site and the author's line. Our own parts cross the same boundary.
 
-What each hook must return is said in `contracts`; this module imports nothing heavy."""
+What each hook must return is said in `adapterhub.kinds.contracts`; this module imports nothing heavy."""
 
 from __future__ import annotations
 

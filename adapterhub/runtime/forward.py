@@ -144,7 +144,7 @@ class Call:
     """What one base runs in a call: it belongs to the call, not to the model or the thread."""
 
     attachment: Any
-    """The base's (`attach.Attachment`)."""
+    """The base's (`attachment.Attachment`)."""
     plan: Plan
     training: bool
 

@@ -19,11 +19,11 @@ from adapterhub.sites.weights import compute_device, compute_dtype
 from adapterhub.spec.expression import Node, references
 from adapterhub.spec.parents import warn_missing_parents
 from adapterhub.store.expand import expand
+from adapterhub.store.releases import Releases
 
 if TYPE_CHECKING:
     from adapterhub.bases.fingerprint import Fingerprint
     from adapterhub.kinds.method import Method
-    from adapterhub.store.releases import Releases
 
 
 class Residents:

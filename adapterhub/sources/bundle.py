@@ -1,4 +1,4 @@
-"""The bundle: a release with the parents it needs as a plain folder (docs/guide/bundle.md), to write and to install from.
+"""The bundle: a release with the parents it needs as a plain folder (docs/guide/bundle.md), to install from.
 
 manifest.json             the release's manifest
 manifests/<digest>.json   those of its parents, and of theirs

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from adapterhub.errors import ManifestError
+from adapterhub.errors import AGAIN, ManifestError
 from adapterhub.spec.manifest import File, Release
 from adapterhub.spec.parents import check_expressions
 from adapterhub.store.blobs import Store
-
-if TYPE_CHECKING:
-    from adapterhub.store.index import Row
-
-
-from adapterhub.errors import AGAIN
+from adapterhub.store.index import Row
 
 LARGEST_GRAPH = 20_000
 """Releases that one may need, itself included."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from adapterhub.config.source_tables import HERE, Table
 from adapterhub.errors import NotFound
 from adapterhub.spec.address import shown
+from adapterhub.store.releases import Releases
 
 if TYPE_CHECKING:
     from adapterhub.sources.source import Candidate, Source
-    from adapterhub.store.releases import Releases
 
 
 class Sources:

@@ -1,4 +1,4 @@
-"""What a release is: names, versions, references and the manifest. No torch, no database."""
+"""What a release is: its manifest. No torch, no database."""
 
 from __future__ import annotations
 

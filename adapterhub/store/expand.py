@@ -1,8 +1,6 @@
-"""Saved compositions: an expression with every name pinned, as an adapter without tensors. No torch."""
+"""Names in an expression made exact, and saved compositions replaced by what they are made of. No torch."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from adapterhub.errors import HubError, UsageError
 from adapterhub.spec.expression import Ensemble, Gate, Node, Ref, depth, substitute
@@ -10,9 +8,7 @@ from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference
 from adapterhub.spec.parents import check_expressions, weighed
 from adapterhub.spec.parser import parse
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
+from adapterhub.store.releases import Releases
 
 
 def pin(hub: Releases, node: Node | Ensemble) -> Node | Ensemble:

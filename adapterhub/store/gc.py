@@ -1,4 +1,4 @@
-"""Looking after a hub: verify what is there, repair what is damaged, take away what nobody needs. No torch."""
+"""Take away what nobody in a hub needs. No torch."""
 
 from __future__ import annotations
 

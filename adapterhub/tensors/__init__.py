@@ -1,1 +1,1 @@
-"""What can be done with tensors by who knows no adapter. Floor 2, runtime."""
+"""Operations on tensors that know no adapter: files of them, factors, largest entries, entropy codes. Floor 2, runtime."""

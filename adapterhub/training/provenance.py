@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version as installed
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -17,12 +17,10 @@ from adapterhub.spec import claims
 from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import Reference
+from adapterhub.store.releases import Releases
 from adapterhub.training.parts import TrainingParts
 from adapterhub.training.starting_point import StartingPoint
 from adapterhub.training.trainer import Schedule
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -20,10 +20,8 @@ from adapterhub.spec.expression import references
 from adapterhub.spec.manifest import Made, Parent, Release
 from adapterhub.spec.parser import parse
 from adapterhub.store.expand import expand
+from adapterhub.store.releases import Releases
 from adapterhub.training.watched import staged
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import torch
@@ -33,6 +33,7 @@ from adapterhub.spec.digest import canonical, digest_of
 from adapterhub.spec.manifest import Made, Release
 from adapterhub.spec.parents import joined_licences
 from adapterhub.store.naming import check_new
+from adapterhub.store.releases import Releases
 from adapterhub.tensors.file import check_finite
 from adapterhub.training.parts import TrainingParts, training_parts
 from adapterhub.training.provenance import already_published, as_json, measured_on, metrics_of, recipe_of
@@ -41,9 +42,6 @@ from adapterhub.training.stages import Planned, check, forget, planned
 from adapterhub.training.stages import run as run_in_order
 from adapterhub.training.starting_point import StartingPoint, starting_point
 from adapterhub.training.trainer import Schedule
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
 
 
 class DataWarning(UserWarning):

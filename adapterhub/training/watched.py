@@ -1,4 +1,4 @@
-"""The stages of a method, each over options that it names: what a kept stage was made from is what it could read."""
+"""A method's stages, each of which may read only the options that it names: what a kept stage was made from is what it could read."""
 
 from __future__ import annotations
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from adapterhub.bases.agreement import common_base
 from adapterhub.spec.expression import references
 from adapterhub.spec.manifest import Manifest, Parent, Release
 from adapterhub.spec.names import check_name
 from adapterhub.spec.parents import joined_licences
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
 from adapterhub.store.expand import expand, pin
+from adapterhub.store.releases import Releases
 
 
 def compose(hub: Releases, expression: str, name: str, version: str | None = None) -> Release:

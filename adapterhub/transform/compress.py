@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from msgspec import structs
@@ -22,11 +22,9 @@ from adapterhub.kinds.contracts import make
 from adapterhub.kinds.modification import Modification, Modifications
 from adapterhub.spec.manifest import Made, Manifest, Parent, Release
 from adapterhub.spec.names import check_name
+from adapterhub.store.releases import Releases
 from adapterhub.tensors.factors import product_norm
 from adapterhub.tensors.file import dump, load
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
 
 
 def compress(

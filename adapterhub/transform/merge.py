@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,7 @@ from adapterhub.sites import sites
 from adapterhub.sites.weights import values
 from adapterhub.spec.manifest import Parent, Release
 from adapterhub.spec.parents import joined_licences, warn_missing_parents
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
+from adapterhub.store.releases import Releases
 
 INSTEAD = "adapterhub compose 'a + 0.5*b' --name NAME"
 

@@ -14,18 +14,16 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterhub.config import user
 from adapterhub.errors import HubError, IntegrityError, NotFound, UnsafeFile, UsageError
 from adapterhub.spec.manifest import Release
 from adapterhub.spec.names import NAME
 from adapterhub.store.blobs import DATABASE, Problem
+from adapterhub.store.releases import Releases
 from adapterhub.trust.keys import PublicKey, list_keys
 from adapterhub.trust.signature import RELEASE, opened, statement
-
-if TYPE_CHECKING:
-    from adapterhub.store.releases import Releases
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,2 @@
-"""The index of a hub in SQL. The only place with tables and migrations; only `adapterhub.open()` imports it."""
+"""The index of a hub in SQL, the only place with tables and migrations, and the registry's server. Only `adapterhub.opening` and
+`adapterhub.cli.registry` import it."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from adapterhub.errors import HubError
 from adapterhub.files import platforms  # noqa: F401  (first: it refuses a system that lacks what the rest needs)
 from adapterhub.hub import Hub, open
-from adapterhub.moved import RENAMED, warn_of_rename
+from adapterhub.moved import RENAMED, renamed
 from adapterhub.moved import install as _install
 
 _install()
@@ -67,8 +67,7 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in RENAMED:
-        warn_of_rename(name)
-        name = RENAMED[name]
+        name = renamed(name)
     if name not in _LAZY:
         raise AttributeError(f"module 'adapterhub' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

@@ -6,15 +6,16 @@ import torch
 
 import adapterhub
 from adapterhub.adapters.adapter import Adapter
-from adapterhub.adapters.changes import cheapest
+from adapterhub.adapters.changes import change_of, cheapest
 from adapterhub.adapters.publish import publish_tensors
 from adapterhub.bases.fingerprint import fingerprint
-from adapterhub.errors import IncompatibleBase, NotMergeable
+from adapterhub.errors import IncompatibleBase, NotFoldable, NotMergeable
 from adapterhub.forms.affine import Affine
 from adapterhub.forms.dense import Dense
 from adapterhub.forms.dora import DoRA
 from adapterhub.forms.low_rank import LowRank
 from adapterhub.forms.sparse import Sparse
+from adapterhub.kinds.modification import Modification
 from adapterhub.mergers.linear import Linear
 from adapterhub.mergers.ties import Ties
 from adapterhub.sites import sites
@@ -236,3 +237,22 @@ def test_a_whole_change_is_stored_as_it_is_cheapest():
         assert torch.equal(part.dense() if form is Sparse else part.weight, some)
     assert cheapest(torch.zeros(3, 3), torch.zeros(3)) == []
     assert [p.form for p in cheapest(None, torch.ones(3))] == ["affine"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: w * 0.5, lambda w: 2 / w, lambda w: -w, lambda w: w[0], lambda w: w @ torch.ones(2, 2), lambda w: torch.ones(2) + w,
+        lambda w: w == 0, lambda w: len(w), lambda w: w.shape, torch.zeros_like, bool, list,
+    ],
+)  # fmt: skip
+def test_whatever_a_form_does_with_a_weight_that_is_not_known_is_refused_as_that(use):
+    class Reader(Modification):
+        form = "reader"
+        additive = True
+
+        def delta_weight(self, weight, bias):
+            return use(weight), None
+
+    with pytest.raises(NotFoldable, match="depends on the base's own weight"):
+        change_of([Reader()])

@@ -43,15 +43,24 @@ WHOLE = (LowRank, Sparse, Dense)
 """The forms that tell the change of a weight without the base's."""
 
 
+def _refuse(*arguments: Any, **options: Any) -> Any:
+    raise NotFoldable("its change depends on the base's own weight")
+
+
 class _Unknown:
-    """Stands where a form asks for the base's weight and there is none."""
+    """Stands where a form asks for the base's weight and there is none: whatever it does with it is refused."""
 
     def __getattr__(self, name: str) -> Any:
-        raise NotFoldable("its change depends on the base's own weight")
+        _refuse()
 
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotFoldable("its change depends on the base's own weight")
+    __torch_function__ = classmethod(_refuse)
+    __hash__ = None
+
+
+_OPERATORS = """add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg pos abs eq ne lt le gt ge
+getitem len iter bool float int index array"""
+for _operator in _OPERATORS.split():
+    setattr(_Unknown, f"__{_operator}__", _refuse)
 
 
 def change_of(

@@ -23,7 +23,7 @@ def start(context: typer.Context) -> None:
     """List and check the installed parts, or start a package of your own.
 
     Parts are forms, methods, objectives, recipes, schedules, verifiers, mergers, codecs and bases; ours and those of other
-    packages come through the same door.
+    packages are registered in the same way.
 
     \b
     Example:
@@ -171,7 +171,7 @@ def new(
 
     \b
     Example:
-      adapterhub plugins new shift && uv pip install ./adapterhub-shift && adapterhub plugins check shift
+      adapterhub plugins new shift && uv pip install ./adapterhub-shift
     """
     from adapterhub.plugins.scaffold import make
 

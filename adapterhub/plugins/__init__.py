@@ -1,6 +1,6 @@
 """How installed parts are found, allowed, loaded and configured; the boundary around their code. Floor 1, manager.
 
-Groups of entry points: adapterhub.forms, .methods and so on (GROUPS). Our own parts come through the same door. Listing
+Groups of entry points: adapterhub.forms, .methods and so on (GROUPS). Our own parts are registered in the same way. Listing
 reads metadata only; code of other distributions runs only when the user has enabled them.
 """
 

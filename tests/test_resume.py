@@ -252,7 +252,8 @@ import torch
 torch.set_num_threads(1)
 import adapterhub
 from pathlib import Path
-from adapterhub.files import durable, stages
+from adapterhub.files import durable
+from adapterhub.training import stages
 from adapterhub.training.trainer import _Watch
 import json
 method, hub, base, data, settings, kill = sys.argv[1:]

@@ -66,7 +66,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in RENAMED:
+    if RENAMED.get(name) in _LAZY:
         name = renamed(name)
     if name not in _LAZY:
         raise AttributeError(f"module 'adapterhub' has no attribute {name!r}")

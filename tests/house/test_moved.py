@@ -65,6 +65,12 @@ def test_an_old_public_name_warns(name):
     assert found is getattr(adapterhub, RENAMED[name]) and caught[0].filename == __file__
 
 
+def test_an_old_name_that_was_never_public_is_none_now(recwarn):
+    with pytest.raises(AttributeError):
+        _ = adapterhub.Learner
+    assert not recwarn.list
+
+
 def test_nothing_of_ours_takes_an_old_path():
     code = "import sys\nsys.argv = ['x', '--help']\nfrom adapterhub.cli.app import main\nmain()"
     done = subprocess.run(
